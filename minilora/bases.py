@@ -1,0 +1,81 @@
+"""What a LoRALinear may wrap: any module that computes y = x W^T + b and says so.
+
+Three kinds: `torch.nn.Linear`, GPT-2's `Conv1D` (the same product with the weight stored
+transposed, known by its shape since the library does not import transformers), and modules that
+implement `Base` themselves, such as a quantized linear.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from minilora.config import LoRAError
+
+
+@runtime_checkable
+class Base(Protocol):
+    """The protocol for other linears, such as one that holds its weight in four bits."""
+
+    in_features: int
+    out_features: int
+    mergeable: bool
+    """Whether `dense_weight` is the storage that forward reads, so that writing to it merges."""
+
+    def dense_weight(self) -> Tensor:
+        """W (out, in)."""
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module is a Conv1D of transformers: weight (in, out) and the width `nf`."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__ == "Conv1D"
+        and isinstance(weight, Tensor)
+        and weight.dim() == 2
+        and getattr(module, "nf", None) == weight.shape[1]
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module can be wrapped."""
+    return isinstance(module, nn.Linear | Base) or is_conv1d(module)
+
+
+def dense_weight(base: nn.Module) -> Tensor:
+    """W (out, in) as a view, so that writing to it changes the module (a copy if quantized)."""
+    if isinstance(base, Base):
+        return base.dense_weight()
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if is_conv1d(base) else weight.detach()
+
+
+def shape(base: nn.Module) -> tuple[int, int]:
+    """(out, in)."""
+    if isinstance(base, nn.Linear | Base):
+        return base.out_features, base.in_features
+    out, in_ = dense_weight(base).shape
+    return out, in_
+
+
+def is_mergeable(base: nn.Module) -> bool:
+    """Whether the adapter can be added into the stored weight."""
+    return base.mergeable if isinstance(base, Base) else True
+
+
+def adapter_placement(base: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where A and B live: on the base's device, in float32 (float64 on a float64 base).
+
+    Raises:
+        LoRAError: the weight is neither floating point nor a `Base` that knows how to read it.
+    """
+    if isinstance(base, Base):
+        return next(iter([*base.parameters(), *base.buffers()])).device, torch.float32
+    weight = dense_weight(base)
+    if not weight.is_floating_point():
+        raise LoRAError(
+            f"cannot adapt a {type(base).__name__} with {weight.dtype} weights: it is quantized "
+            "by another library; dequantize it, or quantize with minilora.quantize"
+        )
+    return weight.device, torch.promote_types(weight.dtype, torch.float32)

@@ -1,0 +1,149 @@
+"""LoRAConfig: what to adapt and how, in the paper's terms. Validates itself."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar, get_args
+
+Init = Literal["kaiming", "gaussian", "random"]
+T = TypeVar("T")
+
+
+class LoRAError(ValueError):
+    """Something asked of minilora is wrong: one line that says what, where and what to do."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """How to adapt a model by low-rank updates (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+
+    Every adapted weight W (out, in) becomes W + s B A with A (r, in), B (out, r) and the scale
+    s = alpha / r, or alpha / sqrt(r) with `rslora`.
+
+    Args:
+        rank: r, at least 1.
+        alpha: numerator of the scale, above 0.
+        dropout: probability in [0, 1) that an input of the branch x -> s B A x is dropped.
+        targets: which linear modules. A sequence of names (the exact dotted name or its end after
+            a dot), one string (a regular expression that matches the whole name), or "all-linear"
+            (every linear but the output head).
+        exclude: modules to leave alone among the targets; names or a regular expression.
+        layers: only the layers with these indices: the first `.name.<index>.` of the dotted name.
+            In an encoder-decoder that reaches both sides. Goes with a list of targets only.
+        layers_pattern: names that may stand before the index, such as "layers"; any if empty.
+        rank_pattern: other ranks for some modules, {regular expression on the name's end: rank}.
+            The first key that matches wins.
+        alpha_pattern: the same for alpha.
+        rslora: s = alpha / sqrt(r) (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+        init: "kaiming" (A Kaiming-uniform, B zero), "gaussian" (A normal, B zero), or "random"
+            (both Kaiming-uniform: the model's output changes at once; for tests).
+        task_type: PEFT's word for the kind of model, such as "SEQ_2_SEQ_LM"; only written down.
+
+    Raises:
+        LoRAError: a value is out of range or of the wrong type; the message names the field.
+    """
+
+    rank: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = ("q_proj", "v_proj")
+    exclude: str | tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    init: Init = "kaiming"
+    task_type: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "exclude", "layers_pattern"):
+            self._set(name, _names(name, getattr(self, name)))
+        if isinstance(self.layers_pattern, str):
+            self._set("layers_pattern", (self.layers_pattern,) if self.layers_pattern else ())
+        if self.layers is not None:
+            self._set("layers", _indices(self.layers))
+        if not self.targets:
+            raise LoRAError("targets is empty: name at least one module, such as 'q_proj'")
+        if self.layers is not None and isinstance(self.targets, str):
+            raise LoRAError("layers goes with a list of target names, not with one string")
+        check_rank("rank", self.rank)
+        check_alpha("alpha", self.alpha)
+        for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
+            self._set(name, _pattern(name, getattr(self, name)))
+            for key, value in getattr(self, name).items():
+                check(f"{name}[{key!r}]", value)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise LoRAError(f"dropout must be in [0, 1), not {self.dropout!r}")
+        for flag in (f.name for f in fields(self) if f.type is bool):
+            if not isinstance(getattr(self, flag), bool):
+                raise LoRAError(f"{flag} must be True or False, not {getattr(self, flag)!r}")
+        if self.init not in get_args(Init):
+            raise LoRAError(f"init must be one of {', '.join(get_args(Init))}, not {self.init!r}")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
+
+    def rank_of(self, module: str) -> int:
+        """The rank of the module with this dotted name."""
+        return first_match(self.rank_pattern, module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha of the module with this dotted name."""
+        return first_match(self.alpha_pattern, module, self.alpha)
+
+
+def scale(alpha: float, rank: int, rslora: bool = False) -> float:
+    """S = alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r) (rsLoRA)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def first_match(patterns: Mapping[str, T], module: str, default: T) -> T:
+    """The value of the first pattern that matches the end of the module's name."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module):  # PEFT's rule, to the letter
+            return value
+    return default
+
+
+def check_rank(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise LoRAError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def check_alpha(name: str, value: Any) -> None:
+    if not _is_number(value) or not math.isfinite(value) or value <= 0:
+        raise LoRAError(f"{name} must be a finite number above 0, not {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _names(name: str, value: object) -> str | tuple[str, ...]:
+    """One string as it is, several as a tuple; a set is sorted, so that a run can be repeated."""
+    if isinstance(value, str):
+        return value
+    items = sorted(value) if isinstance(value, set | frozenset) else value
+    if not isinstance(items, Iterable) or not all(isinstance(item, str) for item in items):
+        raise LoRAError(f"{name} must be a string or a sequence of strings, not {value!r}")
+    return tuple(items)
+
+
+def _indices(value: object) -> tuple[int, ...]:
+    items = (value,) if isinstance(value, int) else value
+    if not isinstance(items, Iterable) or not all(type(item) is int for item in items):
+        raise LoRAError(f"layers must be a sequence of whole numbers, not {value!r}")
+    return tuple(items)
+
+
+def _pattern(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise LoRAError(f"{name} must map regular expressions to numbers, not {value!r}")
+    for key in value:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise LoRAError(f"{name}: {key!r} is no regular expression: {error}") from None
+    return dict(value)

@@ -1,0 +1,24 @@
+"""The equation of the adapter's branch."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def low_rank(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Y + s (dropout(x) A^T) B^T (Hu et al. 2021, equation 3), where y = base(x).
+
+    Args:
+        y: (..., out), the frozen layer's output.
+        x: (..., in), its input.
+        A: (r, in). B: (out, r). Cast to x's dtype; under autocast to autocast's.
+        scale: s.
+        dropout: probability that an element of x is dropped (the others grow by 1 / (1 - p)).
+
+    Returns:
+        (..., out) in y's dtype, unless A and B are wider and x is too.
+    """
+    x = F.dropout(x, dropout, training=dropout > 0)  # (..., in)
+    h = F.linear(x, A.to(x.dtype))  # (..., r)
+    return y + F.linear(h, B.to(h.dtype)) * scale  # (..., out)

@@ -1,0 +1,120 @@
+"""Merge, unmerge and disable the adapter over a whole model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minilora import bases
+from minilora.config import LoRAError
+from minilora.inject import lora_layers, merge_all
+from minilora.layer import LoRALinear
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What writing W + Delta W into the weight's dtype cost, measured in float64."""
+
+    module: str
+    largest: float
+    """Largest |merged - (W + Delta W)| of an entry."""
+    relative: float
+    """||merged - (W + Delta W)|| / ||W + Delta W||."""
+    lost: float
+    """Share of the update that rounding swallowed: ||(merged - W) - Delta W|| / ||Delta W||."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The rounding of each merged module."""
+
+    modules: tuple[Rounding, ...]
+
+    def __str__(self) -> str:
+        if not self.modules:
+            return "0 modules merged"
+        worst = max(self.modules, key=lambda rounding: rounding.lost)
+        return (
+            f"{len(self.modules)} modules merged; rounding error at most "
+            f"{max(r.largest for r in self.modules):.2g} an entry; at most {worst.lost:.2g} of an "
+            f"update lost ({worst.module})"
+        )
+
+
+def merge(model: nn.Module) -> MergeReport:
+    """Add every adapter into its weight, in place: W <- (W + s B A) rounded once.
+
+    The same storage is written, so that the model costs what the base costs. Merging twice is
+    harmless.
+
+    Returns:
+        The rounding of every module.
+
+    Raises:
+        LoRAError: the model carries no adapter, or a weight cannot be merged (then none is).
+    """
+    layers = _layers(model)
+    merge_all(layers)
+    return MergeReport(tuple(_rounding(name, layer) for name, layer in layers.items()))
+
+
+def unmerge(model: nn.Module) -> None:
+    """The very same base weights back, bit for bit, in every dtype.
+
+    Raises:
+        LoRAError: the model carries no adapter.
+    """
+    for layer in _layers(model).values():
+        layer.unmerge()
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model computes what the base computes, without a copy of it.
+
+    Whatever state each layer had before, merged or disabled, it has again afterwards.
+
+    Raises:
+        LoRAError: the model carries no adapter.
+    """
+    before = [(layer, layer.enabled, layer.merged) for layer in _layers(model).values()]
+    try:
+        for layer, _, _ in before:
+            layer.unmerge()
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled, merged in before:
+            layer.enabled = enabled
+            if merged:
+                layer.merge()
+
+
+def _layers(model: nn.Module) -> dict[str, LoRALinear]:
+    layers = lora_layers(model)
+    if not layers:
+        raise LoRAError("the model carries no adapter: minilora.inject or load_adapter first")
+    return layers
+
+
+@torch.no_grad()
+def _rounding(name: str, layer: LoRALinear) -> Rounding:
+    assert layer.untouched is not None
+    wide = torch.float32 if layer.lora_A.device.type == "mps" else torch.float64
+    before = layer.untouched.to(wide)  # (out, in)
+    delta = layer.delta().to(wide)
+    error = bases.dense_weight(layer.base).to(wide) - (before + delta)
+    # (merged - W) - Delta W is the same difference: what is lost is what was rounded.
+    return Rounding(
+        name,
+        largest=error.abs().max().item(),
+        relative=_ratio(error, before + delta),
+        lost=_ratio(error, delta),
+    )
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    norm = whole.norm().item()
+    return part.norm().item() / norm if norm else 0.0

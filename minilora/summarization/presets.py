@@ -1,0 +1,157 @@
+"""Every setting of a run, and the presets: a name for a whole configuration.
+
+A setting is a field of one of the dataclasses below. Each field is a flag of `train.py` (its
+`metadata["help"]` is the help text, the class's `_argument_group_name` its heading), each preset a
+table of the fields that differ from the defaults, and `config.json` of a run their values.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, cast
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+class UserError(ValueError):
+    """Bad input: one line that says what is wrong, where and what to do. Ends in exit code 2."""
+
+
+def _flag(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelOptions:
+    _argument_group_name = "model"
+
+    model: str = _flag(str(ASSETS / "pocket-bart"), "directory or hub name of the base model")
+    method: Literal["lora", "full"] = _flag(
+        "lora", "lora trains the adapter only, full every parameter"
+    )
+    device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag(
+        "auto", "auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 otherwise"
+    )
+    seed: int = _flag(0, "seed of the adapter's start, the order of the batches and dropout")
+
+
+@dataclass
+class DataOptions:
+    _argument_group_name = "data"
+
+    data: str = _flag(
+        str(ASSETS / "minichat"),
+        "directory with train/validation/test files, one file (.json, .jsonl, .csv), or a hub name",
+    )
+    dialogue_column: str = _flag("dialogue", "column with the text to summarize")
+    summary_column: str = _flag("summary", "column with the reference summary")
+    prompt_before: str = _flag("", "text put before every dialogue (\\n is a line break)")
+    prompt_after: str = _flag("", "text put after every dialogue")
+    max_source_length: int = _flag(512, "tokens a dialogue is cut to, prompt included")
+    max_target_length: int = _flag(128, "tokens a reference summary is cut to")
+    skip_bad_rows: bool = _flag(False, "leave malformed rows out and go on instead of stopping")
+
+
+@dataclass
+class AdapterOptions:
+    _argument_group_name = "adapter (LoRA, Hu et al. 2021)"
+
+    rank: int = _flag(8, "r: rows of A, columns of B")
+    alpha: float = _flag(32.0, "numerator of the scale s = alpha / r")
+    dropout: float = _flag(0.05, "probability that an input of the adapter's branch is dropped")
+    targets: list[str] = _flag(
+        ["q_proj", "v_proj"],
+        "names of the linears to adapt, a regular expression, or all-linear",
+    )
+    exclude: list[str] = _flag([], "names among the targets to leave alone")
+    rslora: bool = _flag(False, "scale s = alpha / sqrt(r) (Kalajdzievski 2023)")
+    init: Literal["kaiming", "gaussian"] = _flag("kaiming", "how A starts; B starts at zero")
+
+
+@dataclass
+class TrainingOptions:
+    _argument_group_name = "training"
+
+    epochs: int = _flag(3, "passes over the training split")
+    max_steps: int = _flag(0, "stop after so many optimizer steps; 0: no limit")
+    learning_rate: float | None = _flag(
+        None, "peak of the schedule; if not given, the preset's for the method"
+    )
+    lora_learning_rate: float = _flag(5e-4, "learning rate of --method lora")
+    full_learning_rate: float = _flag(5e-5, "learning rate of --method full")
+    warmup: float = _flag(0.06, "share of the steps over which the learning rate rises")
+    weight_decay: float = _flag(0.0, "decoupled weight decay (AdamW)")
+    batch_size: int = _flag(8, "dialogues in a batch")
+    accumulate: int = _flag(1, "batches in an optimizer step")
+    clip: float = _flag(1.0, "largest norm of the gradient; 0: no clipping")
+    validation_limit: int = _flag(
+        0, "summarize only so many validation dialogues after each epoch; 0: all"
+    )
+
+
+@dataclass
+class GenerationOptions:
+    """Length belongs to the task: bart-large-cnn's own min_length 56 ruins short summaries."""
+
+    _argument_group_name = "decoding"
+
+    beams: int = _flag(4, "beams of the search; 1 is greedy")
+    min_length: int = _flag(5, "fewest tokens of a summary")
+    max_length: int = _flag(80, "most tokens of a summary")
+    length_penalty: float = _flag(1.0, "above 1 prefers longer beams, below 1 shorter ones")
+    no_repeat_ngram: int = _flag(3, "no n-gram of this size occurs twice; 0: no such rule")
+    evaluation_batch_size: int = _flag(32, "dialogues summarized at once")
+
+
+@dataclass
+class OutputOptions:
+    _argument_group_name = "output"
+
+    output: str | None = _flag(None, "directory of the run; runs/NAME if not given")
+    resume: str | None = _flag(None, "directory of a run to go on with")
+    checkpoint_minutes: float = _flag(10.0, "minutes between two checkpoints within an epoch")
+    evaluate: bool = _flag(True, "compare base and fine-tuned model on the test split at the end")
+
+
+@dataclass
+class RunConfig:
+    """All settings of a run, by group."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    preset: str = "pocket"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat: one entry per flag."""
+        flat: dict[str, Any] = {"preset": self.preset}
+        for group in GROUPS:
+            flat.update(asdict(getattr(self, group)))
+        return flat
+
+    @classmethod
+    def from_dict(cls, flat: dict[str, Any]) -> "RunConfig":
+        """Inverse of `to_dict`; a missing entry takes its default, an unknown one is an error."""
+        known = {f.name for kind in GROUPS.values() for f in fields(kind)} | {"preset"}
+        if unknown := sorted(set(flat) - known):
+            raise UserError(f"unknown settings: {', '.join(unknown)}")
+        groups = {
+            group: kind(**{f.name: flat[f.name] for f in fields(kind) if f.name in flat})
+            for group, kind in GROUPS.items()
+        }
+        return cls(**cast(Any, groups), preset=flat.get("preset", "pocket"))
+
+
+GROUPS: dict[str, Any] = {
+    "model": ModelOptions,
+    "data": DataOptions,
+    "adapter": AdapterOptions,
+    "training": TrainingOptions,
+    "generation": GenerationOptions,
+    "output": OutputOptions,
+}
