@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: `make train` and `make test`. Everything lands in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test lint format unit bench clean help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+train: .venv/runtime  ## set up, then fine-tune the embedded model on the embedded dialogues
+	$(BIN)/python train.py --rank 8
+
+test: lint unit  ## set up, then ruff, mypy and pytest
+
+lint: .venv/development  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: .venv/development  ## pytest
+	$(BIN)/python -m pytest
+
+format: .venv/development  ## let ruff put the code into its form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/development  ## the benchmarks; results go to benchmarks/results/
+	$(BIN)/python benchmarks/merge_latency.py
+	$(BIN)/python benchmarks/tables.py
+
+clean:  ## remove the environment and what tools leave behind
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/runtime: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/development: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,plot]"
+	touch $@

@@ -1,0 +1,102 @@
+"""What a person reads on the terminal: scores, dialogues, and how a run went."""
+
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from minilora.summarization.evaluation import MEASURES, Evaluation
+from minilora.summarization.training import Outcome, Session, trained_path
+
+
+def first(evaluation: Evaluation, k: int = 3) -> list[int]:
+    """Positions of the first `k` dialogues: the honest sample, chosen before any score."""
+    return list(range(min(k, evaluation.n)))
+
+
+def most_changed(evaluation: Evaluation, k: int = 3) -> list[int]:
+    """Positions of the `k` dialogues whose ROUGE-1 changed most, for better or for worse."""
+    change = [abs(e.rouge1_finetuned - e.rouge1_base) for e in evaluation.examples]
+    return sorted(range(evaluation.n), key=lambda i: -change[i])[:k]
+
+
+def format_comparison(evaluation: Evaluation) -> str:
+    """The scores as a plain text table."""
+    base, finetuned, change = (evaluation.intervals[k] for k in ("base", "finetuned", "difference"))
+    table = [("", "base", "fine-tuned", "difference")]
+    table += [(m, f"{base[m]:.2f}", f"{finetuned[m]:.2f}", f"{change[m]:+.2f}") for m in MEASURES]
+    wide = [max(map(len, column)) for column in zip(*table, strict=True)]
+    title = (
+        f"{evaluation.n} dialogues, {evaluation.split} split of {evaluation.data}. ROUGE as "
+        "F1 x 100, gen_len in tokens: mean [95% bootstrap interval]; the difference is paired."
+    )
+    lines = [textwrap.fill(_printable(title), 100)]
+    for name, *cells in table:
+        right = (f"{cell:>{width}}" for cell, width in zip(cells, wide[1:], strict=True))
+        lines.append("  ".join([f"{name:<{wide[0]}}", *right]))
+    if unseen := sum(not re.search("[a-z0-9]", e.reference.lower()) for e in evaluation.examples):
+        lines.append(f"{unseen} references score 0: rouge_score reads a-z and 0-9 only.")
+    return "\n".join(lines)
+
+
+def format_examples(evaluation: Evaluation, which: Sequence[int], dialogue_lines: int = 12) -> str:
+    """The dialogues at these positions, cut to so many lines, above the three summaries."""
+    return "\n\n".join(_format_example(evaluation, i, dialogue_lines) for i in which)
+
+
+def _format_example(evaluation: Evaluation, position: int, dialogue_lines: int) -> str:
+    example = evaluation.examples[position]
+    dialogue = [line for turn in example.dialogue.splitlines() for line in _wrap(turn)]
+    if (more := len(dialogue) - dialogue_lines) > 1:  # the notice takes a line as well
+        dialogue[dialogue_lines:] = [f"... {more} more lines"]
+    lines = [
+        f"[{position + 1} of {evaluation.n}] {_printable(example.id)}, ROUGE-1: "
+        f"base {example.rouge1_base:.2f}, fine-tuned {example.rouge1_finetuned:.2f}"
+    ]
+    for label, texts in (
+        ("dialogue", dialogue),
+        ("reference", _wrap(example.reference)),
+        ("base", _wrap(example.base)),
+        ("fine-tuned", _wrap(example.finetuned)),
+    ):
+        texts = texts or ["(empty)"]
+        lines += [f"  {label:<10}  {texts[0]}", *(" " * 14 + text for text in texts[1:])]
+    return "\n".join(lines)
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(_printable(text), 86)
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which a terminal obeys, and lone surrogates, which raise."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text)
+
+
+def opening(session: Session, output: Path) -> str:
+    """What is about to be trained, on what, and where it goes."""
+    run = session.run
+    precision = str(session.autocast_dtype or "float32").removeprefix("torch.")
+    return "\n".join(
+        [
+            f"{run.model.model} on {run.data.data}: {len(session.train):,} dialogues to train, "
+            f"{len(session.validation):,} to validate; {session.device.type}, {precision}",
+            f"{run.model.method}: {session.report}",
+            f"run: {output}",
+        ]
+    )
+
+
+def closing(session: Session, outcome: Outcome, output: Path) -> str:
+    """What the run cost, and how to use what it made."""
+    report, progress = session.report, outcome.progress
+    share = 100 * report.trainable / report.total
+    return "\n".join(
+        [
+            f"trainable parameters  {report.trainable:,} of {report.total:,} ({share:.4f}%)",
+            f"training time         {progress.seconds / 60:.1f} minutes, {progress.step:,} steps",
+            f"peak memory           {outcome.peak_bytes / 2**20:,.0f} MiB",
+            f"saved                 {trained_path(output, session.run)}",
+            f"summarize a chat      python evaluate.py {output} --text chat.txt",
+        ]
+    )
