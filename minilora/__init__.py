@@ -15,6 +15,7 @@ from minilora.adapter import (
     save_adapter,
     write_adapter,
 )
+from minilora.arithmetic import Fitted, combine, extract
 from minilora.config import LoRAConfig, LoRAError
 from minilora.inject import InjectReport, config_of, inject, trainable_parameters, unwrap
 from minilora.layer import LoRALinear
@@ -24,14 +25,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Fitted",
     "InjectReport",
     "LoRAConfig",
     "LoRAError",
     "LoRALinear",
     "LoadReport",
     "MergeReport",
+    "combine",
     "config_of",
     "disabled",
+    "extract",
     "inject",
     "load_adapter",
     "merge",

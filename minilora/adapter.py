@@ -1,4 +1,4 @@
-"""An adapter on disk: PEFT's directory, read, checked, applied and written.
+"""An adapter on disk: PEFT's directory read, checked, applied and written.
 
     adapter_config.json          what was adapted: PEFT's names for the fields of LoRAConfig
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, in), ...lora_B.weight
@@ -8,10 +8,9 @@ error that names it, raised before the model is touched.
 """
 
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import safetensors
@@ -19,60 +18,35 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from minilora import bases
-from minilora.config import LoRAConfig, LoRAError, first_match, scale
-from minilora.files import write_file
-from minilora.inject import config_of, lora_layers, plain_model, remember, remove, report, wrap
+from minilora import bases, extras
+from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, scale
+from minilora.files import write_files
+from minilora.inject import (
+    injection_of,
+    layer_type,
+    lora_layers,
+    plain_model,
+    remove,
+    report,
+    wrap,
+)
 from minilora.layer import LoRALinear
-from minilora.targets import ALL_LINEAR, check_modules, is_target, nearest
+from minilora.peft_config import CONFIG_FILE as CONFIG_FILE
+from minilora.peft_config import config_from_peft, config_to_peft
+from minilora.targets import check_modules, is_target, nearest
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
-
-# LoRAConfig's field -> PEFT's. A file without an entry means PEFT's default, given here.
-FIELDS: dict[str, tuple[str, Any]] = {
-    "rank": ("r", 8),
-    "alpha": ("lora_alpha", 8),
-    "dropout": ("lora_dropout", 0.0),
-    "targets": ("target_modules", None),
-    "exclude": ("exclude_modules", None),
-    "layers": ("layers_to_transform", None),
-    "layers_pattern": ("layers_pattern", None),
-    "rank_pattern": ("rank_pattern", {}),
-    "alpha_pattern": ("alpha_pattern", {}),
-    "rslora": ("use_rslora", False),
-    "init": ("init_lora_weights", True),
-    "task_type": ("task_type", None),
+MAGNITUDE_SUFFIX, LORA_BIAS_SUFFIX = ".lora_magnitude_vector", ".lora_B.bias"
+# How a layer's parameters end on disk.
+SUFFIXES = {
+    "lora_A": A_SUFFIX,
+    "lora_B": B_SUFFIX,
+    "magnitude": MAGNITUDE_SUFFIX,
+    "lora_bias": LORA_BIAS_SUFFIX,
 }
-EMPTY: dict[str, Any] = {
-    "exclude": (),
-    "layers": None,
-    "layers_pattern": (),
-    "rank_pattern": {},
-    "alpha_pattern": {},
-}
-INITS = {"kaiming": True, "gaussian": "gaussian", "random": False}
-
-# Entries that change nothing about the weights.
-IGNORED = {
-    "peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping",
-    "inference_mode", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config",
-}  # fmt: skip
-
-# Entries that ask for another method, and what to do about it.
-REFUSED = {
-    "use_dora": "DoRA is not supported yet",
-    "bias": "trained biases are not supported yet",
-    "lora_bias": "a bias on lora_B is not supported yet",
-    "modules_to_save": "fully trained modules are not supported yet",
-    "fan_in_fan_out": "transposed weights are not supported yet",
-    "trainable_token_indices": "trained tokens are not supported: merge it with PEFT",
-    "target_parameters": "adapted bare parameters are not supported: merge it with PEFT",
-    "layer_replication": "replicated layers are not supported: merge it with PEFT",
-    "alora_invocation_tokens": "activated LoRA cannot be merged; use it with PEFT",
-}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -81,27 +55,23 @@ class Adapter:
 
     Raises:
         LoRAError: the tensors do not form pairs A (r, in), B (out, r) of one rank that agree with
-            the configuration, or hold a value that is not finite.
+            the configuration, hold a value that is not finite, or are not what `dora`, `bias`,
+            `lora_bias` and `also_train` ask for.
     """
 
     config: LoRAConfig
     tensors: dict[str, Tensor]
     base_model: str | None = None
     """Name or directory of the model it was trained on, if known."""
+    fan_in_fan_out: bool = False
+    """Whether the adapted modules are Conv1D: PEFT's word for it, written down for PEFT only."""
 
     def __post_init__(self) -> None:
-        problems = []
-        for key, tensor in self.tensors.items():
-            if not key.startswith(PREFIX) or not key.endswith((A_SUFFIX, B_SUFFIX)):
-                problems.append(f"unexpected key {key}")
-            elif tensor.dim() != 2 or not tensor.is_floating_point():
-                problems.append(f"{key} is {_kind(tensor)}, not a floating-point matrix")
-            elif not tensor.isfinite().all():
-                problems.append(f"{key} holds values that are not finite")
+        problems = [p for key, tensor in self.tensors.items() for p in self._check_key(key, tensor)]
         if not problems:
-            problems = [problem for name in self.modules for problem in self._check_pair(name)]
-        if not self.tensors:
-            problems.append("it holds no tensors")
+            problems = [problem for name in self.modules for problem in self._check_module(name)]
+        if not self.modules:
+            problems.append("it holds no lora_A and lora_B")
         _raise("the adapter's tensors are wrong", problems)
 
     @property
@@ -109,24 +79,72 @@ class Adapter:
         """Dotted names of the adapted modules, sorted."""
         return modules_of(self.tensors)
 
+    @property
+    def extras(self) -> dict[str, Tensor]:
+        """The biases and whole modules that trained too, by name on disk without the prefix."""
+        return {
+            key.removeprefix(PREFIX): tensor
+            for key, tensor in self.tensors.items()
+            if not key.endswith(tuple(SUFFIXES.values()))
+        }
+
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of a module."""
-        stem = PREFIX + module
-        return self.tensors[stem + A_SUFFIX], self.tensors[stem + B_SUFFIX]
+        parameters = self.parameters(module)
+        return parameters["lora_A"], parameters["lora_B"]
 
-    def _check_pair(self, module: str) -> list[str]:
-        stem = PREFIX + module
-        missing = [stem + end for end in (A_SUFFIX, B_SUFFIX) if stem + end not in self.tensors]
+    def parameters(self, module: str) -> dict[str, Tensor]:
+        """The tensors of a module by their names in LoRALinear."""
+        keys = {name: PREFIX + module + suffix for name, suffix in SUFFIXES.items()}
+        return {name: self.tensors[key] for name, key in keys.items() if key in self.tensors}
+
+    def scale_of(self, module: str) -> float:
+        """The scale s of a module."""
+        rank = self.pair(module)[0].shape[0]
+        return scale(self.config.alpha_of(module), rank, self.config.rslora)
+
+    def _check_key(self, key: str, tensor: Tensor) -> list[str]:
+        name, config = key.removeprefix(PREFIX), self.config
+        module, _, end = name.rpartition(".")
+        if key.endswith(MAGNITUDE_SUFFIX) and not config.dora:
+            return [f"unexpected key {key}: DoRA's magnitudes, but use_dora is false"]
+        if key.endswith(LORA_BIAS_SUFFIX) and not config.lora_bias:
+            return [f"unexpected key {key}: lora_bias is false"]
+        in_layer = key.endswith(tuple(SUFFIXES.values()))
+        in_place = (
+            (name.endswith(extras.BASE_BIAS) and config.bias != "none")
+            or (end == "bias" and config.bias == "all")
+            or extras.trained_module(config, module) is not None
+        )
+        if name == key or not (in_layer or in_place):
+            return [f"unexpected key {key}"]
+        dim = 2 if key.endswith((A_SUFFIX, B_SUFFIX)) else 1
+        if in_layer and (tensor.dim() != dim or tensor.dtype not in FLOATS):
+            what = "vector" if dim == 1 else "matrix"
+            return [f"{key} is {_kind(tensor)}, not a floating-point {what}"]
+        if tensor.dtype.is_floating_point and tensor.dtype not in FLOATS:
+            return [f"{key} is {_kind(tensor)}, which cannot be read exactly"]
+        return [] if tensor.isfinite().all() else [f"{key} holds values that are not finite"]
+
+    def _check_module(self, module: str) -> list[str]:
+        tensors = self.parameters(module)
+        wanted = parameter_names(self.config)
+        missing = [name for name in wanted if name not in tensors]
         if missing:
-            return [f"missing key {key}" for key in missing]
-        A, B = self.pair(module)
+            return [f"missing key {PREFIX}{module}{SUFFIXES[name]}" for name in missing]
+        A, B = tensors["lora_A"], tensors["lora_B"]
         rank = self.config.rank_of(module)
         if A.shape[0] != rank or B.shape[1] != rank:
             return [
                 f"{module}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, "
                 f"but the configuration says rank {rank}"
             ]
-        return []
+        return [
+            f"{module}: lora_B has {B.shape[0]} rows, but {PREFIX}{module}{SUFFIXES[name]} "
+            f"{tensors[name].shape[0]} entries"
+            for name in wanted[2:]
+            if tensors[name].shape[0] != B.shape[0]
+        ]
 
 
 @dataclass(frozen=True)
@@ -138,32 +156,51 @@ class LoadReport:
     """Whether the tensors went into adapter layers that were there already."""
     base_model: str | None
     """The base model that the file names."""
+    notice: str | None = None
+    """Says so if the file names another base model than this one."""
 
     def __str__(self) -> str:
         how = "swapped in place" if self.swapped else "loaded"
-        return f"{len(self.modules)} modules {how}"
+        return f"{len(self.modules)} modules {how}" + (f"; {self.notice}" if self.notice else "")
 
 
 def modules_of(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Dotted names of the modules that have keys among the tensors, sorted."""
-    stems = {key.rpartition(".lora_")[0] for key in tensors}
-    return tuple(sorted(stem.removeprefix(PREFIX) for stem in stems if stem.startswith(PREFIX)))
+    stems = {
+        key.removeprefix(PREFIX).removesuffix(suffix)
+        for key in tensors
+        for suffix in SUFFIXES.values()
+        if key.startswith(PREFIX) and key.endswith(suffix)
+    }
+    return tuple(sorted(stems))
+
+
+def parameter_names(config: LoRAConfig) -> tuple[str, ...]:
+    """The parameters that each layer has under this configuration."""
+    more = ("magnitude",) if config.dora else ("lora_bias",) if config.lora_bias else ()
+    return ("lora_A", "lora_B", *more)
 
 
 def read_adapter(directory: str | Path) -> Adapter:
     """Read and check an adapter directory as PEFT or minilora wrote it. Never reads a pickle.
 
+    PEFT saves an adapter with a name of its own one directory deeper; it is read from there if it
+    is the only one.
+
     Raises:
         LoRAError: a file is missing, damaged, or asks for something minilora does not do.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise LoRAError(f"{directory}: no such directory")
+    directory = _adapter_directory(Path(directory))
     entries = _read_json(directory / CONFIG_FILE)
     try:
         tensors = _read_tensors(directory)
-        config = _config_from_peft(entries, modules_of(tensors))
-        return Adapter(config, tensors, entries.get("base_model_name_or_path"))
+        config = config_from_peft(entries, modules_of(tensors))
+        if config.bias == "all" and config.also_train:
+            tensors = _without_repeats(tensors)
+        base_model = entries.get("base_model_name_or_path")
+        if not isinstance(base_model, str | None):
+            raise LoRAError(f"{CONFIG_FILE}: base_model_name_or_path is {base_model!r}")
+        return Adapter(config, tensors, base_model, entries.get("fan_in_fan_out") is True)
     except LoRAError as error:
         raise LoRAError(f"{directory}: {error}") from None
 
@@ -180,25 +217,36 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
         raise LoRAError(f"{directory} is a file, not a directory")
     tensors = {key: adapter.tensors[key].contiguous() for key in sorted(adapter.tensors)}
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    text = json.dumps(_config_to_peft(adapter), indent=2, sort_keys=True) + "\n"
-    write_file(directory / WEIGHTS_FILE, weights)
-    write_file(directory / CONFIG_FILE, text.encode())
+    entries = config_to_peft(adapter.config, adapter.modules) | {
+        "base_model_name_or_path": adapter.base_model,
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+    }
+    text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
+    write_files({directory / WEIGHTS_FILE: weights, directory / CONFIG_FILE: text.encode()})
 
 
 def adapter_of(model: nn.Module) -> Adapter:
     """The adapter a model carries, as a value: its tensors are copies on the CPU.
 
     Raises:
-        LoRAError: the model carries no adapter.
+        LoRAError: the model carries no adapter, or is in a `disabled` block.
     """
-    config = config_of(model)
-    if config is None:
+    model = plain_model(model)
+    injection = injection_of(model)
+    if injection is None:
         raise LoRAError("the model carries no adapter: minilora.inject or load_adapter first")
+    if injection.kept.exchanged and injection.kept.live:
+        raise LoRAError("cannot save inside `with minilora.disabled(model)`: save after it")
     tensors = {}
-    for name, layer in lora_layers(model).items():
-        tensors[PREFIX + name + A_SUFFIX] = layer.lora_A.detach().cpu().clone()
-        tensors[PREFIX + name + B_SUFFIX] = layer.lora_B.detach().cpu().clone()
-    return Adapter(config, tensors, _base_model_name(model))
+    layers = lora_layers(model)
+    for name, layer in layers.items():
+        for attribute in parameter_names(injection.config):
+            tensors[name + SUFFIXES[attribute]] = getattr(layer, attribute)
+    state = model.state_dict() if injection.kept.live else {}  # unmerged values, merged or not
+    tensors |= {name: state[key] for name, key in injection.kept.live.items()}
+    copies = {PREFIX + name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    transposed = any(bases.is_conv1d(layer.base) for layer in layers.values())
+    return Adapter(injection.config, copies, _base_model_name(model), transposed)
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
@@ -215,7 +263,7 @@ def load_adapter(model: nn.Module, directory: str | Path, inference: bool = Fals
     """Load an adapter of PEFT's format into a model, in place; the file's keys decide where.
 
     A model that already carries an adapter of the same shapes keeps its modules and gets the new
-    values; one of other shapes is unwrapped (without merging) and injected again.
+    values; one of other shapes becomes the base again and is injected anew.
 
     Args:
         model: the base model, or one that carries an adapter, unmerged.
@@ -227,37 +275,60 @@ def load_adapter(model: nn.Module, directory: str | Path, inference: bool = Fals
             mis-shaped key is named, and the model is untouched.
     """
     adapter = read_adapter(directory)
-    model = plain_model(model)
-    layers = lora_layers(model)
-    if any(layer.merged for layer in layers.values()):
-        raise LoRAError("cannot load an adapter while merged: call minilora.unmerge(model) first")
     try:
-        found = _find_modules(model, adapter)
+        return apply_adapter(model, adapter, inference)
     except LoRAError as error:
         raise LoRAError(f"{directory}: {error}") from None
-    swapped = _fits(layers, adapter)
+
+
+def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -> LoadReport:
+    """What `load_adapter` does, with an adapter that was read, combined or extracted already."""
+    wrapped, model = model, plain_model(model)
+    layers, injection = lora_layers(model), injection_of(model)
+    if any(layer.merged for layer in layers.values()):
+        raise LoRAError("cannot load an adapter while merged: call minilora.unmerge(model) first")
+    if injection is not None and injection.kept.exchanged:
+        raise LoRAError("cannot load an adapter inside `with minilora.disabled(model)`")
+    found = _check_fit(model, adapter)
+    kept = injection.kept.live if injection is not None else {}
+    swapped = _fits(layers, adapter) and set(kept) == set(adapter.extras)
     if swapped:
-        _configure(layers, adapter.config)
-        remember(model, adapter.config)
+        assert injection is not None
+        injection.config = adapter.config
     else:
-        remove(model)
+        if wrapped is not model:  # data-parallel copies would never learn of the new parameters
+            raise LoRAError(
+                "load an adapter of other shapes before torch.compile or DistributedDataParallel, "
+                "not after"
+            )
+        remove(model, restore=True)
         ranks = {name: adapter.pair(name)[0].shape[0] for name in found}
         wrap(model, found, adapter.config, ranks)
-    with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            A, B = adapter.pair(name)
-            layer.lora_A.copy_(A).requires_grad_(not inference)
-            layer.lora_B.copy_(B).requires_grad_(not inference)
-    return LoadReport(report(model).modules, swapped, adapter.base_model)
+    _fill(model, adapter, inference)
+    notice = _compare_base(adapter.base_model, _base_model_name(model))
+    return LoadReport(report(model).modules, swapped, adapter.base_model, notice)
 
 
-def _find_modules(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+@torch.no_grad()
+def _fill(model: nn.Module, adapter: Adapter, inference: bool) -> None:
+    """Copy the adapter's values into an injected model of the same shapes."""
+    for name, layer in lora_layers(model).items():
+        layer.alpha, layer.dropout = adapter.config.alpha_of(name), adapter.config.dropout
+        layer.scale = adapter.scale_of(name)
+        for attribute, tensor in adapter.parameters(name).items():
+            getattr(layer, attribute).copy_(tensor).requires_grad_(not inference)
+    injection = injection_of(model)
+    assert injection is not None
+    state = model.state_dict(keep_vars=True) if injection.kept.live else {}
+    for name, key in injection.kept.live.items():
+        state[key].copy_(adapter.extras[name])
+        trains = not inference and isinstance(state[key], nn.Parameter)
+        state[key].requires_grad_(trains and state[key].is_floating_point())
+
+
+def _check_fit(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     """The base modules that the adapter's keys name, checked against model and configuration."""
-    named = {
-        name.removesuffix(".base"): module.base if isinstance(module, LoRALinear) else module
-        for name, module in model.named_modules()
-        if name and not isinstance(module, LoRALinear)
-    }
+    named = _base_modules(model)
     found = {name: named[name] for name in adapter.modules if name in named}
     known = [name for name, module in named.items() if bases.is_linear(module)]
     problems = [
@@ -276,13 +347,25 @@ def _find_modules(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
                 f"and lora_B {tuple(B.shape)}"
             )
     if not problems:
-        problems = _compare_targets(model, adapter, known)
+        problems = _compare_targets(adapter, known) + _compare_extras(model, adapter)
     _raise("the adapter does not fit the model", problems)
     check_modules(model, found)
+    extras.check_untied(model, adapter.config)
     return found
 
 
-def _compare_targets(model: nn.Module, adapter: Adapter, linears: list[str]) -> list[str]:
+def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by the names they have, or had before an adapter was injected."""
+    layers = lora_layers(model)
+    named = {}
+    for name, module in ((bases.plain_name(n), m) for n, m in model.named_modules()):
+        parent, _, last = name.rpartition(".")
+        if name and name not in layers:
+            named[parent if last == "base" and parent in layers else name] = module
+    return named
+
+
+def _compare_targets(adapter: Adapter, linears: list[str]) -> list[str]:
     """What the configuration targets must be in the file, and nothing else."""
     config = adapter.config
     if config.targets == ALL_LINEAR:
@@ -297,10 +380,26 @@ def _compare_targets(model: nn.Module, adapter: Adapter, linears: list[str]) -> 
     ]
 
 
+def _compare_extras(model: nn.Module, adapter: Adapter) -> list[str]:
+    """The biases and whole modules in the file must be those the configuration asks for."""
+    wanted, state = extras.find(model, adapter.config, adapter.modules), model.state_dict()
+    problems = [f"missing key {PREFIX}{name}" for name in sorted(set(wanted) - set(adapter.extras))]
+    for name, tensor in adapter.extras.items():
+        if name not in wanted:
+            problems.append(f"unexpected key {PREFIX}{name}")
+            continue
+        live = state[wanted[name]]
+        if live.shape != tensor.shape or live.is_floating_point() != tensor.is_floating_point():
+            problems.append(f"{PREFIX}{name} is {_kind(tensor)}, but the model's is {_kind(live)}")
+    return problems
+
+
 def _fits(layers: dict[str, LoRALinear], adapter: Adapter) -> bool:
     """Whether the adapter's tensors have the shapes of the layers that are there."""
+    kind = layer_type(adapter.config)
     return sorted(layers) == list(adapter.modules) and all(
-        layer.lora_A.shape == adapter.pair(name)[0].shape for name, layer in layers.items()
+        type(layer) is kind and layer.lora_A.shape == adapter.pair(name)[0].shape
+        for name, layer in layers.items()
     )
 
 
@@ -308,6 +407,25 @@ def _base_model_name(model: nn.Module) -> str | None:
     """Where transformers says the model came from."""
     name = getattr(plain_model(model), "name_or_path", None)
     return name if isinstance(name, str) and name else None
+
+
+def _compare_base(trained_on: str | None, loaded_into: str | None) -> str | None:
+    """A notice if the names differ. No error: a name may be a directory of another machine."""
+    if not trained_on or not loaded_into or PurePath(trained_on).name == PurePath(loaded_into).name:
+        return None
+    return f"it was trained on {trained_on}, and this model is {loaded_into}"
+
+
+def _adapter_directory(directory: Path) -> Path:
+    if not directory.is_dir():
+        raise LoRAError(f"{directory}: no such directory")
+    if (directory / CONFIG_FILE).exists():
+        return directory
+    named = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
+    if len(named) > 1:
+        choices = ", ".join(path.name for path in named)
+        raise LoRAError(f"{directory}: holds several adapters, name one of them: {choices}")
+    return named[0] if named else directory
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -337,78 +455,14 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         raise LoRAError(f"{WEIGHTS_FILE} is damaged: {error}") from None
 
 
-def _config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> LoRAConfig:
-    kind = entries.get("peft_type")
-    if kind != "LORA":
-        raise LoRAError(f"{CONFIG_FILE}: peft_type is {kind!r}; only 'LORA' is supported")
-    known = {name for name, _ in FIELDS.values()} | IGNORED
-    for key, value in entries.items():
-        if key not in known and value not in (None, False, "none", [], {}):
-            advice = REFUSED.get(key, "minilora does not know it, and PEFT's result depends on it")
-            raise LoRAError(f"{CONFIG_FILE}: {key} is {value!r}: {advice}")
-    values = {ours: entries.get(peft, default) for ours, (peft, default) in FIELDS.items()}
-    inits = [ours for ours, peft in INITS.items() if peft == values["init"]]
-    if not inits:
-        raise LoRAError(
-            f"{CONFIG_FILE}: init_lora_weights {values['init']!r} may have rewritten the base's "
-            "weights: convert the adapter to plain LoRA with PEFT (save_pretrained with "
-            "path_initial_model_for_weight_conversion)"
-        )
-    values["init"] = inits[0]
-    values["targets"] = values["targets"] or modules
-    for name, empty in EMPTY.items():  # PEFT writes null, [] and {} alike
-        values[name] = values[name] if values[name] not in (None, [], {}, "") else empty
-    try:
-        return LoRAConfig(**values)
-    except LoRAError as error:
-        raise LoRAError(f"{CONFIG_FILE}: {error}") from None
-
-
-def _config_to_peft(adapter: Adapter) -> dict[str, Any]:
-    """PEFT's entries, only those that its older versions know too, unless they are needed."""
-    config = adapter.config
-    values = {name: getattr(config, name) for name in FIELDS}
-    if config.targets == ALL_LINEAR:
-        values["targets"] = adapter.modules  # which linears, said outright
-    values["alpha"] = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
-    values["rank_pattern"] = _resolve(config.rank_of, adapter.modules, config.rank)
-    values["alpha_pattern"] = _resolve(config.alpha_of, adapter.modules, config.alpha)
-    values["init"] = INITS[config.init]
-    entries = {peft: values[ours] for ours, (peft, _) in FIELDS.items()}
-    for key in ("exclude_modules", "layers_pattern", "layers_to_transform"):
-        entries[key] = entries[key] or None
-    if entries["exclude_modules"] is None:
-        del entries["exclude_modules"]
-    return entries | {
-        "peft_type": "LORA",
-        "base_model_name_or_path": adapter.base_model,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "use_dora": False,
-    }
-
-
-def _resolve(
-    value_of: Callable[[str], Any], modules: tuple[str, ...], default: Any
-) -> dict[str, Any]:
-    """A pattern with one full name per module, so that no order of keys can change its meaning.
-
-    PEFT sorts the keys when it saves; overlapping patterns then reload with other values.
-    """
-    names = {name: value_of(name) for name in modules}
-    pattern = {name: value for name, value in names.items() if value != default}
-    if all(first_match(pattern, name, default) == value for name, value in names.items()):
-        return pattern
-    # A full name is also the end of another: anchor them. PEFT matches `(.*\.)?(KEY)$`.
-    return {f"^{re.escape(name)}": value for name, value in pattern.items()}
-
-
-def _configure(layers: dict[str, LoRALinear], config: LoRAConfig) -> None:
-    for name, layer in layers.items():
-        layer.alpha, layer.dropout = config.alpha_of(name), config.dropout
-        layer.scale = scale(layer.alpha, layer.rank, config.rslora)
+def _without_repeats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With bias="all" PEFT writes the biases of whole modules thrice; the plain name is trained."""
+    plain = dict(tensors)
+    for key in tensors:
+        for inner in (".original_module.", ".modules_to_save."):
+            if key.replace(inner, ".") in tensors and key.endswith(".bias") and inner in key:
+                plain.pop(key, None)
+    return plain
 
 
 def _raise(what: str, problems: list[str], show: int = 5) -> None:

@@ -26,6 +26,11 @@ class Base(Protocol):
         """W (out, in)."""
 
 
+def plain_name(name: str) -> str:
+    """A dotted name without what torch.compile of a part puts between: `encoder._orig_mod.fc`."""
+    return name.replace("_orig_mod.", "")
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether the module is a Conv1D of transformers: weight (in, out) and the width `nf`."""
     weight = getattr(module, "weight", None)
@@ -68,12 +73,18 @@ def adapter_placement(base: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where A and B live: on the base's device, in float32 (float64 on a float64 base).
 
     Raises:
-        LoRAError: the weight is neither floating point nor a `Base` that knows how to read it.
+        LoRAError: the weight is not stored as such, or is neither floating point of 16 bits or more
+            nor a `Base` that knows how to read it.
     """
     if isinstance(base, Base):
         return next(iter([*base.parameters(), *base.buffers()])).device, torch.float32
+    if "weight" not in base._parameters | base._buffers:
+        raise LoRAError(
+            f"cannot adapt a {type(base).__name__}: its weight is computed anew at every call, so "
+            "that merging would be lost; remove the parametrization first"
+        )
     weight = dense_weight(base)
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise LoRAError(
             f"cannot adapt a {type(base).__name__} with {weight.dtype} weights: it is quantized "
             "by another library; dequantize it, or quantize with minilora.quantize"

@@ -2,16 +2,23 @@
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
 Init = Literal["kaiming", "gaussian", "random"]
+Bias = Literal["none", "lora_only", "all"]
+ALL_LINEAR = "all-linear"
 T = TypeVar("T")
 
 
 class LoRAError(ValueError):
     """Something asked of minilora is wrong: one line that says what, where and what to do."""
+
+    def __init__(self, message: str) -> None:
+        # A name in a file may hold anything; what is printed stays one line of plain characters.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,12 @@ class LoRAConfig:
             The first key that matches wins.
         alpha_pattern: the same for alpha.
         rslora: s = alpha / sqrt(r) (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+        dora: train the length of each row of W apart from its direction (Liu et al. 2024,
+            https://arxiv.org/abs/2402.09353).
+        bias: which of the base's biases train: "none", "lora_only" (of the adapted modules), "all".
+        lora_bias: give B a bias of its own. Not with `dora`.
+        also_train: modules that train whole, such as a new "classifier": ends of their names. Never
+            adapted themselves, nor what lies inside.
         init: "kaiming" (A Kaiming-uniform, B zero), "gaussian" (A normal, B zero), or "random"
             (both Kaiming-uniform: the model's output changes at once; for tests).
         task_type: PEFT's word for the kind of model, such as "SEQ_2_SEQ_LM"; only written down.
@@ -54,33 +67,51 @@ class LoRAConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     rslora: bool = False
+    dora: bool = False
+    bias: Bias = "none"
+    lora_bias: bool = False
+    also_train: tuple[str, ...] = ()
     init: Init = "kaiming"
     task_type: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude", "layers_pattern"):
+        for name in ("targets", "exclude", "layers_pattern", "also_train"):
             self._set(name, _names(name, getattr(self, name)))
-        if isinstance(self.layers_pattern, str):
-            self._set("layers_pattern", (self.layers_pattern,) if self.layers_pattern else ())
+        if isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR:
+            self._set("targets", ALL_LINEAR)
+        for name in ("layers_pattern", "also_train"):
+            if isinstance(value := getattr(self, name), str):
+                self._set(name, (value,) if value else ())
+        for pattern in self.layers_pattern:
+            check_regex("layers_pattern", pattern, "({})")
         if self.layers is not None:
             self._set("layers", _indices(self.layers))
         if not self.targets:
             raise LoRAError("targets is empty: name at least one module, such as 'q_proj'")
         if self.layers is not None and isinstance(self.targets, str):
             raise LoRAError("layers goes with a list of target names, not with one string")
+        if self.layers_pattern and self.layers is None:
+            raise LoRAError("layers_pattern says where `layers` are counted: give layers too")
         check_rank("rank", self.rank)
         check_alpha("alpha", self.alpha)
         for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
             self._set(name, _pattern(name, getattr(self, name)))
             for key, value in getattr(self, name).items():
                 check(f"{name}[{key!r}]", value)
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise LoRAError(f"dropout must be in [0, 1), not {self.dropout!r}")
+        check_dropout("dropout", self.dropout)
         for flag in (f.name for f in fields(self) if f.type is bool):
             if not isinstance(getattr(self, flag), bool):
                 raise LoRAError(f"{flag} must be True or False, not {getattr(self, flag)!r}")
-        if self.init not in get_args(Init):
-            raise LoRAError(f"init must be one of {', '.join(get_args(Init))}, not {self.init!r}")
+        for name, choices in (("init", get_args(Init)), ("bias", get_args(Bias))):
+            if getattr(self, name) not in choices:
+                names = ", ".join(choices)
+                raise LoRAError(f"{name} must be one of {names}, not {getattr(self, name)!r}")
+        if not isinstance(self.task_type, str | None):
+            raise LoRAError(f"task_type must be a string, not {self.task_type!r}")
+        if self.lora_bias and self.dora:
+            raise LoRAError("lora_bias does not go with dora: a bias has no direction")
+        if self.lora_bias and self.init == "gaussian":
+            raise LoRAError("lora_bias goes with init 'kaiming' or 'random', as in PEFT")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
@@ -101,10 +132,12 @@ def scale(alpha: float, rank: int, rslora: bool = False) -> float:
 
 def first_match(patterns: Mapping[str, T], module: str, default: T) -> T:
     """The value of the first pattern that matches the end of the module's name."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):  # PEFT's rule, to the letter
-            return value
-    return default
+    return next((value for key, value in patterns.items() if matches_end(key, module)), default)
+
+
+def matches_end(key: str, module: str) -> bool:
+    """Whether a key of a pattern means this module: PEFT's rule, to the letter."""
+    return re.match(rf"(.*\.)?({key})$", module) is not None
 
 
 def check_rank(name: str, value: object) -> None:
@@ -113,8 +146,13 @@ def check_rank(name: str, value: object) -> None:
 
 
 def check_alpha(name: str, value: Any) -> None:
-    if not _is_number(value) or not math.isfinite(value) or value <= 0:
+    if not _is_number(value) or not 0 < value <= sys.float_info.max:
         raise LoRAError(f"{name} must be a finite number above 0, not {value!r}")
+
+
+def check_dropout(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 <= value < 1:
+        raise LoRAError(f"{name} must be in [0, 1), not {value!r}")
 
 
 def _is_number(value: object) -> bool:
@@ -124,11 +162,18 @@ def _is_number(value: object) -> bool:
 def _names(name: str, value: object) -> str | tuple[str, ...]:
     """One string as it is, several as a tuple; a set is sorted, so that a run can be repeated."""
     if isinstance(value, str):
+        check_regex(name, value)
         return value
-    items = sorted(value) if isinstance(value, set | frozenset) else value
-    if not isinstance(items, Iterable) or not all(isinstance(item, str) for item in items):
+    if not isinstance(value, Iterable) or not all(isinstance(item, str) for item in value):
         raise LoRAError(f"{name} must be a string or a sequence of strings, not {value!r}")
-    return tuple(items)
+    return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+
+
+def check_regex(name: str, value: str, used: str = "{}") -> None:
+    try:
+        re.compile(used.format(value))
+    except re.error as error:
+        raise LoRAError(f"{name}: {value!r} is no regular expression: {error}") from None
 
 
 def _indices(value: object) -> tuple[int, ...]:
@@ -142,8 +187,5 @@ def _pattern(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise LoRAError(f"{name} must map regular expressions to numbers, not {value!r}")
     for key in value:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise LoRAError(f"{name}: {key!r} is no regular expression: {error}") from None
+        check_regex(name, key, "({})")  # in a group, as `first_match` does
     return dict(value)

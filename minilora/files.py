@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -11,20 +12,34 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: the directory cannot be written or the disk is full; the old file is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    beside = Path(name)
+    write_files({path: content})
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write files that belong together: none is renamed before all of them are on the disk.
+
+    Raises:
+        OSError: a directory cannot be written or the disk is full; the old files are untouched.
+    """
+    staged: list[tuple[Path, Path]] = []
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.chmod(0o666 & ~_umask())  # mkstemp's 0600 would hide a run from colleagues
-        beside.replace(path)
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            staged.append((Path(name), path))
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o666 & ~_umask())  # mkstemp's 0600 would hide a run from colleagues
+        for beside, path in staged:
+            beside.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        for beside, _ in staged:
+            beside.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    for directory in {path.parent for path in contents}:
+        sync_directory(directory)
 
 
 def sync_directory(directory: Path) -> None:

@@ -1,14 +1,19 @@
 """Inject: wrap the targets and freeze the rest. Unwrap: the plain model again, merged."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from minilora import bases
+from minilora import bases, extras
+from minilora.biased import BiasedLoRALinear
 from minilora.config import LoRAConfig, LoRAError
-from minilora.layer import LoRALinear
+from minilora.dora import DoRALinear
+from minilora.layer import LoRALinear, refuse_when_merged
 from minilora.targets import select
 
 
@@ -22,6 +27,8 @@ class InjectReport:
     """Number of parameters that train."""
     total: int
     """Number of parameters, the adapter's included."""
+    also: tuple[str, ...] = ()
+    """Names of the biases and whole modules' parameters that train too."""
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total
@@ -29,7 +36,8 @@ class InjectReport:
             f"{len(self.modules)} modules, {self.trainable:,} trainable "
             f"of {self.total:,} ({share:.4f}%)"
         )
-        return "\n".join([head, *(f"  {line}" for line in fold_names(self.modules))])
+        lines = fold_names(self.modules) + [f"and {name}" for name in fold_names(self.also)]
+        return "\n".join([head, *(f"  {line}" for line in lines)])
 
 
 @dataclass
@@ -39,12 +47,17 @@ class Injection:
     config: LoRAConfig
     required_grad: dict[str, bool]
     """Which of the base's parameters trained before, by their names then."""
+    kept: extras.Kept
+    """What trains besides A and B, and the base's values of it."""
+    hook: RemovableHandle
+    """Refuses to load weights while merged, before the first of them is written."""
 
 
 def inject(model: nn.Module, config: LoRAConfig) -> InjectReport:
     """Freeze the model and wrap every target into a LoRALinear, in place.
 
-    Only `lora_A` and `lora_B` train afterwards. Nothing is changed when an error is raised.
+    Only the adapter trains afterwards: `lora_A`, `lora_B` and what the configuration adds to them.
+    Nothing is changed when an error is raised.
 
     Args:
         model: any module; not yet wrapped by torch.compile or DistributedDataParallel.
@@ -59,11 +72,11 @@ def inject(model: nn.Module, config: LoRAConfig) -> InjectReport:
     """
     if plain_model(model) is not model:
         raise LoRAError("inject before torch.compile or DistributedDataParallel, not after")
-    if config_of(model) is not None:
+    if config_of(model) is not None or lora_layers(model):
         raise LoRAError("the model carries an adapter already: minilora.unwrap(model) first")
     found = select(model, config)
+    extras.check_untied(model, config)
     for name, module in found.items():
-        bases.adapter_placement(module)  # raises if its weight cannot be adapted
         rank, side = config.rank_of(name), min(bases.shape(module))
         if rank > side:
             raise LoRAError(f"rank {rank} is above the smaller side of {name}, {side}")
@@ -74,9 +87,10 @@ def wrap(
     model: nn.Module, found: dict[str, nn.Module], config: LoRAConfig, ranks: dict[str, int]
 ) -> InjectReport:
     """Freeze, then replace each of the found modules by a LoRALinear around it."""
-    required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    required_grad = {bases.plain_name(n): p.requires_grad for n, p in model.named_parameters()}
+    kind = layer_type(config)
     layers = {
-        id(module): LoRALinear(
+        id(module): kind(
             module,
             ranks[name],
             config.alpha_of(name),
@@ -87,16 +101,27 @@ def wrap(
         for name, module in found.items()
     }
     model.requires_grad_(False)
+    model.zero_grad()  # a frozen weight with a gradient would still be decayed by an optimizer
     _replace(model, layers)
-    model._minilora = Injection(config, required_grad)  # type: ignore[assignment]
+    kept = extras.keep(model, config)
+    hook = model.register_load_state_dict_pre_hook(_refuse_when_merged)
+    model._minilora = Injection(config, required_grad, kept, hook)  # type: ignore[assignment]
     return report(model)
+
+
+def layer_type(config: LoRAConfig) -> type[LoRALinear]:
+    """The class of the layers that this configuration asks for."""
+    return DoRALinear if config.dora else BiasedLoRALinear if config.lora_bias else LoRALinear
 
 
 def report(model: nn.Module) -> InjectReport:
     """Count the modules and parameters of an injected model."""
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    return InjectReport(tuple(lora_layers(model)), trainable, sum(p.numel() for p in parameters))
+    total = sum(p.numel() for p in parameters)
+    injection = injection_of(model)
+    also = tuple(injection.kept.live) if injection is not None else ()
+    return InjectReport(tuple(lora_layers(model)), trainable, total, also)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -115,13 +140,21 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def remove(model: nn.Module) -> None:
-    """Put the original modules back as they are, merged or not, and forget the adapter."""
-    injection = _injection(model)
+def remove(model: nn.Module, restore: bool = False) -> None:
+    """Put the original modules back as they are, merged or not, and forget the adapter.
+
+    Args:
+        model: as `inject` left it.
+        restore: give biases and modules that trained in place the base's values again.
+    """
+    injection = injection_of(model)
+    if injection is not None and restore:
+        injection.kept.exchange(model)
     _replace(model, {id(layer): layer.base for layer in lora_layers(model).values()})
     if injection is not None:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(injection.required_grad.get(name, True))
+            parameter.requires_grad_(injection.required_grad.get(bases.plain_name(name), True))
+        injection.hook.remove()
         del model._minilora
 
 
@@ -142,7 +175,7 @@ def merge_all(layers: dict[str, LoRALinear]) -> None:
 
 def config_of(model: nn.Module) -> LoRAConfig | None:
     """The LoRAConfig the model carries, or None."""
-    injection = _injection(plain_model(model))
+    injection = injection_of(plain_model(model))
     return injection.config if injection is not None else None
 
 
@@ -154,7 +187,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers by dotted name, in the model's order."""
     named = plain_model(model).named_modules()
-    return {name: module for name, module in named if isinstance(module, LoRALinear)}
+    return {bases.plain_name(name): m for name, m in named if isinstance(m, LoRALinear)}
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -175,13 +208,17 @@ def fold_names(names: tuple[str, ...]) -> list[str]:
         >>> fold_names(("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj"))
         ['layers.{0,1}.q_proj', 'layers.0.v_proj']
     """
-    groups: dict[str, list[tuple[str, ...]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}  # what is between the numbers
     for name in names:
-        groups.setdefault(re.sub(r"\d+", "{}", name), []).append(tuple(re.findall(r"\d+", name)))
+        groups.setdefault(tuple(re.split(r"\d+", name)), []).append(tuple(re.findall(r"\d+", name)))
     lines = []
-    for pattern, numbers in groups.items():
+    for texts, numbers in groups.items():
         columns = [sorted(set(column), key=int) for column in zip(*numbers, strict=True)]
-        lines.append(pattern.format(*map(_fold_numbers, columns)))
+        if math.prod(map(len, columns)) == len(numbers):  # every combination is there
+            numbers = [tuple(map(_fold_numbers, columns))]
+        for row in numbers:
+            pairs = zip(texts, (*row, ""), strict=True)
+            lines.append("".join(text + number for text, number in pairs))
     return lines
 
 
@@ -193,16 +230,17 @@ def _fold_numbers(numbers: list[str]) -> str:
     return f"{{{first}-{last}}}" if whole else f"{{{','.join(numbers)}}}"
 
 
-def remember(model: nn.Module, config: LoRAConfig) -> None:
-    """Note another configuration on a model that carries an adapter."""
-    injection = _injection(model)
-    assert injection is not None
-    injection.config = config
-
-
-def _injection(model: nn.Module) -> Injection | None:
+def injection_of(model: nn.Module) -> Injection | None:
+    """What the model remembers of its injection, or None."""
     injection = getattr(model, "_minilora", None)
     return injection if isinstance(injection, Injection) else None
+
+
+def _refuse_when_merged(
+    model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object
+) -> None:
+    for name, layer in lora_layers(model).items():
+        refuse_when_merged(layer, state_dict, f"{prefix}{name}.")
 
 
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import bases
-from minilora.config import Init, LoRAError, check_alpha, check_rank, scale
+from minilora.config import Init, LoRAError, check_alpha, check_dropout, check_rank, scale
 from minilora.functional import low_rank
 from minilora.initialization import initialize
 
@@ -18,7 +18,7 @@ class LoRALinear(nn.Module):
     Args:
         base: the layer to adapt; `torch.nn.Linear`, Conv1D, or a `bases.Base`. Its parameters are
             frozen here.
-        rank: r, from 1 to the smaller side of W.
+        rank: r, at least 1; above the smaller side of W it only costs.
         alpha: numerator of the scale s = alpha / r.
         dropout: probability in [0, 1) that an input of the branch is dropped, in training only.
         rslora: s = alpha / sqrt(r).
@@ -30,7 +30,7 @@ class LoRALinear(nn.Module):
         scale: s.
 
     Raises:
-        LoRAError: the base cannot be adapted, or the rank does not fit it.
+        LoRAError: the base cannot be adapted, or a number is out of range.
 
     Example:
         >>> layer = LoRALinear(nn.Linear(16, 4), rank=2, alpha=8)
@@ -56,6 +56,7 @@ class LoRALinear(nn.Module):
             raise LoRAError(f"cannot adapt a {type(base).__name__}: it is not a linear layer")
         check_rank("rank", rank)
         check_alpha("alpha", alpha)
+        check_dropout("dropout", dropout)
         out, in_ = bases.shape(base)
         device, dtype = bases.adapter_placement(base)
         self.base = base.requires_grad_(False)
@@ -67,7 +68,7 @@ class LoRALinear(nn.Module):
         self.enabled = True  # False inside `with minilora.disabled(model)`
         self.register_buffer("untouched", None, persistent=False)
         self.register_state_dict_post_hook(_write_untouched_weight)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_refuse_when_merged)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(refuse_when_merged)  # type: ignore[no-untyped-call]
         initialize(self.lora_A.data, self.lora_B.data, init)
         self.train(base.training)
 
@@ -88,8 +89,15 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """Delta W = s B A: (out, in), float32 or wider, on the layer's device."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            return (self.lora_B @ self.lora_A) * self.scale  # (out, r) (r, in) -> (out, in)
+            update = self.lora_B.to(wide) @ self.lora_A.to(wide)  # (out, r) (r, in) -> (out, in)
+            return update * self.scale
+
+    def adapted(self, weight: Tensor) -> Tensor:
+        """W + s B A for the untouched W: (out, in), float32 or wider."""
+        delta = self.delta()
+        return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
 
     @property
     def merged(self) -> bool:
@@ -114,8 +122,7 @@ class LoRALinear(nn.Module):
                 "merges into a plain linear"
             )
         weight = bases.dense_weight(self.base)  # (out, in), a view
-        delta = self.delta()
-        merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
+        merged = self.adapted(weight).to(weight.dtype)
         if weight.isfinite().all() and not merged.isfinite().all():
             raise LoRAError(f"W + s B A does not fit {weight.dtype}: merge in a wider dtype")
         self.untouched = weight.clone()
@@ -162,7 +169,7 @@ def _write_untouched_weight(
         state_dict[f"{prefix}base.weight"] = weight.T if bases.is_conv1d(layer.base) else weight
 
 
-def _refuse_when_merged(
+def refuse_when_merged(
     layer: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object
 ) -> None:
     """A weight loaded now would be lost at the next `unmerge`."""

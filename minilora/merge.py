@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from minilora import bases
 from minilora.config import LoRAError
-from minilora.inject import lora_layers, merge_all
+from minilora.inject import injection_of, lora_layers, merge_all, plain_model
 from minilora.layer import LoRALinear
 
 
@@ -80,12 +80,19 @@ def disabled(model: nn.Module) -> Iterator[None]:
         LoRAError: the model carries no adapter.
     """
     before = [(layer, layer.enabled, layer.merged) for layer in _layers(model).values()]
+    model = plain_model(model)
+    injection = injection_of(model)
+    kept = injection.kept if injection is not None and not injection.kept.exchanged else None
     try:
         for layer, _, _ in before:
             layer.unmerge()
             layer.enabled = False
+        if kept is not None:
+            kept.exchange(model)
         yield
     finally:
+        if kept is not None:
+            kept.exchange(model)
         for layer, enabled, merged in before:
             layer.enabled = enabled
             if merged:
@@ -104,13 +111,14 @@ def _rounding(name: str, layer: LoRALinear) -> Rounding:
     assert layer.untouched is not None
     wide = torch.float32 if layer.lora_A.device.type == "mps" else torch.float64
     before = layer.untouched.to(wide)  # (out, in)
-    delta = layer.delta().to(wide)
-    error = bases.dense_weight(layer.base).to(wide) - (before + delta)
+    wanted = layer.adapted(before)
+    delta = wanted - before
+    error = bases.dense_weight(layer.base).to(wide) - wanted
     # (merged - W) - Delta W is the same difference: what is lost is what was rounded.
     return Rounding(
         name,
         largest=error.abs().max().item(),
-        relative=_ratio(error, before + delta),
+        relative=_ratio(error, wanted),
         lost=_ratio(error, delta),
     )
 

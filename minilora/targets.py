@@ -4,12 +4,10 @@ import re
 from collections import defaultdict
 from difflib import get_close_matches
 
-from torch import nn
+from torch import Tensor, nn
 
 from minilora import bases
-from minilora.config import LoRAConfig, LoRAError
-
-ALL_LINEAR = "all-linear"
+from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches_end
 
 # These read the weights of their linears behind the linears' backs: an adapter in there would be
 # trained by nobody and heard by nobody.
@@ -37,18 +35,25 @@ def layer_index(module: str, patterns: tuple[str, ...] = ()) -> int | None:
     for pattern in patterns or (r"[^.]*",):
         # Without patterns PEFT wants a dot before the name too: `h.0.attn` alone has no index.
         start = r"(?:^|.*?\.)" if patterns else r".*?\."
-        if found := re.match(rf"{start}{pattern}\.(\d+)\.", module):
-            return int(found.group(1))
+        if found := re.match(rf"{start}{pattern}\.(?P<index>\d+)\.", module):
+            return int(found["index"])
     return None
+
+
+def is_excluded(config: LoRAConfig, module: str) -> bool:
+    """Whether a module is left alone: named by `exclude`, or part of one that trains whole."""
+    if config.exclude and matches(config.exclude, module):
+        return True
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.also_train)
 
 
 def is_target(config: LoRAConfig, module: str) -> bool:
     """Whether the configuration asks for this module name (`all-linear` is resolved elsewhere)."""
-    if config.exclude and matches(config.exclude, module):
+    if is_excluded(config, module) or not matches(config.targets, module):
         return False
-    if not matches(config.targets, module):
-        return False
-    return config.layers is None or layer_index(module, config.layers_pattern) in config.layers
+    if config.layers is None or module in config.targets:  # one named in full is always meant
+        return True
+    return layer_index(module, config.layers_pattern) in config.layers
 
 
 def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -59,21 +64,25 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
             names are shown), a match is not a linear layer, shares its weight with another module,
             or lies in a module that would bypass it.
     """
+    named = [
+        (bases.plain_name(name), module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name
+    ]
+    names = [name for name, _ in named]
+    _require_matches(config, names)
     if config.targets == ALL_LINEAR:
-        head = output_head(model)
+        head = output_head(model, config.task_type)
         candidates = {
-            name: module
+            bases.plain_name(name): module
             for name, module in model.named_modules()
             if name and bases.is_linear(module) and module is not head
         }
-        excluded = {name for name in candidates if matches(config.exclude, name)}
-        found = {name: m for name, m in candidates.items() if name not in excluded}
+        found = {name: m for name, m in candidates.items() if not is_excluded(config, name)}
     else:
-        names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-        _require_matches(config, names)
         found = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            if name and is_target(config, name) and not any(module is m for m in found.values()):
+        for name, module in named:
+            if is_target(config, name) and not any(module is m for m in found.values()):
                 found[name] = module
     if not found:
         raise LoRAError("nothing left to adapt: `exclude` or `layers` rules out every target")
@@ -82,10 +91,15 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     return found
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The head that turns hidden states into logits, where the model names one."""
+def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | None:
+    """The head that turns hidden states into logits, where the model names one.
+
+    A sequence classifier does not; PEFT goes by the usual names.
+    """
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
+    if head is None and task_type == "SEQ_CLS":
+        head = getattr(model, "score", None) or getattr(model, "classifier", None)
     return head if isinstance(head, nn.Module) else None
 
 
@@ -98,37 +112,44 @@ def nearest(name: str, known: list[str], count: int = 3) -> str:
 
 def _require_matches(config: LoRAConfig, names: list[str]) -> None:
     """Every entry a person wrote must mean something: PEFT lets a misspelt one pass."""
+    for entry in config.also_train:
+        if not any(name.endswith(entry) for name in names):
+            nothing = "nothing matches it in the model"
+            raise LoRAError(f"also_train: {entry!r}: {nothing}{nearest(entry, names)}")
     for field in ("targets", "exclude"):
         entries = getattr(config, field)
+        if field == "targets" and entries == ALL_LINEAR:
+            continue
         for entry in (entries,) if isinstance(entries, str) and entries else entries:
             wanted = entry if isinstance(entries, str) else (entry,)
             if not any(matches(wanted, name) for name in names):
                 linear = "nothing matches it in the model"
                 raise LoRAError(f"{field}: {entry!r}: {linear}{nearest(entry, names)}")
+    targets = [name for name in names if matches(config.targets, name)]
     for index in config.layers or ():
-        if all(layer_index(name, config.layers_pattern) != index for name in names):
-            raise LoRAError(f"layers: the model has no layer {index}")
+        if all(layer_index(name, config.layers_pattern) != index for name in targets):
+            raise LoRAError(f"layers: no target lies in a layer {index}")
 
 
 def _check_patterns(config: LoRAConfig, modules: list[str]) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in modules):
+            if not any(matches_end(key, name) for name in modules):
                 raise LoRAError(
                     f"{field}: {key!r} matches none of the adapted modules{nearest(key, modules)}"
                 )
 
 
 def check_modules(model: nn.Module, found: dict[str, nn.Module]) -> None:
-    """Refuse what is no linear layer, would be bypassed, or shares its weight.
+    """Refuse what is no linear layer, would be bypassed, is quantized, or shares its weight.
 
     Raises:
         LoRAError: one of the found modules cannot be adapted; it is named, with the reason.
     """
-    owners: dict[int, list[str]] = defaultdict(list)  # parameter -> the modules that hold it
+    owners: dict[int, list[str]] = defaultdict(list)  # storage -> the modules that hold it
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            owners[id(parameter)].append(name)
+            owners[_storage(parameter)].append(bases.plain_name(name))
     for name, module in found.items():
         if not bases.is_linear(module):
             raise LoRAError(
@@ -141,8 +162,12 @@ def check_modules(model: nn.Module, found: dict[str, nn.Module]) -> None:
                     f"targets: {name} lies in a {type(ancestor).__name__}, which reads the weight "
                     "without calling the layer: the adapter would be ignored; exclude it"
                 )
+        try:
+            bases.adapter_placement(module)
+        except LoRAError as error:
+            raise LoRAError(f"targets: {name}: {error}") from None
         weight = getattr(module, "weight", None)
-        if weight is not None and len(shared := owners[id(weight)]) > 1:
+        if weight is not None and len(shared := owners[_storage(weight)]) > 1:
             others = ", ".join(other for other in shared if other != name)
             raise LoRAError(
                 f"targets: {name} shares its weight with {others}: merging would change both; "
@@ -150,6 +175,11 @@ def check_modules(model: nn.Module, found: dict[str, nn.Module]) -> None:
             )
 
 
+def _storage(weight: Tensor) -> int:
+    """Where a weight lies: two parameters can be views of one storage (none on the meta device)."""
+    return weight.data_ptr() or id(weight)
+
+
 def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
-    parts = name.split(".")
-    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    named = model.named_modules(remove_duplicate=False)
+    return [m for n, m in named if not n or name.startswith(f"{bases.plain_name(n)}.")]

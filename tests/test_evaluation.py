@@ -9,8 +9,6 @@ import re
 import statistics
 import warnings
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -22,9 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 import minilora
 from minilora.summarization import evaluation as ev
-from minilora.summarization import report
-from minilora.summarization.data import Encoded, Example
+from minilora.summarization.data import Encoded
 from minilora.summarization.presets import GenerationOptions, UserError
+from minilora.summarization.reading import Example
+from tests.helpers import BASE, EXAMPLES, TUNED
 
 VOCABULARY = 60
 GREEDY = GenerationOptions(beams=1, min_length=3, max_length=16, evaluation_batch_size=4)
@@ -425,15 +424,6 @@ def test_evaluate_wants_the_encoding_of_the_examples(model, tokenizer, encoded) 
         ev.evaluate(model, tokenizer, examples_for(encoded)[::-1], encoded, BEAMS)
 
 
-EXAMPLES = [
-    Example("a", "Ann: cake?\nBob: yes", "Bob wants cake."),
-    Example("b", "Ann: hi 😂", "Ann greets."),
-    Example("c", "安娜: 你好", "安娜问好。"),
-]
-BASE = [ev.Summary("Bob wants cake.", 7), ev.Summary("", 3), ev.Summary("安娜", 4)]
-TUNED = [ev.Summary("Bob wants tea.", 7), ev.Summary("Ann greets.", 5), ev.Summary("问好", 4)]
-
-
 @pytest.fixture
 def comparison() -> ev.Evaluation:
     return ev.compare(BASE, TUNED, EXAMPLES, data="minichat", split="test", generation={"beams": 4})
@@ -486,66 +476,10 @@ def test_intervals_are_paired() -> None:
 def test_one_dialogue_and_none() -> None:
     one = ev.compare(BASE[:1], TUNED[:1], EXAMPLES[:1])
     assert one.intervals["base"]["rouge1"] == ev.Interval(100.0, 100.0, 100.0)
-    assert "100.00 [100.00, 100.00]" in report.format_comparison(one)
     with pytest.raises(UserError, match="nothing to evaluate"):
         ev.compare([], [], [])
     with pytest.raises(ValueError, match="zip"):
         ev.compare(BASE[:1], TUNED, EXAMPLES)
-
-
-def test_selection(comparison) -> None:
-    assert report.most_changed(comparison, 2) == [1, 0]  # +100, then -33
-    assert report.most_changed(comparison, 9) == [1, 0, 2]
-    assert report.first(comparison, 2) == [0, 1]
-    assert report.first(comparison, 9) == [0, 1, 2]
-
-
-def test_table(comparison) -> None:
-    lines = report.format_comparison(comparison).splitlines()
-    assert lines[0].startswith("3 dialogues, test split of minichat.")
-    rows = lines[lines.index(next(line for line in lines if line.split()[:1] == ["base"])) :]
-    assert [row.split()[0] for row in rows[1:6]] == list(ev.MEASURES)
-    assert len({len(row) for row in rows[:6]}) == 1  # aligned
-    assert all(len(line) <= 100 and line.isascii() for line in lines)
-    assert f"{comparison.base['rouge1']:.2f} [" in rows[1]
-    assert re.search(r"\s\+22\.22 \[[+-]", rows[1])
-    assert rows[6].startswith("1 references score 0")
-
-
-def test_table_with_the_widest_numbers() -> None:
-    base, tuned = [ev.Summary("", 1000)] * 2, [ev.Summary("a b c", 1)] * 2
-    long = "x" * 300
-    examples = [Example("a", "d", "a b c")] * 2
-    lines = report.format_comparison(ev.compare(base, tuned, examples, data=long)).splitlines()
-    assert all(len(line) <= 100 for line in lines)
-
-
-def test_examples(comparison) -> None:
-    text = report.format_examples(comparison, [1, 0])
-    assert text.index("[2 of 3] b") < text.index("[1 of 3] a")
-    for line in (
-        "  dialogue    Ann: cake?\n              Bob: yes\n",
-        "  reference   Ann greets.\n",
-        "  base        (empty)\n",
-        "  fine-tuned  Bob wants tea.",
-        "ROUGE-1: base 0.00, fine-tuned 100.00\n",
-    ):
-        assert line in text
-
-
-def test_long_and_hostile_examples() -> None:
-    dialogue = "\n".join(f"Ann: {i} " + "word " * 30 for i in range(10)) + "\x1b[2J \ud83d end"
-    hostile = Example("a\x07", dialogue, "\x1b]0;title\x07 r")
-    text = report.format_examples(ev.compare(BASE[:1], TUNED[:1], [hostile]), [0])
-    assert "... 8 more lines" in text
-    assert text.count("Ann: ") == 6
-    assert all(len(line) <= 100 for line in text.splitlines())
-    assert not re.search("[\x00-\x09\x0b-\x1f]", text)
-    text = report.format_examples(
-        ev.compare(BASE[:1], TUNED[:1], [hostile]), [0], dialogue_lines=99
-    )
-    text.encode()
-    assert "more lines" not in text
 
 
 # Files --------------------------------------------------------------------------------------------

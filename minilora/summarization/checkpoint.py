@@ -99,12 +99,14 @@ def load_checkpoint(
     for path in _newest_first(directory):
         try:
             tensors, state = _read(path)
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            progress = Progress(**state["progress"])
+        except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
             notices.append(f"checkpoint {path.name} is damaged ({error}): the one before is used")
             continue
         _restore(path, tensors, model, optimizer)
-        scaler.load_state_dict(state["scaler"])
-        return Progress(**state["progress"]), notices
+        if state["scaler"]:  # empty where the run before the resume computed without fp16
+            scaler.load_state_dict(state["scaler"])
+        return progress, notices
     return Progress(), notices
 
 
@@ -120,8 +122,12 @@ def _restore(
     path: Path, tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     trained = _trained(model)
-    stored = {key.removeprefix("parameter.") for key in tensors if key.startswith("parameter.")}
-    if stored != set(trained):
+    stored = {
+        key.removeprefix("parameter."): tensor.shape
+        for key, tensor in tensors.items()
+        if key.startswith("parameter.")
+    }
+    if stored != {name: parameter.shape for name, parameter in trained.items()}:
         raise UserError(f"{path}: it holds other parameters than this run trains")
     with torch.no_grad():
         for name, parameter in trained.items():
@@ -129,17 +135,18 @@ def _restore(
     for name, parameter in trained.items():
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if (value := tensors.get(f"optimizer.{key}.{name}")) is not None:
-                place = value if key == "step" else value.to(parameter.device)
-                optimizer.state[parameter][key] = place.clone()
+                # `step` too: fused AdamW wants it where the parameter is
+                optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
     torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    for i in range(torch.cuda.device_count()):
+        if (state := tensors.get(f"random.cuda.{i}")) is not None:
+            torch.cuda.set_rng_state(state, i)
 
 
 def _random_states() -> dict[str, Tensor]:
     states = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["random.cuda"] = torch.cuda.get_rng_state()
+    for i in range(torch.cuda.device_count()):
+        states[f"random.cuda.{i}"] = torch.cuda.get_rng_state(i)
     return states
 
 

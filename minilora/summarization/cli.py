@@ -2,9 +2,9 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,10 +14,12 @@ from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerB
 
 import minilora
 from minilora import LoRAError
+from minilora.adapter import CONFIG_FILE
 from minilora.files import write_file
-from minilora.summarization.data import Example, encode, load, load_file
+from minilora.summarization.data import encode, load
 from minilora.summarization.evaluation import Evaluation, evaluate, summarize, write_json
 from minilora.summarization.model import (
+    check_vocabulary,
     choose_device,
     choose_precision,
     limit_lengths,
@@ -31,8 +33,10 @@ from minilora.summarization.presets import (
     RunConfig,
     UserError,
 )
+from minilora.summarization.reading import Example, line_feeds, load_file
 from minilora.summarization.report import (
     closing,
+    first,
     format_comparison,
     format_examples,
     most_changed,
@@ -41,19 +45,23 @@ from minilora.summarization.report import (
 from minilora.summarization.training import Session, fit, open_session, trained_path
 
 # A resumed run may change where it runs and what it does at its end, nothing that it computes.
-RESUME_MAY_CHANGE = {"device", "output", "resume", "evaluate", "checkpoint_minutes", "preset"}
+RESUME_MAY_CHANGE = {"resume", "device", "evaluate", "checkpoint_minutes"}
 
 
 class Parser(HfArgumentParser):
     """Errors in one line; a misspelt flag is answered with the nearest."""
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments:"):
-            flag = message.split(":")[1].split()[0]
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+    def refuse(self, unknown: Sequence[str]) -> None:
+        """End in an error if arguments are left over."""
+        if unknown:
+            flag = unknown[0].split("=")[0]
             known = [option for option in self._option_string_actions if "_" not in option]
             close = get_close_matches(flag.replace("_", "-"), known, 1)
-            message += f"; nearest: {close[0]}" if close else ""
-        self.exit(2, f"{self.prog}: {message}\n")
+            nearest = f"; nearest: {close[0]}" if close else ""
+            self.error(f"unrecognized argument {flag}{nearest}")
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -71,15 +79,20 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
 def _one_line_errors(program: str, main: Callable[[], int]) -> int:
     try:
         return main()
-    except (UserError, LoRAError) as error:
+    except (UserError, LoRAError, OSError) as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
+
+
+def _command(door: str) -> str:
+    """What a person types to come through `train.py` or `evaluate.py` again."""
+    called = Path(sys.argv[0])
+    if called.parts[-2:] == ("minilora", "__main__.py"):
+        return f"python -m minilora {door.removesuffix('.py')}"
+    return f"python {door}"
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -92,33 +105,41 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
         UserError: the run to resume is none, or a flag would change its result.
         SystemExit: an unknown flag or value (exit code 2), or --help.
     """
-    first = Parser([], prog="train.py", add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, default="pocket")
-    first.add_argument("--resume")
-    early, _ = first.parse_known_args(argv)
-
     parser = Parser(list(GROUPS.values()), prog="train.py", allow_abbrev=False)
     parser.add_argument(
         "--preset", choices=PRESETS, default="pocket", help="a whole configuration by its name"
     )
+    # The flags that say what the other flags' defaults are come first.
+    early, _ = _early_parser().parse_known_args(argv)
     resumed = _read_run(Path(early.resume)) if early.resume else None
     parser.set_defaults(**(resumed.to_dict() if resumed else PRESETS[early.preset]))
-    *groups, rest = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    *groups, rest, unknown = parser.parse_args_into_dataclasses(
+        list(argv), return_remaining_strings=True, look_for_args_file=False
+    )
+    parser.refuse(unknown)
     run = RunConfig(**dict(zip(GROUPS, groups, strict=True)), preset=rest.preset)
     if resumed:
-        run = replace(run, preset=resumed.preset)
-        before, now = resumed.to_dict(), run.to_dict()
-        changed = [k for k in now if now[k] != before[k] and k not in RESUME_MAY_CHANGE]
-        if changed:
-            what = ", ".join(f"{k} (was {before[k]!r}, is {now[k]!r})" for k in changed)
-            raise UserError(
-                f"--resume {early.resume}: other settings than the run began with: {what}"
-            )
+        _require_same(resumed.to_dict(), run.to_dict(), early.resume)
     if run.training.learning_rate is None:
-        rates = LEARNING_RATES[run.preset]
-        run.training.learning_rate = rates[run.model.method]
+        run.training.learning_rate = LEARNING_RATES[run.preset][run.model.method]
     _check(run)
     return run
+
+
+def _early_parser() -> Parser:
+    parser = Parser([], prog="train.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, default="pocket")
+    parser.add_argument("--resume")
+    return parser
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any], resume: str) -> None:
+    changed = [k for k in now if now[k] != before[k] and k not in RESUME_MAY_CHANGE]
+    if changed:
+        what = ", ".join(
+            f"--{k.replace('_', '-')} (was {before[k]!r}, is {now[k]!r})" for k in changed
+        )
+        raise UserError(f"--resume {resume}: other settings than the run began with: {what}")
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -127,18 +148,24 @@ def _train(argv: Sequence[str]) -> int:
     session = open_session(run)
     for notice in session.notices:
         print(f"note: {notice}", file=sys.stderr)
-    print(opening(session, output))
-    output.mkdir(parents=True, exist_ok=True)
-    write_file(output / "config.json", json.dumps(run.to_dict(), indent=2).encode() + b"\n")
+    print(opening(session, output), flush=True)
+    if not run.output.resume:
+        output.mkdir(parents=True, exist_ok=True)
+        write_file(output / "config.json", json.dumps(run.to_dict(), indent=2).encode() + b"\n")
     outcome = fit(session, output)
+    again = shlex.quote(str(output))
     if outcome.interrupted:
         print(
-            f"\nstopped after step {outcome.progress.step}; the adapter so far is in "
-            f"{trained_path(output, run)}\ngo on with: python train.py --resume {output}"
+            f"\nstopped after step {outcome.progress.step}; what was trained so far is in "
+            f"{trained_path(output, run)}\ngo on with: {_command('train.py')} --resume {again}"
         )
         return 130
     if run.output.evaluate:
-        evaluation = _final_evaluation(session, output)
+        try:
+            evaluation = _final_evaluation(session, output)
+        except KeyboardInterrupt:
+            print(f"\ntrained, not scored; do it with: {_command('evaluate.py')} {again}")
+            return 130
         write_json(output / "evaluation.json", evaluation.to_dict())
         print(f"\n{format_examples(evaluation, first(evaluation, 3))}")
         print(f"\n{format_comparison(evaluation)}")
@@ -148,21 +175,17 @@ def _train(argv: Sequence[str]) -> int:
 
 def _final_evaluation(session: Session, output: Path) -> Evaluation:
     """Base and best fine-tuned model on the test split."""
-    run, base_model, model = session.run, None, session.model
-    data, notices = load(run.data, ("test",))
-    for notice in notices:
-        print(f"note: {notice}", file=sys.stderr)
-    encoded, _ = encode(data["test"], session.tokenizer, session.data)
+    run, model, base_model, test = session.run, session.model, None, session.splits["test"]
     if run.model.method == "full":
         base_model = load_model(run.model.model, session.device)
-        model = load_model(str(output / "model"), session.device)
+        model = load_model(str(trained_path(output, run).resolve()), session.device)
     else:
-        minilora.load_adapter(model, output / "adapter", inference=True)
+        minilora.load_adapter(model, trained_path(output, run), inference=True)
     return evaluate(
         model,
         session.tokenizer,
-        data["test"],
-        encoded,
+        test.examples,
+        test.encoded,
         run.generation,
         data=run.data.data,
         split="test",
@@ -188,9 +211,21 @@ def _check(run: RunConfig) -> None:
     for flag, value in positive.items():
         if value is None or not 0 < value < float("inf"):
             raise UserError(f"{flag} must be above 0, not {value}")
-    for flag, number in {"--max-steps": training.max_steps, "--clip": training.clip}.items():
-        if not number >= 0:
+    not_negative = {
+        "--max-steps": training.max_steps,
+        "--clip": training.clip,
+        "--weight-decay": training.weight_decay,
+        "--validation-limit": training.validation_limit,
+        "--min-length": generation.min_length,
+        "--no-repeat-ngram": generation.no_repeat_ngram,
+        "--checkpoint-minutes": run.output.checkpoint_minutes,
+        "--seed": run.model.seed,
+    }
+    for flag, number in not_negative.items():
+        if not number >= 0:  # NaN too
             raise UserError(f"{flag} must be 0 or more, not {number}")
+    if run.model.seed >= 2**63:
+        raise UserError(f"--seed must be below 2^63, not {run.model.seed}")
     if not 0 <= training.warmup < 1:
         raise UserError(
             f"--warmup is a share of the steps, from 0 to below 1, not {training.warmup}"
@@ -203,19 +238,20 @@ def _output_directory(run: RunConfig) -> Path:
         return Path(run.output.resume)
     if run.output.output:
         output = Path(run.output.output)
-        if output.is_file():
+        if output.exists() and not output.is_dir():
             raise UserError(f"--output {output} is a file")
-        if output.is_dir() and any(output.iterdir()):
-            does = "holds a run already" if (output / "config.json").exists() else "is not empty"
+        if (output / "config.json").exists():
             raise UserError(
-                f"--output {output} {does}: go on with it by --resume {output}, or name another "
-                "directory"
+                f"--output {output} holds a run already: go on with it by --resume {output}, or "
+                "name another directory"
             )
+        if output.is_dir() and any(output.iterdir()):
+            raise UserError(f"--output {output} is not empty: name another directory")
         return output
     rank = f"-r{run.adapter.rank}" if run.model.method == "lora" else ""
     name = f"{run.preset}-{run.model.method}{rank}"
-    candidates = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 10000))]
-    return next(path for path in candidates if not path.exists())
+    names = (name, *(f"{name}-{i}" for i in range(2, 10000)))
+    return next(path for path in (Path("runs") / name for name in names) if not path.exists())
 
 
 def _read_run(directory: Path) -> RunConfig:
@@ -224,31 +260,37 @@ def _read_run(directory: Path) -> RunConfig:
         flat = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{directory} is not a run: it has no config.json") from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(flat, dict):
         raise UserError(f"{path}: holds no object")
-    return RunConfig.from_dict(flat)
+    try:
+        return RunConfig.from_dict(flat)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 # Evaluation --------------------------------------------------------------------------------------
 
 
 def _evaluate(argv: Sequence[str]) -> int:
-    arguments = _evaluation_parser().parse_args(argv)
-    directory = Path(arguments.run)
-    run = _run_of(directory, arguments)
+    parser = _evaluation_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    parser.refuse(unknown)
+    _check_evaluation(arguments)
+    directory, run = _run_of(Path(arguments.run), arguments)
     text = _read_text(arguments.text) if arguments.text else None
     device = choose_device(arguments.device or run.model.device)
     examples, split = ([], "") if text is not None else _examples(run, arguments)
     tokenizer = load_tokenizer(run.model.model)
     model, base_model = _load_trained(directory, run, device)
-    run.data = limit_lengths(run.data, model)
+    run = limit_lengths(run, model)
     autocast_dtype = choose_precision(run.model.precision, device)
     if text is not None:
         print(_summaries_of(text, run, model, base_model, tokenizer, autocast_dtype))
         return 0
     encoded, truncation = encode(examples, tokenizer, run.data)
+    check_vocabulary(model, encoded, run.model.model)
     if truncation.sources:
         print(f"note: {truncation}", file=sys.stderr)
     evaluation = evaluate(
@@ -280,7 +322,7 @@ def _evaluation_parser() -> Parser:
     parser.add_argument("run", metavar="RUN", help="directory of a run or of an adapter")
     parser.add_argument("--data", default=None, help="other data than the run's")
     parser.add_argument("--split", default=None, help="train, validation or test (default: test)")
-    parser.add_argument("--limit", type=int, default=0, help="only the first N dialogues")
+    parser.add_argument("--limit", type=int, default=0, help="only the first N dialogues; 0: all")
     parser.add_argument("--text", default=None, help="summarize this file instead; - is stdin")
     parser.add_argument("--output", default=None, help="write all scores and texts to FILE.json")
     parser.add_argument("--device", default=None, help="auto, cpu, cuda, ...")
@@ -291,11 +333,27 @@ def _evaluation_parser() -> Parser:
     return parser
 
 
-def _run_of(directory: Path, arguments: argparse.Namespace) -> RunConfig:
-    """The settings of a run; of a bare adapter directory the preset's, with the model it names."""
+def _check_evaluation(arguments: argparse.Namespace) -> None:
+    """What would be ignored, or found out only after all summaries are written."""
+    if arguments.limit < 0:
+        raise UserError(f"--limit must be 0 or more, not {arguments.limit}")
+    for name in ("data", "split", "limit", "output"):
+        if arguments.text and getattr(arguments, name):
+            raise UserError(f"--text goes without --{name}: it summarizes one text")
+    if arguments.output and Path(arguments.output).is_dir():
+        raise UserError(f"--output {arguments.output} is a directory: name a file in it")
+
+
+def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunConfig]:
+    """A run and its settings; for a bare adapter the preset's, with the base model it names.
+
+    The adapter directory inside a run is the run: its own settings are what it was trained with.
+    """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; name a run or an adapter")
-    if (directory / minilora.adapter.CONFIG_FILE).exists():
+    if directory.name == "adapter" and (directory.parent / "config.json").exists():
+        directory = directory.parent
+    if (directory / CONFIG_FILE).exists():
         run = RunConfig.from_dict(PRESETS[arguments.preset] | {"preset": arguments.preset})
         model = arguments.model or minilora.read_adapter(directory).base_model
         if model is None:
@@ -305,7 +363,7 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> RunConfig:
         run = _read_run(directory)
         run.model.model = arguments.model or run.model.model
     run.data.data = arguments.data or run.data.data
-    return run
+    return directory, run
 
 
 def _examples(run: RunConfig, arguments: argparse.Namespace) -> tuple[list[Example], str]:
@@ -319,8 +377,6 @@ def _examples(run: RunConfig, arguments: argparse.Namespace) -> tuple[list[Examp
         examples = data[split]
     for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
-    if arguments.limit < 0:
-        raise UserError(f"--limit must be above 0, not {arguments.limit}")
     return (examples[: arguments.limit] if arguments.limit else examples), split
 
 
@@ -330,23 +386,23 @@ def _load_trained(
     """The fine-tuned model, and after a full fine-tune the base beside it."""
     base = load_model(run.model.model, device)
     if run.model.method == "full":
-        return load_model(str(directory / "model"), device), base
-    bare = (directory / minilora.adapter.CONFIG_FILE).exists()
-    minilora.load_adapter(base, directory if bare else directory / "adapter", inference=True)
+        return load_model(str(trained_path(directory, run).resolve()), device), base
+    bare = (directory / CONFIG_FILE).exists()
+    minilora.load_adapter(base, directory if bare else trained_path(directory, run), inference=True)
     return base, None
 
 
 def _read_text(name: str) -> str:
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        text = content.decode("utf-8-sig").strip()
+        text = line_feeds(content.decode("utf-8-sig")).strip()
     except UnicodeDecodeError as error:
         raise UserError(f"--text {name}: not UTF-8 at byte {error.start}") from None
     except OSError as error:
         raise UserError(f"--text {name}: {error.strerror}") from None
     if not text:
         raise UserError(f"--text {name}: there is nothing to summarize")
-    return text.replace("\r\n", "\n")
+    return text
 
 
 def _summaries_of(
@@ -358,6 +414,7 @@ def _summaries_of(
     autocast_dtype: torch.dtype | None,
 ) -> str:
     encoded, truncation = encode([Example("text", text, "")], tokenizer, run.data)
+    check_vocabulary(model, encoded, run.model.model)
     if truncation.sources:
         print(f"note: only the first {run.data.max_source_length} tokens are read", file=sys.stderr)
 

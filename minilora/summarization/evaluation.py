@@ -23,8 +23,9 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import minilora
 from minilora.files import write_file
-from minilora.summarization.data import Encoded, Example, by_length, collate
+from minilora.summarization.data import Encoded, by_length, collate
 from minilora.summarization.presets import GenerationOptions, UserError
+from minilora.summarization.reading import Example
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 MEASURES = (*METRICS, "gen_len")

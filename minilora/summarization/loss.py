@@ -1,9 +1,12 @@
 """Cross-entropy over the real target positions, and over nothing else."""
 
-import torch
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from minilora.summarization.data import IGNORED
 
 
 def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
@@ -14,7 +17,8 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tenso
     is dropped before it: only the n real rows (n, d) reach the head.
 
     Args:
-        model: an encoder-decoder of transformers; its head is `get_output_embeddings()`.
+        model: an encoder-decoder of transformers; its head is `get_output_embeddings()`. A head
+            that is called in another way sees all rows, and the padding is dropped after it.
         batch: input_ids and attention_mask (b, s), labels (b, t) with -100 at padding.
 
     Returns:
@@ -22,30 +26,43 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tenso
         optimizer step is the sum over all its batches divided by all their tokens.
     """
     labels = batch["labels"]  # (b, t)
-    real = labels != -100  # (b, t)
+    real = labels != IGNORED  # (b, t)
+
+    def keep_real(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden, *others = inputs
+        if hidden.shape[:-1] != real.shape:  # such as ProphetNet's (b, n-gram, t, d)
+            return None
+        return (hidden[real], *others)  # (b, t, d) -> (n, d)
+
     head = model.get_output_embeddings()
-    assert isinstance(head, nn.Module)
-
-    def keep_real(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        return (inputs[0][real],)  # (b, t, d) -> (n, d)
-
-    hook = head.register_forward_pre_hook(keep_real)
+    hook = head.register_forward_pre_hook(keep_real) if isinstance(head, nn.Module) else None
     try:
-        logits = model(
+        logits: Tensor = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            # The decoder reads the target shifted by one: </s> y1 y2 ... predicts y1 y2 y3 ...
-            decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels),  # type: ignore[operator]
+            decoder_input_ids=decoder_inputs(model, labels),
             use_cache=False,
         ).logits  # (n, v)
     finally:
-        hook.remove()
+        if hook is not None:
+            hook.remove()
+    if logits.dim() == 3:
+        logits = logits[real]  # (b, t, v) -> (n, v)
     targets = labels[real]  # (n,)
-    loss: Tensor = F.cross_entropy(logits.float(), targets, reduction="sum")
-    return loss, targets.numel()
+    return F.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
 
 
-@torch.no_grad()
-def token_count(batch: dict[str, Tensor]) -> int:
-    """Real tokens of a batch, source and target."""
-    return int(batch["attention_mask"].sum()) + int((batch["labels"] != -100).sum())
+def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
+    """The target shifted by one, (b, t): the decoder reads </s> y1 y2 ... to predict y1 y2 y3 ...
+
+    Most models do it themselves: mBART, for one, starts with the language. NLLB and Blenderbot
+    leave it to their forward, which does what is done here.
+    """
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        shifted: Tensor = prepare(labels)
+        return shifted
+    config = model.config
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = config.decoder_start_token_id
+    return shifted.masked_fill(shifted == IGNORED, config.pad_token_id)

@@ -1,18 +1,23 @@
 """The base model and its tokenizer, from a directory or the hub; where and how it computes."""
 
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    logging,
 )
+from transformers.utils import logging
 
-from minilora.summarization.presets import DataOptions, UserError, embedded
+from minilora.summarization.data import Encoded
+from minilora.summarization.presets import RunConfig, UserError, embedded
 
 
 def load_model(name: str, device: torch.device) -> PreTrainedModel:
@@ -23,23 +28,35 @@ def load_model(name: str, device: torch.device) -> PreTrainedModel:
         device: where to put it.
 
     Raises:
-        UserError: there is no such model, it lacks weights, or it is no encoder-decoder.
+        UserError: there is no such model, its weights are missing, incomplete or damaged, or it is
+            no encoder-decoder.
     """
-    source = _existing(name)
-    quiet = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with _transformers(name) as source:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if not config.is_encoder_decoder:
+            raise UserError(
+                f"model {name}: a {config.model_type} model, which is no encoder-decoder"
+            )
+        _check_weights(name, Path(source))
         model, info = AutoModelForSeq2SeqLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            source,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # to be told which they are
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model {name}: {_first_line(error)}") from None
-    finally:
-        logging.set_verbosity(quiet)
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"model {name}: its weights lack {len(missing)} tensors ({missing[0]}, ...): "
             "they would be random; the file is incomplete or belongs to another architecture"
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, stored, wanted = mismatched[0]
+        raise UserError(
+            f"model {name}: {key} is {tuple(stored)} in the weights, but {tuple(wanted)} by "
+            f"config.json ({len(mismatched)} such tensors): the two belong to different models"
         )
     assert isinstance(model, PreTrainedModel)
     model.eval().to(device)
@@ -52,26 +69,76 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(_existing(name))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"tokenizer of {name}: {_first_line(error)}") from None
+    with _transformers(name, "its tokenizer: ") as source:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    # Where the files are missing, transformers 5 makes a tokenizer that knows no word.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise UserError(f"model {name}: no tokenizer lies beside it, such as tokenizer.json")
     if tokenizer.pad_token_id is None:
-        raise UserError(f"tokenizer of {name}: it has no padding token")
+        raise UserError(f"model {name}: its tokenizer has no padding token")
     return tokenizer
 
 
-def limit_lengths(options: DataOptions, model: PreTrainedModel) -> DataOptions:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write both as a directory that `load_model`, or plain transformers, reads; never half of it.
+
+    Raises:
+        OSError: it cannot be written; a model that was there before is untouched.
+    """
+    new = directory.with_name(f".{directory.name}.new")
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    with _quiet():
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def limit_lengths(run: RunConfig, model: PreTrainedModel) -> RunConfig:
     """The same settings with lengths that the model has positions for (T5 has no such limit)."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(positions, int):
-        return options
+
+    def limit(side: str, wanted: int) -> int:
+        config = model.config  # LED counts its two sides apart
+        names = (f"max_{side}_position_embeddings", "max_position_embeddings")
+        positions = [getattr(config, name, None) for name in names]
+        return min([wanted, *(n for n in positions if isinstance(n, int))])
+
     return replace(
-        options,
-        max_source_length=min(options.max_source_length, positions),
-        max_target_length=min(options.max_target_length, positions),
+        run,
+        data=replace(
+            run.data,
+            max_source_length=limit("encoder", run.data.max_source_length),
+            max_target_length=limit("decoder", run.data.max_target_length),
+        ),
+        generation=replace(run.generation, max_length=limit("decoder", run.generation.max_length)),
     )
+
+
+def check_vocabulary(model: PreTrainedModel, encoded: Sequence[Encoded], name: str) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    By the ids, not by the tokenizer's size: bart-large-cnn's tokenizer has one token, <mask>, more
+    than the model, which no dialogue contains.
+
+    Raises:
+        UserError: the tokenizer belongs to another model.
+    """
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Module)
+    weight = embeddings.weight
+    assert isinstance(weight, torch.Tensor)
+    rows = weight.shape[0]  # (vocabulary, d)
+    largest = max(max(*row.source, *row.target) for row in encoded)
+    if largest >= rows:
+        raise UserError(
+            f"model {name}: its tokenizer gives token {largest:,}, but it has only {rows:,} "
+            "embeddings: the tokenizer belongs to another model"
+        )
 
 
 def choose_device(name: str) -> torch.device:
@@ -86,9 +153,9 @@ def choose_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # a meta tensor has no value to give
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {_first_line(error)}") from None
+        raise UserError(f"--device {name}: {_one_line(error)}") from None
     return device
 
 
@@ -116,18 +183,64 @@ def _cpu_multiplies_bf16() -> bool:
     return "avx512_bf16" in text or "amx_bf16" in text
 
 
-def _existing(name: str) -> str:
-    """The directory or hub name to load from; a path that does not exist is said to be one."""
+@contextmanager
+def _transformers(name: str, what: str = "") -> Iterator[str]:
+    """Where to load `name` from; whatever transformers says about it ends in one line.
+
+    It raises a dozen kinds of errors, of which a damaged file brings out any.
+    """
+    source, is_local = _locate(name)
+    try:
+        with _quiet(bars=not is_local):  # a download takes long enough to want its bar
+            yield source
+    except UserError:
+        raise
+    except Exception as error:
+        where = "" if is_local else "no such directory, nor does the hub give it: "
+        raise UserError(f"model {name}: {what}{where}{_one_line(error)}") from None
+
+
+@contextmanager
+def _quiet(bars: bool = False) -> Iterator[None]:
+    """No warnings of transformers inside the block, and no bars unless they are wanted."""
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _locate(name: str) -> tuple[str, bool]:
+    """The directory or hub name to load from, and whether it is a directory."""
     source = embedded(name)
-    path = Path(source)
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if not path.exists() and looks_like_path:
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or not source
+    path = Path(source).expanduser()
+    if source and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model {name}: the directory has no config.json; is it a model?")
+        return str(path), True
+    if looks_like_path or path.exists():
         raise UserError(f"model {name}: no such directory")
-    if path.is_dir() and not (path / "config.json").exists():
-        raise UserError(f"model {name}: the directory has no config.json; is it a model?")
-    return source
+    return source, False
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _check_weights(name: str, directory: Path) -> None:
+    if not directory.is_dir() or any(directory.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for file in directory.glob("*.bin"))
+    hint = (
+        f"; {pickles[0]} is a pickle, which can run any code when loaded: load it with "
+        "transformers where you trust it, and save it again"
+        if pickles
+        else ""
+    )
+    raise UserError(f"model {name}: the directory holds no weights (model.safetensors){hint}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -75,16 +75,23 @@ def _printable(text: str) -> str:
 
 def opening(session: Session, output: Path) -> str:
     """What is about to be trained, on what, and where it goes."""
-    run = session.run
+    run, train, validation = session.run, session.splits["train"], session.splits["validation"]
     precision = str(session.autocast_dtype or "float32").removeprefix("torch.")
     return "\n".join(
         [
-            f"{run.model.model} on {run.data.data}: {len(session.train):,} dialogues to train, "
-            f"{len(session.validation):,} to validate; {session.device.type}, {precision}",
-            f"{run.model.method}: {session.report}",
+            f"{run.model.model} on {run.data.data}: {len(train):,} dialogues to train, "
+            f"{len(validation):,} to validate; {session.device.type}, {precision}",
+            f"{run.model.method}: {_trained(session)}",
             f"run: {output}",
         ]
     )
+
+
+def _trained(session: Session) -> str:
+    report = session.report
+    if report.modules:
+        return str(report)
+    return f"{report.trainable:,} trainable of {report.total:,} parameters"
 
 
 def closing(session: Session, outcome: Outcome, output: Path) -> str:

@@ -9,7 +9,7 @@ output/
 
 import json
 import math
-import shutil
+import os
 import signal
 import sys
 import time
@@ -28,17 +28,31 @@ import minilora
 from minilora import InjectReport, LoRAConfig
 from minilora.files import write_file
 from minilora.summarization.checkpoint import Progress, load_checkpoint, save_checkpoint
-from minilora.summarization.data import Encoded, Example, batches, by_length, collate, encode, load
+from minilora.summarization.data import SPLITS, Encoded, batches, by_length, collate, encode, load
 from minilora.summarization.evaluation import rouge, summarize
 from minilora.summarization.loss import summed_loss
 from minilora.summarization.model import (
+    check_vocabulary,
     choose_device,
     choose_precision,
     limit_lengths,
     load_model,
     load_tokenizer,
+    save_model,
 )
-from minilora.summarization.presets import DataOptions, RunConfig, UserError
+from minilora.summarization.presets import RunConfig, TrainingOptions, UserError
+from minilora.summarization.reading import Example
+
+
+@dataclass
+class Split:
+    """Dialogues as they are and as token ids, in the same order."""
+
+    examples: list[Example]
+    encoded: list[Encoded]
+
+    def __len__(self) -> int:
+        return len(self.examples)
 
 
 @dataclass
@@ -46,15 +60,13 @@ class Session:
     """What a run works with, checked and in memory, before anything is written."""
 
     run: RunConfig
+    """With lengths that the model has positions for."""
     device: torch.device
     autocast_dtype: torch.dtype | None
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    train: list[Encoded]
-    validation: list[Example]
-    validation_encoded: list[Encoded]
-    data: DataOptions
-    """The run's, with lengths that the model has positions for."""
+    splits: dict[str, Split]
+    """train and validation; test if the run ends with an evaluation."""
     report: InjectReport
     notices: list[str]
 
@@ -71,38 +83,42 @@ class Outcome:
 def open_session(run: RunConfig) -> Session:
     """Load data, model and tokenizer and make the model ready to train.
 
+    Whatever can be wrong with a run's input is found here, not after an hour of training.
+
     Raises:
-        UserError: data or model are missing or malformed.
+        UserError: data or model are missing, malformed, or do not fit each other or the settings.
         LoRAError: the adapter's settings do not fit the model.
     """
     device = choose_device(run.model.device)
     config = adapter_config(run) if run.model.method == "lora" else None
-    data, notices = load(run.data, ("train", "validation"))
+    data, notices = load(run.data, SPLITS if run.output.evaluate else SPLITS[:2])
     tokenizer = load_tokenizer(run.model.model)
     model = load_model(run.model.model, device)
-    lengths = limit_lengths(run.data, model)
-    train, truncation = encode(data["train"], tokenizer, lengths)
-    validation_encoded, _ = encode(data["validation"], tokenizer, lengths)
-    if truncation.sources or truncation.targets:
-        notices.append(str(truncation))
+    run = limit_lengths(run, model)
+    summarize(model, tokenizer, [], run.generation)  # refuses impossible settings
+    splits = {}
+    for name, examples in data.items():
+        encoded, truncation = encode(examples, tokenizer, run.data)
+        check_vocabulary(model, encoded, run.model.model)
+        splits[name] = Split(examples, encoded)
+        if truncation.sources or truncation.targets:
+            notices.append(f"{name}: {truncation}")
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
-    if config is None:
-        report = InjectReport((), model.num_parameters(), model.num_parameters())
-    else:
-        report = minilora.inject(model, config)
     return Session(
         run=run,
         device=device,
         autocast_dtype=choose_precision(run.model.precision, device),
         model=model,
         tokenizer=tokenizer,
-        train=train,
-        validation=data["validation"],
-        validation_encoded=validation_encoded,
-        data=lengths,
-        report=report,
+        splits=splits,
+        report=minilora.inject(model, config) if config else _report_of_all(model),
         notices=notices,
     )
+
+
+def _report_of_all(model: nn.Module) -> InjectReport:
+    trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
+    return InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
 
 
 def adapter_config(run: RunConfig) -> LoRAConfig:
@@ -125,132 +141,174 @@ def fit(session: Session, output: Path) -> Outcome:
 
     Raises:
         UserError: a loss that is not finite; its step and dialogues are named.
+        OSError: the output cannot be written.
     """
-    run, model = session.run, session.model
-    peak = run.training.learning_rate
-    assert peak is not None
-    parameters = list(minilora.trainable_parameters(model))
-    optimizer = torch.optim.AdamW(
-        parameters, lr=peak, weight_decay=run.training.weight_decay, fused=True
-    )
-    scaler = torch.amp.GradScaler(
-        session.device.type, enabled=session.autocast_dtype == torch.float16
-    )
-    progress, notices = load_checkpoint(output / "checkpoints", model, optimizer, scaler)
-    for notice in notices:
-        print(notice, file=sys.stderr)
-    log = Log(output / "log.jsonl", progress.log_bytes)
-    if progress.step == 0:
-        log.write("start", trainable=session.report.trainable, total=session.report.total)
+    trainer = Trainer(session, output)
+    with trainer.log, trainer.bar, stop_requests() as stop:
+        finished = trainer.run(stop)
+    return Outcome(trainer.progress, not finished, peak_bytes(session.device))
 
-    steps_per_epoch = math.ceil(
-        math.ceil(len(session.train) / run.training.batch_size) / run.training.accumulate
-    )
-    last = run.training.epochs * steps_per_epoch
-    last = min(last, run.training.max_steps) if run.training.max_steps else last
-    warmup = max(1, round(run.training.warmup * last))
-    clock = Clock(progress.seconds)
 
-    def checkpoint() -> None:
-        progress.seconds, progress.log_bytes = clock.seconds(), log.flush()
-        save_checkpoint(output / "checkpoints", progress, model, optimizer, scaler)
+class Trainer:
+    """A run under way: what changes from step to step, and where it is written."""
 
-    bar = tqdm(total=last, initial=progress.step, unit="step", disable=None, dynamic_ncols=True)
-    with bar, stop_requests() as stop:
-        while progress.step < last:
-            groups = _groups(session, progress.epoch)
-            for group in groups[progress.position :]:
-                rate = learning_rate(progress.step, last, warmup, peak)
-                measures = optimizer_step(
-                    session, group, parameters, optimizer, scaler, rate, progress.step
-                )
-                progress.step += 1
-                progress.position += 1
-                log.write("step", step=progress.step, epoch=progress.epoch + 1, **measures)
-                bar.update()
-                bar.set_postfix_str(
-                    f"loss {measures['loss']:.3f}, {measures['tokens_per_second']:,.0f} tokens/s"
-                )
-                if stop.requested or progress.step == last:
-                    break
-                if clock.minutes_since_mark() >= run.output.checkpoint_minutes:
-                    checkpoint()
-                    clock.mark()
-            if stop.requested and progress.step < last:
-                checkpoint()
+    def __init__(self, session: Session, output: Path) -> None:
+        training = session.run.training
+        assert training.learning_rate is not None  # resolved by the command line
+        self.session, self.output = session, output
+        self.peak = training.learning_rate
+        self.last = last_step(training, len(session.splits["train"]))
+        self.warmup = max(1, round(training.warmup * self.last))
+        self.parameters = list(minilora.trainable_parameters(session.model))
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.peak, weight_decay=training.weight_decay, fused=True
+        )
+        fp16 = session.autocast_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(session.device.type, enabled=fp16)
+        self.progress, notices = load_checkpoint(
+            output / "checkpoints", session.model, self.optimizer, self.scaler
+        )
+        for notice in notices:
+            print(f"note: {notice}", file=sys.stderr)
+        self.clock = Clock(self.progress.seconds)
+        self.log = Log(output / "log.jsonl", self.progress.log_bytes)
+        self.bar = tqdm(
+            total=self.last,
+            initial=self.progress.step,
+            unit="step",
+            disable=None,  # where nobody looks
+            dynamic_ncols=True,
+        )
+
+    def run(self, stop: "StopRequest") -> bool:
+        """Train to the end. False if stopped before: a checkpoint and an adapter are there."""
+        progress = self.progress
+        if progress.log_bytes == 0:
+            report = self.session.report
+            self.log.write("start", trainable=report.trainable, total=report.total)
+        # A position above 0 after the last step: stopped before that epoch was validated.
+        while progress.step < self.last or progress.position:
+            if not (self.train_epoch(stop) and self.end_epoch(stop)):
+                self.checkpoint()
                 if progress.best is None:
-                    save_trained(session, output)
-                return Outcome(progress, True, peak_bytes(session.device))
-            scores = validate(session)
-            log.write("validation", step=progress.step, epoch=progress.epoch + 1, **scores)
-            better = progress.best is None or scores["rouge1"] > progress.best
-            if better:
-                progress.best = scores["rouge1"]
-                save_trained(session, output)
-            bar.write(_epoch_line(progress, run.training.epochs, scores, better), file=sys.stdout)
-            progress.epoch, progress.position = progress.epoch + 1, 0
-            checkpoint()
-            clock.mark()
-    log.write("end", seconds=round(clock.seconds(), 1), peak_bytes=peak_bytes(session.device))
-    log.flush()
-    progress.seconds = clock.seconds()
-    return Outcome(progress, False, peak_bytes(session.device))
+                    save_trained(self.session, self.output)
+                return False
+        progress.seconds = self.clock.seconds()
+        peak = peak_bytes(self.session.device)
+        self.log.write("end", seconds=round(progress.seconds, 1), peak_bytes=peak)
+        return True
 
-
-def optimizer_step(
-    session: Session,
-    group: Sequence[Sequence[Encoded]],
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    rate: float,
-    step: int,
-) -> dict[str, float]:
-    """One step of AdamW on the batches of a group.
-
-    The loss is the sum over all target tokens of the group divided by their number, so that
-    accumulating k batches equals one batch k times as large.
-
-    Returns:
-        loss (nats per target token), learning_rate, gradient_norm, tokens (source and target,
-        padding not counted), seconds, tokens_per_second.
-    """
-    start = time.perf_counter()
-    for settings in optimizer.param_groups:
-        settings["lr"] = rate
-    session.model.train()
-    optimizer.zero_grad(set_to_none=True)
-    target_tokens = sum(len(row.target) for batch in group for row in batch)
-    total = 0.0
-    for batch in group:
-        with _autocast(session):
-            loss, _ = summed_loss(session.model, _tensors(session, batch))
-        total += loss.item()
-        if not math.isfinite(total):
-            ids = ", ".join(row.id for row in batch)
-            raise UserError(
-                f"the loss is {loss.item()} in step {step + 1}, in the batch of the dialogues "
-                f"{ids}: lower --learning-rate or use --precision fp32; the best adapter so far "
-                "is kept"
+    def train_epoch(self, stop: "StopRequest") -> bool:
+        """The optimizer steps of this epoch that are left. False if stopped before its end."""
+        progress, minutes = self.progress, self.session.run.output.checkpoint_minutes
+        for group in epoch_groups(self.session, progress.epoch)[progress.position :]:
+            if progress.step == self.last:  # --max-steps
+                break
+            if stop.requested:
+                return False
+            measures = self.step(group)
+            progress.step += 1
+            progress.position += 1
+            self.log.write("step", step=progress.step, epoch=progress.epoch + 1, **measures)
+            self.bar.update()
+            self.bar.set_postfix_str(
+                f"loss {measures['loss']:.3f}, {measures['tokens_per_second']:,.0f} tokens/s"
             )
-        scaler.scale(loss / target_tokens).backward()
-    scaler.unscale_(optimizer)
-    limit = session.run.training.clip or math.inf
-    norm = nn.utils.clip_grad_norm_(parameters, limit).item()
-    if not math.isfinite(norm) and not scaler.is_enabled():
-        raise UserError(f"the gradient is not finite in step {step + 1}: lower --learning-rate")
-    scaler.step(optimizer)  # skips the step if fp16 overflowed
-    scaler.update()
-    seconds = time.perf_counter() - start
-    tokens = sum(len(row.source) + len(row.target) for batch in group for row in batch)
-    return {
-        "loss": total / target_tokens,
-        "learning_rate": rate,
-        "gradient_norm": norm,
-        "tokens": tokens,
-        "seconds": round(seconds, 4),
-        "tokens_per_second": round(tokens / seconds, 1),
-    }
+            if self.clock.minutes_since_mark() >= minutes:
+                self.checkpoint()
+        return True
+
+    def end_epoch(self, stop: "StopRequest") -> bool:
+        """Validate, save what was trained if it is the best so far, and turn to the next epoch.
+
+        False if stopped before: summaries take long, nothing of them is kept, and so nobody waits
+        for them.
+        """
+        try:
+            with stop.at_once():
+                scores = validate(self.session)
+        except KeyboardInterrupt:
+            return False
+        progress = self.progress
+        better = progress.best is None or scores["rouge1"] > progress.best
+        self.log.write("validation", step=progress.step, epoch=progress.epoch + 1, **scores)
+        line = _epoch_line(progress, self.session.run.training.epochs, scores, better)
+        self.bar.write(line, file=sys.stdout)
+        if better:
+            progress.best = scores["rouge1"]
+            save_trained(self.session, self.output)
+        progress.epoch, progress.position = progress.epoch + 1, 0
+        self.checkpoint()
+        return True
+
+    def checkpoint(self) -> None:
+        progress = self.progress
+        progress.seconds, progress.log_bytes = self.clock.seconds(), self.log.flush()
+        save_checkpoint(
+            self.output / "checkpoints", progress, self.session.model, self.optimizer, self.scaler
+        )
+        self.clock.mark()
+
+    def step(self, group: Sequence[Sequence[Encoded]]) -> dict[str, float]:
+        """One step of AdamW on the batches of a group.
+
+        The loss is the sum over all target tokens of the group divided by their number, so that
+        accumulating k batches equals one batch k times as large.
+
+        Returns:
+            loss (nats per target token), learning_rate, gradient_norm (before clipping; not finite
+            where fp16 overflowed and the step was skipped), tokens (source and target, padding not
+            counted), seconds, tokens_per_second.
+
+        Raises:
+            UserError: the loss is not finite, or the gradient is not and no GradScaler sees to it.
+        """
+        start, session = time.perf_counter(), self.session
+        rate = learning_rate(self.progress.step, self.last, self.warmup, self.peak)
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = rate
+        session.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        target_tokens = sum(len(row.target) for batch in group for row in batch)
+        total = 0.0
+        for batch in group:
+            with _autocast(session):
+                loss, _ = summed_loss(session.model, _tensors(session, batch))
+            self._require_finite("loss", loss.item(), batch)
+            total += loss.item()
+            self.scaler.scale(loss / target_tokens).backward()
+        self.scaler.unscale_(self.optimizer)
+        limit = session.run.training.clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.parameters, limit).item()
+        if not self.scaler.is_enabled():
+            self._require_finite("gradient's norm", norm, [row for batch in group for row in batch])
+        self.scaler.step(self.optimizer)  # skips the step if fp16 overflowed
+        self.scaler.update()
+        seconds = time.perf_counter() - start
+        tokens = sum(len(row.source) + len(row.target) for batch in group for row in batch)
+        return {
+            "loss": total / target_tokens,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "tokens": tokens,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(tokens / seconds, 1),
+        }
+
+    def _require_finite(self, what: str, value: float, rows: Sequence[Encoded]) -> None:
+        if not math.isfinite(value):
+            raise UserError(
+                f"the {what} is {value} in step {self.progress.step + 1}, on the dialogues "
+                f"{', '.join(row.id for row in rows)}: lower --learning-rate, or use --precision "
+                "fp32"
+            )
+
+
+def last_step(training: TrainingOptions, rows: int) -> int:
+    """How many optimizer steps a run takes; the last group of an epoch may be smaller."""
+    batches_per_epoch = math.ceil(rows / training.batch_size)
+    steps = training.epochs * math.ceil(batches_per_epoch / training.accumulate)
+    return min(steps, training.max_steps) if training.max_steps else steps
 
 
 def learning_rate(step: int, last: int, warmup: int, peak: float) -> float:
@@ -263,17 +321,18 @@ def learning_rate(step: int, last: int, warmup: int, peak: float) -> float:
 @torch.no_grad()
 def validate(session: Session) -> dict[str, float]:
     """Loss per target token on the validation split, and ROUGE of the summaries written for it."""
-    model, encoded = session.model.eval(), session.validation_encoded
+    run, model, split = session.run, session.model.eval(), session.splits["validation"]
     loss, tokens = 0.0, 0
-    for chosen in by_length(encoded, session.run.generation.evaluation_batch_size):
+    for chosen in by_length(split.encoded, run.generation.evaluation_batch_size):
         with _autocast(session):
-            summed, count = summed_loss(model, _tensors(session, [encoded[i] for i in chosen]))
+            batch = _tensors(session, [split.encoded[i] for i in chosen])
+            summed, count = summed_loss(model, batch)
         loss, tokens = loss + summed.item(), tokens + count
-    some = session.run.training.validation_limit or len(encoded)
+    some = run.training.validation_limit or len(split)
     summaries = summarize(
-        model, session.tokenizer, encoded[:some], session.run.generation, session.autocast_dtype
+        model, session.tokenizer, split.encoded[:some], run.generation, session.autocast_dtype
     )
-    references = [example.summary for example in session.validation[:some]]
+    references = [example.summary for example in split.examples[:some]]
     rows = rouge([summary.text for summary in summaries], references)
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     return {"loss": loss / tokens, **{name: round(mean, 4) for name, mean in means.items()}}
@@ -281,16 +340,11 @@ def validate(session: Session) -> dict[str, float]:
 
 def save_trained(session: Session, output: Path) -> None:
     """Write the adapter (or, after a full fine-tune, the model), whole or not at all."""
+    path = trained_path(output, session.run)
     if session.run.model.method == "lora":
-        minilora.save_adapter(session.model, trained_path(output, session.run))
-        return
-    beside, target = output / ".model", trained_path(output, session.run)
-    shutil.rmtree(beside, ignore_errors=True)
-    session.model.save_pretrained(beside)
-    session.tokenizer.save_pretrained(beside)
-    if target.exists():
-        shutil.rmtree(target)
-    beside.rename(target)
+        minilora.save_adapter(session.model, path)
+    else:
+        save_model(session.model, session.tokenizer, path)
 
 
 def trained_path(output: Path, run: RunConfig) -> Path:
@@ -307,13 +361,25 @@ class Log:
         self.file = path.open("ab")
 
     def write(self, kind: str, **values: Any) -> None:
-        self.file.write(json.dumps({"kind": kind, **values}).encode() + b"\n")
+        """One record. JSON has no word for infinity or NaN: they become null."""
+        record = {"kind": kind} | {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self.file.write(json.dumps(record).encode() + b"\n")
         self.file.flush()
 
     def flush(self) -> int:
         """The length of the log in bytes, all of it on the disk."""
         self.file.flush()
+        os.fsync(self.file.fileno())
         return self.file.tell()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
 
 class Clock:
@@ -334,24 +400,36 @@ class Clock:
 
 
 class StopRequest:
-    """Whether Ctrl-C or SIGTERM came. A second Ctrl-C stops at once."""
+    """Whether Ctrl-C or SIGTERM came. A second one stops at once."""
 
-    requested = False
+    def __init__(self) -> None:
+        self.requested = False
+        self.raises = False
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside the block a request, also one made before, raises KeyboardInterrupt."""
+        self.raises = True
+        try:
+            if self.requested:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self.raises = False
+
+    def on_signal(self, number: int, frame: object) -> None:
+        second, self.requested = self.requested, True
+        if second or self.raises:
+            raise KeyboardInterrupt
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request to stop after the step under way."""
     stop = StopRequest()
-
-    def on_signal(number: int, _: object) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-
     handled = (signal.SIGINT, signal.SIGTERM)
     try:
-        before = {number: signal.signal(number, on_signal) for number in handled}
+        before = {number: signal.signal(number, stop.on_signal) for number in handled}
     except ValueError:  # not in the main thread: nobody sends signals here
         before = {}
     try:
@@ -373,12 +451,12 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _groups(session: Session, epoch: int) -> list[list[list[Encoded]]]:
+def epoch_groups(session: Session, epoch: int) -> list[list[list[Encoded]]]:
     """The epoch's batches, in groups of one optimizer step."""
-    training = session.run.training
-    lengths = [(len(row.source), len(row.target)) for row in session.train]
+    training, train = session.run.training, session.splits["train"].encoded
+    lengths = [(len(row.source), len(row.target)) for row in train]
     order = batches(lengths, training.batch_size, session.run.model.seed, epoch)
-    rows = [[session.train[i] for i in chosen] for chosen in order]
+    rows = [[train[i] for i in chosen] for chosen in order]
     return [rows[i : i + training.accumulate] for i in range(0, len(rows), training.accumulate)]
 
 

@@ -1,0 +1,81 @@
+"""What every benchmark shares: alternate the contestants, take medians, write JSON."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def alternate(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of every contestant in every round; each round runs all of them once, in turn.
+
+    A machine that grows slower for a while does so for all contestants alike, so that ratios
+    within a round hold where absolute times do not. The order is rotated from round to round.
+    """
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(warmup + rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            synchronize()
+            start = time.perf_counter()
+            contestants[name]()
+            synchronize()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds: Mapping[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    """Median seconds of each contestant, and the ratio of its median to the base's."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        name: {"median_seconds": median, "ratio": median / medians[base]}
+        for name, median in medians.items()
+    }
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine() -> dict[str, Any]:
+    """Versions and hardware, to stand beside every figure."""
+    packages = ["torch", "transformers", "peft", "safetensors"]
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return f"{names[0]}, {os.cpu_count()} cores"
+    except (OSError, IndexError):
+        return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def write_result(name: str, result: Mapping[str, Any]) -> Path:
+    """benchmarks/results/NAME.json: the figures with the date, versions and hardware."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    content = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), **result}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path

@@ -1,0 +1,64 @@
+"""Which length settings suit the base best? Chosen on the validation split, before any fine-tune.
+
+    python benchmarks/lengths.py [--preset pocket]
+
+A base made to look worse than it is would make every fine-tune look better. So the preset's
+decoding is the one with which the *base* scores highest here, and base and fine-tuned model are
+both decoded with it.
+"""
+
+import argparse
+import itertools
+import sys
+from dataclasses import replace
+
+from common import write_result
+
+from minilora.summarization.data import encode
+from minilora.summarization.evaluation import rouge, summarize
+from minilora.summarization.model import (
+    choose_device,
+    choose_precision,
+    load_model,
+    load_tokenizer,
+)
+from minilora.summarization.presets import PRESETS, RunConfig
+from minilora.summarization.reading import load
+
+GRID = {
+    "min_length": (5, 10, 20, 30),
+    "max_length": (40, 60, 80),
+    "length_penalty": (0.5, 1.0, 2.0),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--preset", default="pocket", choices=PRESETS)
+    options = parser.parse_args()
+    run = RunConfig.from_dict(PRESETS[options.preset] | {"preset": options.preset})
+    device = choose_device(run.model.device)
+    dtype = choose_precision(run.model.precision, device)
+    model, tokenizer = load_model(run.model.model, device), load_tokenizer(run.model.model)
+    examples = load(run.data, ("validation",))[0]["validation"]
+    encoded, _ = encode(examples, tokenizer, run.data)
+    references = [example.summary for example in examples]
+
+    rows = []
+    for values in itertools.product(*GRID.values()):
+        settings = dict(zip(GRID, values, strict=True))
+        generation = replace(run.generation, **settings)
+        summaries = summarize(model, tokenizer, encoded, generation, dtype)
+        scores = rouge([summary.text for summary in summaries], references)
+        means = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
+        length = sum(summary.tokens for summary in summaries) / len(summaries)
+        rows.append({**settings, **means, "gen_len": length})
+        print({key: round(value, 2) for key, value in rows[-1].items()}, file=sys.stderr)
+    rows.sort(key=lambda row: -row["rouge1"])
+    settings = {"preset": options.preset, "model": run.model.model, "split": "validation"}
+    print(f"best: {rows[0]}")
+    print(write_result("lengths", {"settings": settings, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""`python -m minilora COMMAND`: the same doors for whoever installed the package.
+
+    train ...                 what `python train.py ...` does
+    evaluate RUN ...          what `python evaluate.py RUN ...` does
+    inspect ADAPTER           layers, ranks, scales, norms and singular values, as a table
+    merge ADAPTER OUT         a checkpoint that plain transformers loads
+
+ADAPTER is the directory of an adapter or of a run.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import minilora
+from minilora.adapter import Adapter, apply_adapter
+from minilora.arithmetic import singular_values
+from minilora.config import LoRAError
+from minilora.inject import fold_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, or 2 on bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] in (["train"], ["evaluate"]):
+        from minilora.summarization import cli  # it imports transformers: only when it is needed
+
+        door = cli.train_main if arguments[0] == "train" else cli.evaluate_main
+        return door(arguments[1:])
+    parsed = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = parsed.run
+    try:
+        command(parsed)
+    except (LoRAError, OSError) as error:
+        print(f"minilora {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m minilora",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"minilora {minilora.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("train", help="fine-tune a model", add_help=False)
+    commands.add_parser("evaluate", help="score a run", add_help=False)
+    inspect = commands.add_parser("inspect", help="show what an adapter holds")
+    inspect.add_argument("adapter", type=Path, metavar="ADAPTER")
+    inspect.set_defaults(
+        run=lambda parsed: print(inspection(minilora.read_adapter(parsed.adapter)))
+    )
+    merge = commands.add_parser("merge", help="write a merged checkpoint")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER")
+    merge.add_argument("out", type=Path, metavar="OUT", help="a directory that is new or empty")
+    merge.add_argument("--dtype", choices=DTYPES, help="of the weights written; the base's if not")
+    merge.add_argument("--model", help="the base model; the one that the adapter names if not")
+    merge.set_defaults(run=_merge)
+    return parser
+
+
+# inspect -----------------------------------------------------------------------------------------
+
+
+def inspection(adapter: Adapter) -> str:
+    """A table of the adapter's layers; the singular values are those of s B A."""
+    rows: list[tuple[str, ...]] = [
+        ("module", "r", "s", "|A|", "|B|", "|sBA|", "singular values of sBA")
+    ]
+    for module in adapter.modules:
+        A, B = (tensor.double() for tensor in adapter.pair(module))
+        values = adapter.scale_of(module) * singular_values((A, B))
+        shown = [f"{value:.3g}" for value in values.tolist()]
+        if len(shown) > 8:
+            shown = [*shown[:7], "..", shown[-1]]
+        numbers = (adapter.scale_of(module), A.norm(), B.norm(), values.norm())
+        rows.append(
+            (module, str(A.shape[0]), *(f"{float(n):.4g}" for n in numbers), " ".join(shown))
+        )
+    config = adapter.config
+    count = sum(tensor.numel() for tensor in adapter.tensors.values())
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in adapter.tensors.values()})
+    kind = "DoRA" if config.dora else "LoRA"
+    lines = [
+        f"{kind}, {len(adapter.modules)} modules, {count:,} numbers in {', '.join(dtypes)}, "
+        f"base {adapter.base_model or 'unknown'}",
+        *_align(rows),
+    ]
+    if adapter.extras:
+        names = fold_names(tuple(adapter.extras))
+        lines += ["trained besides:", *(f"  {name}" for name in names)]
+    return "\n".join(lines)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Text columns to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    last = len(widths) - 1
+    return [
+        "  ".join(
+            cell.ljust(width) if i in (0, last) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+# merge -------------------------------------------------------------------------------------------
+
+
+def _merge(parsed: argparse.Namespace) -> None:
+    out: Path = parsed.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise LoRAError(f"{out} exists and is not an empty directory: name another")
+    adapter = minilora.read_adapter(parsed.adapter)
+    name = parsed.model or _base_of(parsed.adapter) or adapter.base_model
+    if name is None:
+        raise LoRAError(f"{parsed.adapter} does not name its base model: say --model")
+    model, stored = _load(name)
+    before_adapter = _logits(model)
+    print(apply_adapter(model, adapter, inference=True))
+    before = _logits(model)
+    print(minilora.merge(model))
+    minilora.unwrap(model)
+
+    dtype = DTYPES[parsed.dtype] if parsed.dtype else stored
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        torch.nn.Module.to(model, dtype)
+        model.save_pretrained(beside)
+        _save_tokenizer(name, beside)
+        after = _logits(_load(str(beside))[0])  # what whoever loads it will get
+        apart = (after - before).abs().max().item()
+        print(
+            f"logits on sample tokens, unmerged against the checkpoint in {dtype}: at most "
+            f"{apart:.2g} apart; the adapter itself changes them by up to "
+            f"{(before - before_adapter).abs().max().item():.2g}"
+        )
+        if dtype == torch.float32 and apart > 1e-3 * before.abs().max().item():
+            raise LoRAError(f"the merged logits differ by {apart:.2g}: nothing is written")
+        beside.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        beside.replace(out)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    print(f"written to {out}")
+
+
+def _base_of(run: Path) -> str | None:
+    """The model in a run's config.json."""
+    try:
+        model = json.loads((run / "config.json").read_bytes())["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return model if isinstance(model, str) else None
+
+
+def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":
+    """The model in float32 (its sums are rounded once, when it is cast), and the dtype it has."""
+    import transformers
+
+    from minilora.summarization.presets import embedded
+
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        source = embedded(name)
+        config = transformers.AutoConfig.from_pretrained(source)
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        if kind is None:
+            raise ValueError("its config.json names no architecture of transformers")
+        model = kind.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise LoRAError(f"base model {name}: {str(error).splitlines()[0]}") from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return model.eval(), stored
+
+
+def _logits(model: Any) -> torch.Tensor:
+    """(2, 16, ...) on random token ids, the same for every model of one vocabulary."""
+    draw = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (2, 16), generator=draw)
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids.flip(0)
+    with torch.no_grad():
+        logits: torch.Tensor = model(**inputs).logits.float()
+    return logits
+
+
+def _save_tokenizer(name: str, directory: Path) -> None:
+    """Beside the model, where the base has one: then the directory is complete."""
+    import transformers
+
+    from minilora.summarization.presets import embedded
+
+    try:
+        transformers.AutoTokenizer.from_pretrained(embedded(name)).save_pretrained(directory)
+    except (OSError, ValueError, KeyError):
+        print(f"note: {name} has no tokenizer to write beside the model", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

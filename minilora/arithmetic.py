@@ -1,0 +1,250 @@
+"""Arithmetic on adapters: several into one, or one out of a full fine-tune.
+
+An adapter stands for the updates s B A of its modules. What is made here has s = 1 everywhere
+(alpha is the rank), whatever ranks, scales and rsLoRA went in: the scale is folded into B.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from minilora import bases
+from minilora.adapter import A_SUFFIX, B_SUFFIX, PREFIX, Adapter
+from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, check_rank
+from minilora.inject import config_of, plain_model
+from minilora.peft_config import resolve
+from minilora.targets import select
+
+Method = Literal["linear", "cat", "svd"]
+Factors = tuple[Tensor, Tensor]
+"""A (r, in) and B (out, r)."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How near a module's B A comes to the update Delta it stands for."""
+
+    module: str
+    norm: float
+    """||Delta||, the Frobenius norm."""
+    error: float
+    """||Delta - B A|| / ||Delta||; 0 where Delta is 0."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An adapter made by arithmetic, and how near it comes to what it stands for."""
+
+    adapter: Adapter
+    modules: tuple[Fit, ...]
+    left_out: tuple[str, ...] = ()
+    """Parameters that the full fine-tune changed and the adapter cannot hold."""
+
+    @property
+    def energy(self) -> float:
+        """The share of the updates' squared norm that is kept, over all modules."""
+        total = sum(fit.norm**2 for fit in self.modules)
+        lost = sum((fit.norm * fit.error) ** 2 for fit in self.modules)
+        return 1 - lost / total if total else 1.0
+
+    def __str__(self) -> str:
+        worst = max(self.modules, key=lambda fit: fit.error)
+        text = (
+            f"{len(self.modules)} modules, {self.energy:.2%} of the update's energy kept; "
+            f"error at most {worst.error:.2g} of an update ({worst.module})"
+        )
+        if self.left_out:
+            text += f"; {len(self.left_out)} changed parameters left out: {self.left_out[0]}, ..."
+        return text
+
+
+def combine(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    method: Method = "cat",
+    rank: int | None = None,
+) -> Fitted:
+    """One adapter for the weighted sum of the updates of several: Delta = sum of w_i s_i B_i A_i.
+
+    A module that only some adapters have gets the updates of those.
+
+    Args:
+        adapters: plain LoRA (no DoRA, no trained biases or modules).
+        weights: one number each; any sign.
+        method: "cat" stacks the factors: exact, and the ranks add up. "svd" keeps the best `rank`
+            directions of that sum. "linear" adds up A and B each, weighted by the root of
+            |w_i s_i|: PEFT's "linear", a rough guess with cross terms B_i A_j; one rank only.
+        rank: with "svd" only.
+
+    Raises:
+        LoRAError: the adapters cannot be added up that way.
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise LoRAError(
+            f"{len(adapters)} adapters and {len(weights)} weights: give one weight each"
+        )
+    if not all(math.isfinite(weight) for weight in weights):
+        raise LoRAError(f"the weights must be finite, not {list(weights)}")
+    if method not in get_args(Method):
+        raise LoRAError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}")
+    if (method == "svd") != (rank is not None):
+        raise LoRAError("rank goes with method 'svd', and 'svd' needs one")
+    for adapter in adapters:
+        if adapter.config.dora or adapter.config.lora_bias or adapter.extras:
+            raise LoRAError(
+                "only plain LoRA is a sum: DoRA's magnitudes, biases and whole modules cannot be "
+                "added up; merge such an adapter, and minilora.extract one from the merged model"
+            )
+    factors, fits = {}, []
+    for module in sorted({module for adapter in adapters for module in adapter.modules}):
+        terms = [
+            (weight * adapter.scale_of(module), *adapter.pair(module))
+            for adapter, weight in zip(adapters, weights, strict=True)
+            if module in adapter.modules
+        ]
+        exact = _stack(module, terms)
+        if method == "svd":
+            assert rank is not None
+            factors[module] = truncate(exact, rank)
+        else:
+            factors[module] = exact if method == "cat" else _add(module, terms)
+        fits.append(_fit(module, exact, factors[module]))
+    first = adapters[0]
+    config = first.config
+    if set(factors) != set(first.modules):  # what it targets is not what the sum has
+        config = replace(config, targets=tuple(factors), exclude=(), layers=None, layers_pattern=())
+    base_models = {adapter.base_model for adapter in adapters}
+    base_model = first.base_model if len(base_models) == 1 else None
+    return Fitted(_assemble(factors, config, base_model, first.fan_in_fan_out), tuple(fits))
+
+
+def extract(
+    finetuned: nn.Module,
+    base: nn.Module,
+    rank: int,
+    targets: str | Sequence[str] = ALL_LINEAR,
+) -> Fitted:
+    """An adapter for what a full fine-tune did to a model's linears: Delta = W' - W, cut to a rank.
+
+    The truncated singular value decomposition is the best there is for a rank (Eckart and Young).
+
+    Args:
+        finetuned: the model after. base: the same model before; neither is changed.
+        rank: r, at most; a smaller layer gets its smaller side.
+        targets: as in `LoRAConfig`.
+
+    Returns:
+        The adapter, the share of the update's energy kept, and the names of the parameters that
+        changed but are not of a target's weight, which the adapter cannot hold.
+
+    Raises:
+        LoRAError: the models differ in shape, a target cannot be adapted, or a model carries an
+            adapter.
+    """
+    check_rank("rank", rank)
+    finetuned, base = plain_model(finetuned), plain_model(base)
+    if config_of(finetuned) is not None or config_of(base) is not None:
+        raise LoRAError("a model carries an adapter: minilora.unwrap it, or save its adapter")
+    config = LoRAConfig(rank=rank, alpha=rank, targets=targets)  # type: ignore[arg-type]
+    found = select(base, config)
+    after, before = dict(finetuned.named_parameters()), dict(base.named_parameters())
+    if {name: p.shape for name, p in after.items()} != {
+        name: p.shape for name, p in before.items()
+    }:
+        raise LoRAError("the models differ in names or shapes: these are not one model's weights")
+    factors, fits = {}, []
+    for module, layer in found.items():
+        W = bases.dense_weight(layer).to(torch.float32)  # (out, in)
+        delta = bases.dense_weight(finetuned.get_submodule(module)).to(W) - W
+        U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+        factors[module] = _halve(U[:, :rank], S[:rank], Vh[:rank])
+        norm, lost = S.norm().item(), S[rank:].norm().item()
+        fits.append(Fit(module, norm, lost / norm if norm else 0.0))
+    held = {f"{module}.weight" for module in found}
+    changed = (name for name in before if not torch.equal(before[name], after[name]))
+    left_out = tuple(name for name in changed if name not in held)
+    transposed = any(bases.is_conv1d(layer) for layer in found.values())
+    name = getattr(base, "name_or_path", None) or None
+    return Fitted(_assemble(factors, config, name, transposed), tuple(fits), left_out)
+
+
+def truncate(factors: Factors, rank: int) -> Factors:
+    """The best A (rank, in) and B (out, rank) for the same product, without building it.
+
+    With B = Q R and A^T = Q' R' the singular values of B A are those of the small core R R'^T.
+    """
+    A, B = factors
+    Q, R = torch.linalg.qr(B)  # (out, k) (k, r)
+    Q2, R2 = torch.linalg.qr(A.T)  # (in, l) (l, r)
+    U, S, Vh = torch.linalg.svd(R @ R2.T, full_matrices=False)
+    return _halve((Q @ U)[:, :rank], S[:rank], (Vh @ Q2.T)[:rank])
+
+
+def singular_values(factors: Factors) -> Tensor:
+    """The singular values of B A, the largest first, from the small core as in `truncate`."""
+    A, B = factors
+    values: Tensor = torch.linalg.svdvals(torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T)
+    return values
+
+
+def _halve(U: Tensor, S: Tensor, Vh: Tensor) -> Factors:
+    """A and B of like size: the root of each singular value goes to either side."""
+    return S.sqrt()[:, None] * Vh, U * S.sqrt()
+
+
+def _stack(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
+    """[B_1 .. B_n] [A_1 .. A_n]^T, the weights folded into B, in float64."""
+    shapes = {(B.shape[0], A.shape[1]) for _, A, B in terms}
+    if len(shapes) > 1:
+        raise LoRAError(f"{module} is {' and '.join(map(str, sorted(shapes)))} (out, in)")
+    return (
+        torch.cat([A.double() for _, A, _ in terms]),
+        torch.cat([weight * B.double() for weight, _, B in terms], dim=1),
+    )
+
+
+def _add(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
+    """(sum of +-sqrt|w_i| A_i, sum of sqrt|w_i| B_i), as PEFT's "linear" does it."""
+    ranks = {A.shape[0] for _, A, _ in terms}
+    if len(ranks) > 1:
+        raise LoRAError(f"{module} has ranks {sorted(ranks)}: 'linear' needs one; try 'svd'")
+    roots = [math.sqrt(abs(weight)) for weight, _, _ in terms]
+    signed = [
+        math.copysign(root, weight) for root, (weight, _, _) in zip(roots, terms, strict=True)
+    ]
+    A = [root * A.double() for root, (_, A, _) in zip(signed, terms, strict=True)]
+    B = [root * B.double() for root, (_, _, B) in zip(roots, terms, strict=True)]
+    return torch.stack(A).sum(dim=0), torch.stack(B).sum(dim=0)
+
+
+def _fit(module: str, exact: Factors, made: Factors) -> Fit:
+    """The norm of B A is that of its singular values; a difference is a sum with a minus."""
+    norm = singular_values(exact).norm().item()
+    apart = 0.0
+    if made is not exact:
+        difference = _stack(module, [(1.0, *exact), (-1.0, *made)])
+        apart = singular_values(difference).norm().item()
+    return Fit(module, norm, apart / norm if norm else 0.0)
+
+
+def _assemble(
+    factors: Mapping[str, Factors], config: LoRAConfig, base_model: str | None, transposed: bool
+) -> Adapter:
+    """The adapter with these factors and s = 1; a pattern for ranks unlike the commonest."""
+    modules = tuple(sorted(factors))
+    ranks = {module: A.shape[0] for module, (A, _) in factors.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = resolve(ranks.__getitem__, modules, rank)
+    config = replace(
+        config, rank=rank, alpha=rank, rank_pattern=pattern, alpha_pattern=pattern, rslora=False
+    )
+    tensors = {}
+    for module, (A, B) in factors.items():
+        tensors[PREFIX + module + A_SUFFIX] = A.float().contiguous()
+        tensors[PREFIX + module + B_SUFFIX] = B.float().contiguous()
+    return Adapter(config, tensors, base_model, transposed)

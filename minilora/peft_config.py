@@ -1,0 +1,146 @@
+"""PEFT's adapter_config.json, to and from LoRAConfig. What it asks for and minilora lacks is named.
+
+The rules were read in PEFT 0.21.2; the file has been the same since its first versions.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches_end
+
+CONFIG_FILE = "adapter_config.json"
+
+# LoRAConfig's field -> PEFT's. A file without an entry means PEFT's default, given here.
+FIELDS: dict[str, tuple[str, Any]] = {
+    "rank": ("r", 8),
+    "alpha": ("lora_alpha", 8),
+    "dropout": ("lora_dropout", 0.0),
+    "targets": ("target_modules", None),
+    "exclude": ("exclude_modules", None),
+    "layers": ("layers_to_transform", None),
+    "layers_pattern": ("layers_pattern", None),
+    "rank_pattern": ("rank_pattern", {}),
+    "alpha_pattern": ("alpha_pattern", {}),
+    "rslora": ("use_rslora", False),
+    "dora": ("use_dora", False),
+    "bias": ("bias", "none"),
+    "lora_bias": ("lora_bias", False),
+    "also_train": ("modules_to_save", None),
+    "init": ("init_lora_weights", True),
+    "task_type": ("task_type", None),
+}
+EMPTY: dict[str, Any] = {
+    "exclude": (),
+    "layers": None,
+    "layers_pattern": (),
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "also_train": (),
+}
+INITS = {"kaiming": True, "gaussian": "gaussian", "random": False}
+# Other starts of A and B that leave the base alone: once trained, nothing tells them apart.
+HARMLESS_INITS = ("eva", "orthogonal", "mica")
+
+# Entries that change nothing about the weights.
+IGNORED = {
+    "peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping",
+    "inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config",
+    "loftq_config", "eva_config",
+}  # fmt: skip
+
+# Entries that ask for another method, and what to do about it.
+MERGE = "merge it into the base with PEFT (merge_and_unload) and use that model"
+REFUSED = {
+    "trainable_token_indices": f"trained tokens are not supported: {MERGE}",
+    "target_parameters": f"adapted bare parameters are not supported: {MERGE}",
+    "layer_replication": f"replicated layers are not supported: {MERGE}",
+    "ensure_weight_tying": f"adapters on tied layers are not supported: {MERGE}",
+    "megatron_config": "sharded layers are not supported: gather and save it with PEFT",
+    "use_bdlora": f"block-diagonal LoRA is not supported: {MERGE}",
+    "use_qalora": "QA-LoRA pools its inputs and cannot be plain LoRA; use it with PEFT",
+    "arrow_config": "Arrow routes between adapters by the input; use it with PEFT",
+    "alora_invocation_tokens": "activated LoRA depends on the input's tokens; use it with PEFT",
+    "monteclora_config": "Monte Carlo LoRA samples its weights; use it with PEFT",
+    "kasa_config": "KaSA rewrites the base's weights; use it with PEFT",
+}
+
+
+def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> LoRAConfig:
+    """The configuration that PEFT's entries mean.
+
+    Args:
+        entries: the parsed file.
+        modules: the modules that the adapter's tensors name: the targets where none are given.
+
+    Raises:
+        LoRAError: an entry is wrong, or asks for something that minilora does not do.
+    """
+    kind = entries.get("peft_type")
+    if kind != "LORA":
+        raise LoRAError(
+            f"{CONFIG_FILE}: peft_type is {kind!r}; minilora reads 'LORA' only: {MERGE}"
+        )
+    known = {name for name, _ in FIELDS.values()} | IGNORED
+    for key, value in entries.items():
+        if key not in known and value not in (None, False, "none", [], {}):
+            advice = REFUSED.get(key, "minilora does not know it, and PEFT's result depends on it")
+            raise LoRAError(f"{CONFIG_FILE}: {key} is {value!r}: {advice}")
+    values = {ours: entries.get(peft, default) for ours, (peft, default) in FIELDS.items()}
+    values["init"] = _init_from_peft(values["init"])
+    values["targets"] = values["targets"] or modules
+    for name, empty in EMPTY.items():  # PEFT writes null, [] and {} alike
+        values[name] = values[name] if values[name] not in (None, [], {}, "") else empty
+    try:
+        return LoRAConfig(**values)
+    except LoRAError as error:
+        raise LoRAError(f"{CONFIG_FILE}: {error}") from None
+
+
+def config_to_peft(config: LoRAConfig, modules: tuple[str, ...]) -> dict[str, Any]:
+    """PEFT's entries, only those that its older versions know too, unless they are needed."""
+    values = {name: getattr(config, name) for name in FIELDS}
+    if config.targets == ALL_LINEAR:
+        values["targets"] = modules  # which linears, said outright
+    values["alpha"] = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
+    values["rank_pattern"] = resolve(config.rank_of, modules, config.rank)
+    values["alpha_pattern"] = resolve(config.alpha_of, modules, config.alpha)
+    values["init"] = INITS[config.init]
+    entries = {peft: values[ours] for ours, (peft, _) in FIELDS.items()}
+    for key in ("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"):
+        entries[key] = entries[key] or None
+    for newer in ("exclude_modules", "lora_bias"):
+        if not entries[newer]:
+            del entries[newer]
+    return entries | {"peft_type": "LORA", "inference_mode": True}
+
+
+def _init_from_peft(value: object) -> str:
+    name = value.lower() if isinstance(value, str) else False if value is None else value
+    for ours, peft in INITS.items():
+        if name is peft or (isinstance(peft, str) and name == peft):
+            return ours
+    if name in HARMLESS_INITS:
+        return "kaiming"
+    raise LoRAError(
+        f"{CONFIG_FILE}: init_lora_weights {value!r} may have rewritten the base's weights: "
+        "convert the adapter to plain LoRA with PEFT (save_pretrained with "
+        "path_initial_model_for_weight_conversion)"
+    )
+
+
+def resolve(
+    value_of: Callable[[str], Any], modules: tuple[str, ...], default: Any
+) -> dict[str, Any]:
+    """A pattern with one full name per module, so that no order of keys can change its meaning.
+
+    PEFT sorts the keys when it saves; overlapping patterns then reload with other values.
+    """
+    names = {name: value_of(name) for name in modules}
+    pattern = {name: value for name, value in names.items() if value != default}
+    if all(
+        names[n] == value for key, value in pattern.items() for n in names if matches_end(key, n)
+    ):
+        return pattern
+    # A full name is also the end of another: anchor them.
+    return {f"^{re.escape(name)}": value for name, value in pattern.items()}

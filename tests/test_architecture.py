@@ -1,0 +1,195 @@
+"""The house: who may import whom, what is public, how large the library is, what is never used."""
+
+import ast
+import doctest
+import importlib
+import io
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import minilora
+
+ROOT = Path(minilora.__file__).resolve().parent
+REPOSITORY = ROOT.parent
+
+# Each imports only what stands above it.
+LIBRARY = (
+    "config", "files", "quantize", "bases", "functional", "initialization", "layer", "dora",
+    "biased", "extras", "targets", "inject", "merge", "peft_config", "adapter", "arithmetic",
+    "optim",
+)  # fmt: skip
+TASK = (
+    "presets", "reading", "data", "model", "loss", "checkpoint", "distributed", "evaluation",
+    "training", "report", "cli",
+)  # fmt: skip
+
+# The public names of the design, and how Python spells what is not a function of the package.
+PUBLIC = (
+    "LoRAConfig", "LoRALinear", "LoRAError", "inject", "config_of", "trainable_parameters",
+    "merge", "unmerge", "disabled", "unwrap", "save_adapter", "load_adapter", "read_adapter",
+    "write_adapter", "Adapter", "MergeReport", "combine", "quantize",
+)  # fmt: skip
+
+
+EVERYTHING = sorted(ROOT.rglob("*.py"))
+
+
+def modules(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.py") if not path.name.startswith("__"))
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of what a file imports, at whatever depth; relative ones written out."""
+    package = path.relative_to(REPOSITORY).with_suffix("").parts[:-1]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*start, *filter(None, [node.module])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def files_imported(path: Path, package: str) -> set[str]:
+    """Which files of a package a file imports, by their stems."""
+    folder = REPOSITORY / package.replace(".", "/")
+    inside = (name.removeprefix(package) for name in imports(path) if name.startswith(package))
+    stems = {name.split(".")[1] for name in inside if "." in name}
+    return {stem for stem in stems if (folder / f"{stem}.py").exists()}
+
+
+def test_imports_are_seen_in_every_spelling() -> None:
+    assert files_imported(ROOT / "bases.py", "minilora") == {"config"}
+    assert files_imported(ROOT / "merge.py", "minilora") >= {"bases", "config", "inject", "layer"}
+    assert {"torch", "torch.Tensor", "typing.Protocol"} <= set(imports(ROOT / "bases.py"))
+
+
+@pytest.mark.parametrize("path", modules(ROOT), ids=lambda path: path.stem)
+def test_a_library_file_imports_only_files_above_it(path: Path) -> None:
+    above = set(LIBRARY[: LIBRARY.index(path.stem)])
+    assert files_imported(path, "minilora") <= above
+
+
+@pytest.mark.parametrize("path", modules(ROOT / "summarization"), ids=lambda path: path.stem)
+def test_a_task_file_imports_only_files_above_it(path: Path) -> None:
+    above = set(TASK[: TASK.index(path.stem)])
+    assert files_imported(path, "minilora.summarization") <= above
+
+
+def test_the_library_imports_torch_safetensors_and_the_standard_library_only() -> None:
+    allowed = set(sys.stdlib_module_names) | {"torch", "safetensors", "minilora"}
+    for path in [*modules(ROOT), ROOT / "__init__.py"]:
+        assert {name.split(".")[0] for name in imports(path)} <= allowed, path.name
+
+
+def test_the_library_knows_nothing_of_the_task() -> None:
+    for path in [*modules(ROOT), ROOT / "__init__.py"]:
+        assert not [name for name in imports(path) if "summarization" in name], path.name
+
+
+def test_importing_the_library_loads_no_transformers() -> None:
+    code = (
+        "import sys, minilora; "
+        "print({'transformers', 'datasets', 'peft', 'minilora.summarization'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", ["train.py", "evaluate.py"])
+def test_the_doors_hold_no_logic(name: str) -> None:
+    path = REPOSITORY / name
+    if not path.exists():
+        pytest.skip(f"{name} is not there")
+    nodes = list(ast.walk(tree(path)))
+    assert sum(isinstance(node, ast.stmt) for node in nodes) <= 10
+    assert not [node for node in nodes if isinstance(node, ast.For | ast.While | ast.With)]
+    own = {module for module in imports(path) if module.startswith("minilora")}
+    assert all(module.startswith("minilora.summarization.cli") for module in own)
+
+
+def test_the_public_names_of_the_design_are_exported_and_documented() -> None:
+    defined = {
+        node.name
+        for path in modules(ROOT)
+        for node in tree(path).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    assert [name for name in PUBLIC if name in defined and name not in minilora.__all__] == []
+    assert len(set(minilora.__all__)) == len(minilora.__all__)
+    for name in minilora.__all__:
+        assert getattr(minilora, name).__doc__, name
+        assert not name.startswith("_")
+
+
+def test_every_file_says_what_it_is() -> None:
+    assert [path for path in EVERYTHING if not ast.get_docstring(tree(path))] == []
+
+
+RUNNING = {"pickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "torch.load"}
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=lambda path: path.stem)
+def test_nothing_can_run_code_from_a_file_or_the_hub(path: Path) -> None:
+    assert not RUNNING & {*imports(path), *(name.split(".")[0] for name in imports(path))}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in RUNNING
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"eval", "exec", "__import__"}
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            assert ast.unparse(node.value) == "False"
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: no blank lines, comments or docstrings."""
+    source = path.read_text(encoding="utf-8")
+    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    lines = {
+        line
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type not in skip and token.string
+        for line in range(token.start[0], token.end[0] + 1)
+    }
+    for node in ast.walk(ast.parse(source)):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            lines -= set(range(node.lineno, node.end_lineno + 1))
+    return len(lines)
+
+
+def test_code_lines_are_counted_without_words_and_blanks(tmp_path: Path) -> None:
+    path = tmp_path / "file.py"
+    words = '"""Words\n\nwords."""\n\n# words\n'
+    path.write_text(words + 'x = (\n    1,  # words\n)\n\n\ny = """a\nb"""\n')
+    assert code_lines(path) == 5
+
+
+def test_the_library_stays_small_enough_to_read_in_an_evening() -> None:
+    sizes = {path.stem: code_lines(path) for path in modules(ROOT) if path.stem != "quantize"}
+    assert sum(sizes.values()) < 1000, sizes
+
+
+@pytest.mark.parametrize("path", modules(ROOT), ids=lambda path: path.stem)
+def test_the_examples_in_the_docstrings_are_true(path: Path) -> None:
+    module = importlib.import_module(f"minilora.{path.stem}")
+    assert doctest.testmod(module).failed == 0
+
+
+def test_the_readers_of_types_are_told_that_they_are_there() -> None:
+    assert (ROOT / "py.typed").exists()

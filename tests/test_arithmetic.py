@@ -1,0 +1,222 @@
+"""Adapters added up and extracted: against the dense definition in float64, and against PEFT."""
+
+import copy
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+import minilora
+from minilora import Adapter, LoRAConfig, LoRAError
+from minilora.adapter import PREFIX, adapter_of, apply_adapter
+from minilora.arithmetic import singular_values, truncate
+from tests.conftest import adapted, logits, randomize_adapter, tiny_bart, tiny_gpt2
+
+QV = ("q_proj", "v_proj")
+
+
+def make(seed: int, **changes: object) -> Adapter:
+    model = tiny_bart()
+    settings = {"rank": 3, "alpha": 7.0, "targets": QV} | changes
+    minilora.inject(model, LoRAConfig(**settings))
+    randomize_adapter(model, seed)
+    return adapter_of(model)
+
+
+def delta(adapter: Adapter, module: str) -> Tensor:
+    """S B A in float64, by the definition."""
+    A, B = (
+        adapter.tensors[f"{PREFIX}{module}.{name}.weight"].double() for name in ("lora_A", "lora_B")
+    )
+    rank = A.shape[0]
+    assert rank == adapter.config.rank_of(module)
+    scale = adapter.config.alpha_of(module) / (rank**0.5 if adapter.config.rslora else rank)
+    return scale * B @ A
+
+
+def weighted_sum(adapters: list[Adapter], weights: list[float], module: str) -> Tensor:
+    return sum(
+        weight * delta(adapter, module)
+        for adapter, weight in zip(adapters, weights, strict=True)
+        if module in adapter.modules
+    )
+
+
+def unlike() -> list[Adapter]:
+    """Adapters of different ranks, scales and modules."""
+    return [
+        make(1),
+        make(2, rank=2, alpha=5.0, rslora=True, alpha_pattern={"v_proj": 3.0}),
+        make(3, rank=4, targets=(*QV, "fc1"), rank_pattern={"self_attn.q_proj": 2}),
+    ]
+
+
+WEIGHTS = [0.7, -1.3, 0.31]
+
+
+def test_cat_is_the_weighted_sum_whatever_went_in(tmp_path: Path) -> None:
+    adapters = unlike()
+    made = minilora.combine(adapters, WEIGHTS)
+    assert set(made.adapter.modules) == {m for a in adapters for m in a.modules}
+    for module in made.adapter.modules:
+        expected = weighted_sum(adapters, WEIGHTS, module)
+        assert expected.norm() > 0.1
+        # Exact but for float32's rounding of w s B.
+        assert torch.allclose(delta(made.adapter, module), expected, rtol=1e-6, atol=1e-6)
+    assert made.energy == 1
+    assert all(fit.error == 0 for fit in made.modules)
+
+    # And it is an adapter like any other: on disk, in a model, in PEFT.
+    minilora.write_adapter(made.adapter, tmp_path)
+    ours, theirs = tiny_bart(), peft.PeftModel.from_pretrained(tiny_bart(), tmp_path).eval()
+    minilora.load_adapter(ours, tmp_path)
+    assert (logits(ours) - logits(theirs)).abs().max() < 1e-4
+    assert (logits(ours) - logits(tiny_bart())).abs().max() > 0.1
+    again = minilora.read_adapter(tmp_path)
+    for module in made.adapter.modules:
+        assert torch.equal(delta(again, module), delta(made.adapter, module))
+
+
+def test_combining_one_adapter_with_weight_one_is_the_adapter() -> None:
+    adapter = make(1)
+    model, again = tiny_bart(), tiny_bart()
+    apply_adapter(model, adapter)
+    apply_adapter(again, minilora.combine([adapter], [1.0]).adapter)
+    assert torch.allclose(logits(model), logits(again), atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5, 9])
+def test_svd_is_the_best_of_its_rank_and_says_how_good(rank: int) -> None:
+    adapters = unlike()
+    made = minilora.combine(adapters, WEIGHTS, "svd", rank)
+    errors = {fit.module: fit.error for fit in made.modules}
+    for module in made.adapter.modules:
+        expected = weighted_sum(adapters, WEIGHTS, module)
+        U, S, Vh = torch.linalg.svd(expected)
+        best = U[:, :rank] * S[:rank] @ Vh[:rank]
+        assert torch.allclose(delta(made.adapter, module), best, atol=1e-5)
+        error = (expected - delta(made.adapter, module)).norm() / expected.norm()
+        assert errors[module] == pytest.approx(error.item(), abs=1e-6)
+    kept = 1 - sum((fit.norm * fit.error) ** 2 for fit in made.modules) / sum(
+        fit.norm**2 for fit in made.modules
+    )
+    assert made.energy == pytest.approx(kept)
+    assert f"{made.energy:.2%}" in str(made)
+
+
+def test_svd_at_the_full_rank_loses_nothing() -> None:
+    made = minilora.combine(unlike(), WEIGHTS, "svd", 9)
+    assert all(fit.error < 1e-7 for fit in made.modules)
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.25], [1.2, -0.7]])
+def test_linear_is_what_peft_calls_linear(weights: list[float], tmp_path: Path) -> None:
+    adapters = [make(1, alpha_pattern={"v_proj": 2.0}), make(2, alpha=5.0)]
+    for name, adapter in zip("ab", adapters, strict=True):
+        minilora.write_adapter(adapter, tmp_path / name)
+    model = peft.PeftModel.from_pretrained(tiny_bart(), tmp_path / "a", adapter_name="a").eval()
+    model.load_adapter(tmp_path / "b", adapter_name="b")
+    model.add_weighted_adapter(["a", "b"], weights, "both", combination_type="linear")
+    model.set_adapter("both")
+    made = minilora.combine(adapters, weights, "linear")
+    ours = tiny_bart()
+    apply_adapter(ours, made.adapter)
+    assert (logits(ours) - logits(model)).abs().max() < 1e-4
+    assert (logits(ours) - logits(tiny_bart())).abs().max() > 0.1
+    # It is no weighted sum, and says by how much.
+    for fit in made.modules:
+        expected = weighted_sum(adapters, weights, fit.module)
+        error = (expected - delta(made.adapter, fit.module)).norm() / expected.norm()
+        assert fit.error == pytest.approx(error.item(), rel=1e-4)
+        assert fit.error > 0.1
+
+
+def test_what_cannot_be_combined_is_refused() -> None:
+    adapter = make(1)
+    for adapters, weights, arguments, message in [
+        ([], [], {}, "0 adapters"),
+        ([adapter], [1.0, 2.0], {}, "one weight each"),
+        ([adapter], [float("nan")], {}, "finite"),
+        ([adapter], [1.0], {"method": "ties"}, "linear, cat, svd"),
+        ([adapter], [1.0], {"method": "svd"}, "needs one"),
+        ([adapter], [1.0], {"method": "cat", "rank": 2}, "svd"),
+        ([adapter, make(2, rank=2)], [1.0, 1.0], {"method": "linear"}, r"ranks \[2, 3\]"),
+        ([make(1, dora=True)], [1.0], {}, "plain LoRA"),
+        ([make(1, bias="all")], [1.0], {}, "plain LoRA"),
+        ([make(1, lora_bias=True)], [1.0], {}, "plain LoRA"),
+    ]:
+        with pytest.raises(LoRAError, match=message):
+            minilora.combine(adapters, weights, **arguments)
+
+
+def test_truncating_needs_no_dense_product() -> None:
+    torch.manual_seed(0)
+    A, B = torch.randn(3, 50_000), torch.randn(40_000, 3)  # B A would take 8 GB
+    values = singular_values((A, B))
+    small_A, small_B = truncate((A, B), 2)
+    assert singular_values((small_A, small_B)) == pytest.approx(values[:2], rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_extracting_from_a_full_fine_tune(rank: int) -> None:
+    base = tiny_bart()
+    finetuned = copy.deepcopy(base)
+    with torch.no_grad():
+        torch.manual_seed(5)
+        for name, parameter in finetuned.named_parameters():
+            if name.endswith(("proj.weight", "fc1.weight")):
+                parameter += 0.1 * torch.randn_like(parameter)
+        finetuned.model.encoder.layers[0].fc1.bias += 1
+    made = minilora.extract(finetuned, base, rank)
+    assert made.left_out == ("model.encoder.layers.0.fc1.bias",)
+    for fit in made.modules:
+        expected = (
+            finetuned.get_submodule(fit.module).weight - base.get_submodule(fit.module).weight
+        ).double()
+        S = torch.linalg.svdvals(expected)
+        error = (S[rank:].norm() / S.norm()).item() if S.norm() else 0.0
+        assert fit.error == pytest.approx(error, abs=1e-5)
+        if S.norm():
+            apart = (delta(made.adapter, fit.module) - expected).norm() / expected.norm()
+            assert apart.item() == pytest.approx(error, abs=1e-5)
+    assert (made.energy == pytest.approx(1, abs=1e-9)) == (rank == 16)
+    if rank == 16:  # every layer's smaller side: the fine-tune itself
+        apply_adapter(base, made.adapter)
+        with torch.no_grad():
+            finetuned.model.encoder.layers[0].fc1.bias -= 1
+        assert torch.allclose(logits(base), logits(finetuned), atol=1e-3)
+
+
+def test_extracting_what_lora_did_gives_the_lora_back() -> None:
+    model = adapted("bart")
+    expected = logits(model)
+    made = minilora.extract(minilora.unwrap(model), tiny_bart(), rank=3, targets=(*QV, "fc1"))
+    assert made.energy > 1 - 1e-9
+    assert made.left_out == ()
+    again = tiny_bart()
+    apply_adapter(again, made.adapter)
+    assert torch.allclose(logits(again), expected, atol=1e-3)
+
+
+def test_extracting_from_conv1d(tmp_path: Path) -> None:
+    base = tiny_gpt2()
+    finetuned = copy.deepcopy(base)
+    minilora.inject(finetuned, LoRAConfig(rank=3, alpha=7.0, targets=("c_attn", "c_fc")))
+    randomize_adapter(finetuned)
+    minilora.unwrap(finetuned)
+    made = minilora.extract(finetuned, base, rank=3, targets=("c_attn", "c_fc"))
+    minilora.write_adapter(made.adapter, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fan_in_fan_out")  # PEFT warns if it is wrong
+        theirs = peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path).eval()
+    assert torch.allclose(logits(theirs), logits(finetuned), atol=1e-3)
+
+
+def test_models_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(LoRAError, match="differ in names or shapes"):
+        minilora.extract(tiny_gpt2(), tiny_bart(), 2)
+    with pytest.raises(LoRAError, match="carries an adapter"):
+        minilora.extract(adapted("bart"), tiny_bart(), 2)

@@ -1,0 +1,161 @@
+"""A checkpoint gives back all that it was given, bit for bit, or is passed over."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from minilora.summarization.checkpoint import Progress, load_checkpoint, save_checkpoint
+from minilora.summarization.presets import UserError
+
+
+class Parts:
+    """A model with one frozen layer, its optimizer and a scaler, after some steps."""
+
+    def __init__(self, seed: int, steps: int = 0, width: int = 4, fp16: bool = False) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, width))
+        self.model[0].requires_grad_(False)
+        trained = list(self.model[1].parameters())
+        self.optimizer = torch.optim.AdamW(trained, lr=0.01, fused=True)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=32.0, enabled=fp16)
+        for _ in range(steps):
+            self.step()
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        loss = nn.functional.dropout(self.model(torch.randn(3, 4)).square()).mean()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def save(self, directory: Path, **progress: Any) -> Path:
+        return save_checkpoint(
+            directory, Progress(**progress), self.model, self.optimizer, self.scaler
+        )
+
+    def load(self, directory: Path) -> tuple[Progress, list[str]]:
+        return load_checkpoint(directory, self.model, self.optimizer, self.scaler)
+
+    def weights(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.model[1].parameters()]
+
+
+def test_there_is_none(tmp_path: Path) -> None:
+    parts = Parts(0)
+    before = parts.weights()
+    assert parts.load(tmp_path / "nothing") == (Progress(), [])
+    assert all(map(torch.equal, parts.weights(), before))
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_all_goes_on_as_if_nothing_had_happened(tmp_path: Path, fp16: bool) -> None:
+    parts = Parts(0, steps=3, fp16=fp16)
+    progress = {"step": 3, "epoch": 1, "position": 2, "best": 12.5, "seconds": 9.5, "log_bytes": 77}
+    parts.save(tmp_path, **progress)
+    parts.step()
+    parts.step()
+
+    other = Parts(0, fp16=fp16)  # the same frozen base; another state in all the rest
+    other.step()
+    assert not all(map(torch.equal, other.weights(), parts.weights()))
+    assert other.load(tmp_path) == (Progress(**progress), [])
+    other.step()
+    other.step()
+    assert all(map(torch.equal, other.weights(), parts.weights()))
+    assert other.scaler.state_dict() == parts.scaler.state_dict()
+
+
+def test_frozen_weights_are_not_in_it(tmp_path: Path) -> None:
+    Parts(0, steps=1).save(tmp_path, step=1)
+    other = Parts(5)
+    frozen = other.model[0].weight.clone()
+    other.load(tmp_path)
+    assert torch.equal(other.model[0].weight, frozen)
+
+
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+    parts = Parts(0, steps=1)
+    for step in (1, 9, 10, 100):
+        parts.save(tmp_path, step=step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+    assert parts.load(tmp_path)[0].step == 100
+    parts.save(tmp_path, step=100, epoch=1)  # the same step, after its validation
+    assert parts.load(tmp_path)[0].epoch == 1
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray((path / "state.safetensors").read_bytes())
+    content[-3] ^= 1
+    (path / "state.safetensors").write_bytes(bytes(content))
+
+
+DAMAGES = {
+    "a flipped byte": flip_a_byte,
+    "no tensors": lambda path: (path / "state.safetensors").unlink(),
+    "cut tensors": lambda path: (path / "state.safetensors").write_bytes(b"12345678"),
+    "no state": lambda path: (path / "state.json").unlink(),
+    "cut state": lambda path: (path / "state.json").write_text('{"progress": {'),
+    "another state": lambda path: (path / "state.json").write_text("[]"),
+    "nothing": lambda path: [file.unlink() for file in path.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_one_is_passed_over_aloud(tmp_path: Path, damage: Any) -> None:
+    parts = Parts(0, steps=1)
+    parts.save(tmp_path, step=1)
+    before = parts.weights()
+    parts.step()
+    damage(parts.save(tmp_path, step=2))
+    other = Parts(0)
+    progress, notices = other.load(tmp_path)
+    assert progress.step == 1
+    assert all(map(torch.equal, other.weights(), before))
+    assert len(notices) == 1
+    assert "step-00000002 is damaged" in notices[0]
+
+
+def test_fields_that_are_unknown_are_damage(tmp_path: Path) -> None:
+    path = Parts(0, steps=1).save(tmp_path, step=2) / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"progress": {"stepp": 2}}))
+    progress, notices = Parts(0).load(tmp_path)
+    assert progress == Progress()
+    assert "damaged" in notices[0]
+
+
+def test_one_of_another_model_is_refused_untouched(tmp_path: Path) -> None:
+    Parts(0, steps=1).save(tmp_path, step=1)
+    other = Parts(0, width=1)
+    before = other.weights()
+    with pytest.raises(UserError, match="other parameters"):
+        other.load(tmp_path)
+    more = Parts(0)
+    more.model[0].requires_grad_(True)
+    with pytest.raises(UserError, match="other parameters"):
+        more.load(tmp_path)
+    assert all(map(torch.equal, other.weights(), before))
+
+
+def test_a_run_without_fp16_goes_on_with_it(tmp_path: Path) -> None:
+    """`auto` chooses by the machine, and --resume may change the device."""
+    Parts(0, steps=1).save(tmp_path, step=1)
+    assert Parts(0, fp16=True).load(tmp_path)[0].step == 1
+
+
+def test_a_failed_write_leaves_the_one_before(tmp_path: Path, monkeypatch: Any) -> None:
+    parts = Parts(0, steps=1)
+    parts.save(tmp_path, step=1)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fail)
+        with pytest.raises(OSError, match="No space"):
+            parts.save(tmp_path, step=2)
+    assert Parts(0).load(tmp_path) == (Progress(step=1), [])

@@ -1,0 +1,548 @@
+"""Both doors: what they print, what they refuse in one line, and what they leave behind."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import minilora
+from minilora.summarization import cli
+from minilora.summarization.cli import evaluate_main, train_main
+from minilora.summarization.evaluation import MEASURES
+from minilora.summarization.presets import ASSETS, PRESETS
+from tests.helpers import (
+    SMALL,
+    as_jsonl,
+    byte_level_bpe,
+    dialogues,
+    save_bart,
+    save_data,
+    small_bart,
+    write,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bart, data and two runs (an adapter of it, one of another model): read, never written."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_bart(folder / "bart")
+    save_bart(folder / "wide", d_model=32, encoder_layers=2)
+    save_data(folder / "data")
+    for name, model in (("run", "bart"), ("other", "wide")):
+        argv = ["--model", folder / model, "--data", folder / "data", "--output", folder / name]
+        assert train_main([*map(str, argv), *SMALL, "--max-steps", "2"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, with links to the folder's contents beside it."""
+    for path in folder.iterdir():
+        shutil.copytree(path, tmp_path / path.name)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+BASE = ["--model", "../bart", "--data", "../data", *SMALL]
+
+
+def call(main: Callable[[list[str]], int], *argv: object) -> int:
+    try:
+        return main([str(argument) for argument in argv])
+    except SystemExit as error:
+        assert isinstance(error.code, int)
+        return error.code
+
+
+def listing(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else b"/"
+        for path in directory.rglob("*")
+    }
+
+
+def refused(
+    main: Callable[[list[str]], int], here: Path, capfd: Any, argv: list[object], *says: str
+) -> str:
+    """Exit code 2, one line on standard error, nothing on standard output, no file touched."""
+    before = listing(here.parent)
+    assert call(main, *argv) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith(f"{'train' if main is train_main else 'evaluate'}.py: ")
+    assert err[:-1].isprintable()
+    assert len(err) < 700
+    for part in says:
+        assert part in err
+    assert listing(here.parent) == before
+    return str(err)
+
+
+# train.py: what is refused ------------------------------------------------------------------------
+
+BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
+    "a misspelt target": (["--targets", "q_porj"], ["'q_porj'", "nearest: q_proj"]),
+    "one of two targets": (["--targets", "q_proj", "fc9"], ["'fc9'", "nearest: fc"]),
+    "a pattern that matches nothing": (["--targets", r".*\.nothing"], ["nothing matches"]),
+    "a broken pattern": (["--targets", "q_proj("], ["no regular expression"]),
+    "a misspelt exclude": (["--exclude", "k_porj"], ["exclude", "'k_porj'", "nearest"]),
+    "rank 0": (["--rank", "0"], ["rank", "at least 1", "not 0"]),
+    "a negative rank": (["--rank", "-3"], ["rank", "-3"]),
+    "a rank too large": (["--rank", "17"], ["rank 17 is above the smaller side", "16"]),
+    "a rank that is no number": (["--rank", "eight"], ["--rank", "'eight'"]),
+    "alpha 0": (["--alpha", "0"], ["alpha", "above 0"]),
+    "dropout 1": (["--dropout", "1"], ["dropout", "[0, 1)"]),
+    "no epochs": (["--epochs", "0"], ["--epochs must be above 0"]),
+    "a negative learning rate": (["--learning-rate", "-1"], ["--learning-rate", "above 0"]),
+    "an endless learning rate": (["--learning-rate", "inf"], ["--learning-rate"]),
+    "warmup 1": (["--warmup", "1"], ["--warmup", "share"]),
+    "a negative seed": (["--seed", "-1"], ["--seed"]),
+    "a seed too large": (["--seed", str(2**64)], ["--seed", "2^63"]),
+    "a negative decay": (["--weight-decay", "-1"], ["--weight-decay"]),
+    "a negative limit": (["--validation-limit", "-1"], ["--validation-limit"]),
+    "lengths that contradict": (["--min-length", "13"], ["min_length 13", "max_length 12"]),
+    "no room for a dialogue": (["--max-source-length", "2"], ["--max-source-length 2"]),
+    "no such device": (["--device", "cuda:77"], ["--device cuda:77"]),
+    "no such method": (["--method", "lroa"], ["--method", "'lroa'"]),
+    "no such preset": (["--preset", "samsum"], ["--preset", "'samsum'"]),
+    "a misspelt flag": (["--rnak", "8"], ["--rnak", "nearest: --rank"]),
+    "a misspelt flag with its value": (["--learning_rat=1"], ["nearest: --learning-rate"]),
+    "an abbreviated flag": (["--acc", "2"], ["--acc"]),
+    "an argument without a flag": (["samsum"], ["samsum"]),
+    "a flag without its value": (["--rank"], ["--rank", "expected one argument"]),
+    "a run that is none": (["--resume", "../data"], ["../data is not a run", "config.json"]),
+    "a run that is not there": (["--resume", "nothing"], ["nothing is not a run"]),
+}
+
+
+@pytest.mark.parametrize(("flags", "says"), BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_bad_flags(here: Path, capfd: Any, flags: list[str], says: list[str]) -> None:
+    refused(train_main, here, capfd, [*BASE, *flags], *says)
+
+
+def lines(*rows: Any) -> bytes:
+    return as_jsonl([*dialogues(5), *rows])
+
+
+BAD_DATA: dict[str, tuple[str, bytes | None, str, list[str]]] = {
+    "missing": ("train.jsonl", None, "../data/train.jsonl", ["no such file"]),
+    "a directory that is missing": ("x", None, "../dtaa", ["no such file", "data"]),
+    "empty": ("train.jsonl", b"", "../data", ["train.jsonl: no rows"]),
+    "not JSON": ("train.jsonl", lines() + b"{oops\n", "../data", ["line 6", "not JSON"]),
+    "lacks a column": (
+        "train.jsonl",
+        lines({"dialogue": "a", "text": "b"}),
+        "../data",
+        ["line 6", "no column 'summary'", "dialogue, text"],
+    ),
+    "an empty summary": (
+        "train.jsonl",
+        lines({"dialogue": "a", "summary": " ", "id": "bad"}),
+        "../data",
+        ["line 6 (id bad)", "empty summary"],
+    ),
+    "an empty validation file": ("validation.jsonl", b"", "../data", ["validation.jsonl: no rows"]),
+    # found now, not after an hour of training
+    "a bad test row": (
+        "test.jsonl",
+        lines({"dialogue": "a", "summary": ""}),
+        "../data",
+        ["test.jsonl line 6", "empty summary"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "data", "says"), BAD_DATA.values(), ids=BAD_DATA)
+def test_bad_data(
+    here: Path, capfd: Any, name: str, content: bytes | None, data: str, says: list[str]
+) -> None:
+    path = here.parent / "data" / name
+    path.unlink(missing_ok=True)
+    if content is not None:
+        write(path, content)
+    argv = ["--model", "../bart", *SMALL, "--data", data]
+    refused(train_main, here, capfd, argv, *says)
+
+
+def llama(directory: Path) -> None:
+    sizes = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 24}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    byte_level_bpe().save_pretrained(directory)
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), ["holds no weights"]),
+    "no config": (lambda path: (path / "config.json").unlink(), ["has no config.json"]),
+    "no tokenizer": (
+        lambda path: [file.unlink() for file in path.glob("*token*")],
+        ["no tokenizer"],
+    ),
+    "damaged weights": (
+        lambda path: (path / "model.safetensors").write_bytes(b"not weights"),
+        ["SafetensorError"],
+    ),
+    "no encoder-decoder": (lambda path: [shutil.rmtree(path), llama(path)], ["llama"]),
+    "a vocabulary too small": (
+        lambda path: small_bart(vocab_size=100).save_pretrained(path),
+        ["only 100 embeddings", "belongs to another model"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "says"), BAD_MODELS.values(), ids=BAD_MODELS)
+def test_bad_models(here: Path, capfd: Any, damage: Any, says: list[str]) -> None:
+    damage(here.parent / "bart")
+    capfd.readouterr()  # transformers' bar while it saves
+    refused(train_main, here, capfd, BASE, "../bart", *says)
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "pocket"])
+def test_hub_presets_fail_offline_in_one_line(here: Path, capfd: Any, preset: str) -> None:
+    argv = ["--preset", preset]
+    refused(train_main, here, capfd, argv, "knkarthick/samsum", "nor does the hub give it")
+    argv += ["--data", "../data"]
+    refused(train_main, here, capfd, argv, "facebook/bart", "nor does the hub give it")
+
+
+def test_an_output_that_holds_a_run_is_never_written_over(here: Path, capfd: Any) -> None:
+    says = ["../run holds a run already", "--resume ../run", "name another"]
+    refused(train_main, here, capfd, [*BASE, "--output", "../run"], *says)
+    line = refused(train_main, here, capfd, [*BASE, "--output", "../data"], "not empty")
+    assert "--resume" not in line
+    refused(train_main, here, capfd, [*BASE, "--output", "../data/test.jsonl"], "is a file")
+    refused(train_main, here, capfd, [*BASE, "--output", "/proc/none/x"], "/proc/none")
+
+
+def test_resume_refuses_other_settings_by_name(here: Path, capfd: Any) -> None:
+    resume: list[object] = ["--resume", "../run"]
+    line = refused(
+        train_main,
+        here,
+        capfd,
+        [*resume, "--rank", "4", "--learning-rate", "0.5", "--targets", "fc1"],
+        "--rank (was 8, is 4)",
+        "--learning-rate (was 0.02, is 0.5)",
+        "--targets (was ['q_proj', 'v_proj'], is ['fc1'])",
+    )
+    assert "--batch-size" not in line
+    refused(train_main, here, capfd, [*resume, "--output", "elsewhere"], "--output")
+    refused(train_main, here, capfd, [*resume, "--preset", "notebook"], "--preset", "'notebook'")
+    (here.parent / "run" / "config.json").write_text('{"rnak": 8}')
+    refused(train_main, here, capfd, resume, "config.json", "rnak")
+    (here.parent / "run" / "config.json").write_text("{")
+    refused(train_main, here, capfd, resume, "config.json", "JSON")
+
+
+def test_resume_may_change_where_it_runs(here: Path, capfd: Any) -> None:
+    before = (here.parent / "run" / "config.json").read_bytes()
+    argv = ["--resume", "../run", "--device", "auto", "--no-evaluate", "--checkpoint-minutes", "5"]
+    assert call(train_main, *argv, "--rank", "8") == 0
+    assert (here.parent / "run" / "config.json").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line(here: Path, capfd: Any) -> None:
+    argv = [*BASE, "--output", "run", "--learning-rate", "1e30", "--clip", "0"]
+    assert call(train_main, *argv) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1
+    assert re.search(r"the (loss|gradient's norm) is (nan|inf) in step \d, on the dialogues d", err)
+
+
+# train.py: a run ----------------------------------------------------------------------------------
+
+
+def test_the_last_screen_shows_what_was_trained_what_it_cost_and_what_it_gained(
+    here: Path, capfd: Any
+) -> None:
+    assert call(train_main, *BASE, "--max-steps", "1", "--rank", "3") == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    for part in (
+        r"trainable parameters  576 of [\d,]+ \(\d+\.\d{4}%\)",
+        r"training time         \d+\.\d minutes, 1 steps",
+        r"peak memory           [\d,]+ MiB",
+        r"\nrouge1 .*\nrouge2 .*\nrougeL ",
+        r"python evaluate\.py runs/pocket-lora-r3 --text",
+    ):
+        assert re.search(part, out), part
+    assert [out.count(f"\n  {label}") for label in ("dialogue ", "reference ", "base ")] == [3] * 3
+    assert "[1 of 4] d200" in out  # the first, not the best
+    evaluation = json.loads(Path("runs/pocket-lora-r3/evaluation.json").read_text())
+    assert evaluation["n"] == 4
+    assert list(evaluation["base"]) == list(evaluation["finetuned"]) == list(MEASURES)
+
+
+def test_a_second_run_gets_the_next_name(here: Path, capfd: Any) -> None:
+    argv = [*BASE, "--max-steps", "1", "--no-evaluate"]
+    for _ in range(3):
+        assert call(train_main, *argv) == 0
+    assert call(train_main, *argv, "--method", "full") == 0
+    names = [path.name for path in Path("runs").iterdir()]
+    assert sorted(names) == [
+        *("pocket-full", "pocket-lora-r8", "pocket-lora-r8-2", "pocket-lora-r8-3"),
+    ]
+    assert not Path("runs/pocket-lora-r8/evaluation.json").exists()
+    assert "evaluate.py runs/pocket-lora-r8-3" in capfd.readouterr().out
+
+
+def test_an_empty_directory_is_a_fine_output(here: Path) -> None:
+    Path("new").mkdir()
+    assert call(train_main, *BASE, "--max-steps", "1", "--no-evaluate", "--output", "new") == 0
+
+
+def test_what_is_left_out_or_cut_is_said(here: Path, capfd: Any) -> None:
+    with (here.parent / "data" / "train.jsonl").open("ab") as file:
+        file.write(as_jsonl([{"id": "none", "dialogue": " ", "summary": "Nothing."}]))
+    argv = [*BASE, "--max-steps", "1", "--no-evaluate", "--max-source-length", "20"]
+    assert call(train_main, *argv) == 0
+    notes = capfd.readouterr().err.splitlines()
+    assert "note: ../data/train.jsonl line 21 (id none): empty dialogue, left out" in notes
+    assert any(re.match(r"note: train: \d+ of 20 dialogues cut to --max-source", n) for n in notes)
+
+
+@pytest.mark.parametrize(
+    "targets", [["all-linear"], [r".*decoder.*\.(q|v)_proj"], ["fc1", "encoder.layers.0.fc2"]]
+)
+def test_targets_are_names_or_a_regular_expression(here: Path, targets: list[str]) -> None:
+    argv = [*BASE, "--max-steps", "1", "--no-evaluate", "--output", "run", "--rank", "2"]
+    assert call(train_main, *argv, "--targets", *targets) == 0
+    modules = minilora.read_adapter("run/adapter").modules
+    assert len(modules) == {"all-linear": 16, "fc1": 3}.get(targets[0], 4)
+
+
+def test_any_of_barts_shapes_trains(here: Path) -> None:
+    shape = {"encoder_layers": 3, "decoder_ffn_dim": 40, "decoder_attention_heads": 4}
+    save_bart(here / "shape", max_position_embeddings=33, tie_word_embeddings=False, **shape)
+    argv = ["--model", "shape", "--data", "../data", *SMALL, "--max-length", "80"]
+    assert call(train_main, *argv, "--max-steps", "2", "--output", "run") == 0
+    assert len(minilora.read_adapter("run/adapter").modules) == 10
+    assert json.loads(Path("run/config.json").read_text())["max_length"] == 80
+    assert call(evaluate_main, "run", "--limit", "1") == 0
+
+
+def test_the_command_is_the_one_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    for called, wanted in (
+        ("train.py", "python train.py"),
+        ("/x/minilora/__main__.py", "python -m minilora train"),
+        ("/x/pytest/__main__.py", "python train.py"),
+    ):
+        monkeypatch.setattr(sys, "argv", [called, "--rank", "8"])
+        assert cli._command("train.py") == wanted
+
+
+def test_interrupted_before_or_after_training_it_says_so(
+    here: Path, capfd: Any, monkeypatch: Any
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "evaluate", interrupt)
+    assert call(train_main, *BASE, "--max-steps", "1", "--output", "run") == 130
+    assert "do it with: python evaluate.py run" in capfd.readouterr().out
+    monkeypatch.setattr(cli, "open_session", interrupt)
+    assert call(train_main, *BASE, "--output", "other") == 130
+    assert capfd.readouterr().err == "train.py: interrupted\n"
+    assert not Path("other").exists()
+
+
+def test_the_embedded_model_trains_on_the_embedded_dialogues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    if not (ASSETS / "pocket-bart" / "config.json").is_file():
+        pytest.skip("assets/pocket-bart is not there yet")
+    monkeypatch.chdir(tmp_path)
+    argv = ["--rank", "4", "--max-steps", "2", "--validation-limit", "2", "--no-evaluate"]
+    assert call(train_main, *argv, "--beams", "1", "--max-length", "10") == 0
+    out, err = capfd.readouterr()
+    assert "pocket-bart on minichat: 700 dialogues to train, 100 to validate" in out
+    assert all(line.startswith("note: ") for line in err.splitlines())
+    assert minilora.read_adapter(tmp_path / "runs" / "pocket-lora-r4" / "adapter").config.rank == 4
+
+
+# evaluate.py --------------------------------------------------------------------------------------
+
+
+def test_a_run_is_scored_as_at_its_end(here: Path, capfd: Any) -> None:
+    assert call(evaluate_main, "../run", "--output", "new/e.json") == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert "where they differ most" in out
+    assert "4 dialogues, test split of" in out
+    own = json.loads((here.parent / "run" / "evaluation.json").read_text())
+    assert json.loads(Path("new/e.json").read_text()) == own
+    assert list(own)[:5] == ["data", "split", "n", "base", "finetuned"]
+    keys = {"id", "dialogue", "reference", "base", "finetuned"}
+    assert all(example.keys() >= keys for example in own["examples"])
+
+
+def test_the_adapter_inside_a_run_is_scored_with_the_runs_settings(here: Path) -> None:
+    assert call(evaluate_main, "../run/adapter", "--output", "e.json") == 0
+    own = json.loads((here.parent / "run" / "evaluation.json").read_text())
+    assert json.loads(Path("e.json").read_text()) == own
+
+
+def test_a_bare_adapter_is_scored_with_the_presets_settings(here: Path) -> None:
+    shutil.copytree("../run/adapter", "bare")
+    argv = ["bare", "--data", "../data", "--model", "../bart", "--output", "e.json"]
+    assert call(evaluate_main, *argv) == 0
+    found = json.loads(Path("e.json").read_text())
+    assert found["n"] == 4
+    assert found["generation"]["beams"] == 4
+    own = json.loads((here.parent / "run" / "evaluation.json").read_text())
+    assert own["generation"]["beams"] == 1
+    assert call(evaluate_main, *argv[:3], "--output", "f.json") == 0  # it names its base
+    assert Path("f.json").read_bytes() == Path("e.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "split", "n"),
+    [
+        (["--split", "validation"], "validation", 3),
+        (["--limit", "2"], "test", 2),
+        (["--split", "train", "--limit", "5"], "train", 5),
+        (["--data", "../data/validation.jsonl"], "all", 3),
+    ],
+)
+def test_what_is_scored_can_be_chosen(here: Path, flags: list[str], split: str, n: int) -> None:
+    assert call(evaluate_main, "../run", *flags, "--output", "e.json") == 0
+    found = json.loads(Path("e.json").read_text())
+    assert (found["split"], found["n"]) == (split, n)
+
+
+def test_a_text_is_summarized_without_and_with_the_fine_tuning(
+    here: Path, capfd: Any, monkeypatch: Any
+) -> None:
+    text = "Ann: shall we meet at school?\r\nBob: ok"
+    write(here / "chat.txt", b"\xef\xbb\xbf" + text.encode() + b"\n\n")
+    assert call(evaluate_main, "../run", "--text", "chat.txt") == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert re.fullmatch(r"base        .*\nfine-tuned  .*\n", out)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert call(evaluate_main, "../run", "--text", "-") == 0
+    assert capfd.readouterr().out == out
+    write(here / "chat.txt", text.encode() * 9)
+    assert call(evaluate_main, "../run", "--text", "chat.txt") == 0
+    assert capfd.readouterr().err == "note: only the first 64 tokens are read\n"
+
+
+def tamper(key: str, new: str | None) -> Callable[[Path], None]:
+    """Rename one of the adapter's modules."""
+
+    def act(directory: Path) -> None:
+        adapter = minilora.read_adapter(directory)
+        shutil.rmtree(directory)
+        tensors = {k.replace(key, new or key): v for k, v in adapter.tensors.items()}
+        minilora.write_adapter(minilora.Adapter(adapter.config, tensors), directory)
+
+    return act
+
+
+BAD_EVALUATIONS: dict[str, tuple[list[str], list[str]]] = {
+    "no such run": (["nothing"], ["nothing: no such directory"]),
+    "no run": (["../data"], ["../data is not a run"]),
+    "no argument": ([], ["RUN"]),
+    "shapes of another model": (
+        ["../other/adapter", "--model", "../bart"],
+        ["encoder.layers.0.self_attn.q_proj is 16 x 16", "lora_A is (8, 32)"],
+    ),
+    "keys of another model": (
+        ["../other/adapter", "--model", "../bart"],
+        ["no module model.encoder.layers.1.self_attn.q_proj"],
+    ),
+    "no such text": (["../run", "--text", "nothing.txt"], ["--text nothing.txt: No such file"]),
+    "a text that is a directory": (["../run", "--text", "../data"], ["--text ../data: Is a dir"]),
+    "a text that is none": (["../run", "--text", "../bart/model.safetensors"], ["not UTF-8"]),
+    "an empty text": (["../run", "--text", "/dev/null"], ["nothing to summarize"]),
+    "a text and a file for scores": (["../run", "--text", "x", "--output", "y"], ["--output"]),
+    "a negative limit": (["../run", "--limit", "-1"], ["--limit"]),
+    "no such split": (["../run", "--split", "dev"], ["no split is called 'dev'"]),
+    "no such data": (["../run", "--data", "../dtaa"], ["../dtaa: no such file"]),
+    "a directory for the scores": (["../run", "--output", ".."], ["--output .. is a directory"]),
+    "a misspelt flag": (["../run", "--splt", "test"], ["--splt", "nearest: --split"]),
+    "no such device": (["../run", "--device", "gpu"], ["--device gpu"]),
+    "no such model": (["../run", "--model", "./none"], ["model ./none: no such directory"]),
+}
+
+
+@pytest.mark.parametrize(("argv", "says"), BAD_EVALUATIONS.values(), ids=BAD_EVALUATIONS)
+def test_bad_evaluations(here: Path, capfd: Any, argv: list[object], says: list[str]) -> None:
+    refused(evaluate_main, here, capfd, argv, *says)
+
+
+def test_an_adapter_whose_keys_are_others(here: Path, capfd: Any) -> None:
+    tamper("q_proj", "q_porj")(here.parent / "run" / "adapter")
+    argv: list[object] = ["../run"]
+    refused(evaluate_main, here, capfd, argv, "q_porj", "nearest: q_proj")
+
+
+def test_a_run_without_an_adapter_yet(here: Path, capfd: Any) -> None:
+    shutil.rmtree(here.parent / "run" / "adapter")
+    refused(evaluate_main, here, capfd, ["../run"], "no such directory")
+
+
+# Through the shell --------------------------------------------------------------------------------
+
+
+def shell(*argv: object, **more: Any) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        **more,
+    )
+
+
+def test_a_process_that_is_told_to_stop_says_how_to_go_on_and_does(here: Path) -> None:
+    many = ["--epochs", "2000", "--no-evaluate", "--checkpoint-minutes", "60"]
+    process = shell(ROOT / "train.py", *BASE, *many, "--output", "long")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 1/2000"):
+            break
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err == ""
+    command = re.search(r"go on with: python (train\.py --resume long)\n", out)
+    assert command, out
+    assert minilora.read_adapter("long/adapter").modules
+    step = json.loads(sorted(Path("long/checkpoints").glob("*/state.json"))[-1].read_text())
+    assert step["progress"]["step"] >= 4
+    process = shell(ROOT / "train.py", *command[1].split()[1:])
+    assert process.stdout is not None
+    assert "20 dialogues to train" in process.stdout.readline()
+    for line in process.stdout:
+        if line.startswith("epoch "):
+            assert int(re.findall(r"\d+", line)[0]) >= 2  # the first is behind it
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+
+
+def test_bad_input_ends_in_one_line_and_exit_code_2_in_a_shell_too(here: Path) -> None:
+    process = shell(ROOT / "train.py", *BASE, "--targets", "q_porj")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "nearest: q_proj" in err
+    assert list(here.iterdir()) == []

@@ -1,0 +1,95 @@
+"""LoRAConfig validates itself: every message names the field and the value."""
+
+import math
+from dataclasses import FrozenInstanceError
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora.config import LoRAConfig, LoRAError, first_match, scale
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("rank", value) for value in (0, -1, 2.5, 4.0, True, "8", None)),
+        *(("alpha", value) for value in (0, -1, math.nan, math.inf, True, "32", None)),
+        *(("dropout", value) for value in (1.0, -0.1, 1.5, math.nan, True, "0.1", None)),
+        *(("targets", value) for value in ((), "", [], None, 3, ("q_proj", 3), "(q_proj", b"q")),
+        *(("exclude", value) for value in (None, 3, (None,), "*q_proj")),
+        *(("layers", value) for value in ("0", (0.5,), (True,), ("1",))),
+        *(("layers_pattern", value) for value in (3, (3,), "(layers", ("lay(ers",))),
+        *(
+            ("rank_pattern", value)
+            for value in (3, [("q_proj", 4)], {1: 4}, {"(q": 4}, {"(?i)q": 4})
+        ),
+        *(("rank_pattern", {"q_proj": value}) for value in (0, 2.5, True)),
+        *(("alpha_pattern", {"q_proj": value}) for value in (0, math.nan, True)),
+        ("rslora", 1),
+        ("init", "zero"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line_that_names_the_field(
+    field: str, value: object
+) -> None:
+    with pytest.raises(LoRAError, match=field) as caught:
+        LoRAConfig(**{field: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_error_is_a_value_error() -> None:
+    assert issubclass(LoRAError, ValueError)
+
+
+def test_layers_goes_with_a_list_of_names_only() -> None:
+    for targets in ("all-linear", r".*q_proj"):
+        with pytest.raises(LoRAError, match="layers goes with a list"):
+            LoRAConfig(targets=targets, layers=(0,))
+
+
+def test_sequences_become_tuples_a_set_is_sorted_and_one_index_is_a_sequence_of_one() -> None:
+    config = LoRAConfig(targets={"v", "q", "k"}, exclude=["o"], layers=3, layers_pattern="layers")
+    assert config.targets == ("k", "q", "v")
+    assert config.exclude == ("o",)
+    assert config.layers == (3,)
+    assert config.layers_pattern == ("layers",)
+    assert LoRAConfig(targets=r"(?i).*\.q").targets == r"(?i).*\.q"
+
+
+def test_a_config_cannot_be_changed_nor_does_it_keep_a_dict_that_can() -> None:
+    pattern = {"q_proj": 4}
+    config = LoRAConfig(rank_pattern=pattern)
+    pattern["q_proj"] = 5
+    assert config.rank_of("q_proj") == 4
+    with pytest.raises(FrozenInstanceError):
+        config.rank = 4  # type: ignore[misc]
+
+
+@given(st.integers(1, 512), st.floats(0.01, 1e4))
+def test_the_scale_is_alpha_over_r_or_over_its_root(rank: int, alpha: float) -> None:
+    assert scale(alpha, rank) == alpha / rank
+    assert scale(alpha, rank, rslora=True) == alpha / math.sqrt(rank)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "module", "value"),
+    [
+        ({"q_proj": 4}, "layers.0.q_proj", 4),  # the end after a dot
+        ({"q_proj": 4}, "q_proj", 4),  # the whole name
+        ({"q_proj": 4}, "layers.0.eq_proj", 8),  # not the end of a word
+        ({"q_proj": 4}, "q_proj.0", 8),
+        ({"0.q_proj": 4, "q_proj": 5}, "layers.0.q_proj", 4),  # the first that matches wins
+        ({"q_proj": 5, "0.q_proj": 4}, "layers.0.q_proj", 5),
+        ({r"encoder\..*": 4}, "model.encoder.layers.0.fc1", 4),
+        ({"^layers.0.q_proj": 4}, "decoder.layers.0.q_proj", 8),  # anchored
+        ({"q|k": 4}, "a.k", 4),
+        ({}, "q_proj", 8),
+    ],
+)
+def test_the_first_pattern_that_matches_the_end_of_a_name_decides(
+    patterns: dict[str, int], module: str, value: int
+) -> None:
+    assert first_match(patterns, module, 8) == value
+    config = LoRAConfig(rank=8, alpha=8, rank_pattern=patterns, alpha_pattern=patterns)
+    assert config.rank_of(module) == config.alpha_of(module) == value

@@ -1,0 +1,194 @@
+"""`python -m minilora`: what it prints, what it writes, and how it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+import minilora
+from minilora.__main__ import inspection, main
+from minilora.adapter import adapter_of
+from minilora.summarization import cli
+from tests.conftest import ARCHITECTURES, adapted, logits
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A tiny BART as a checkpoint."""
+    return save_base("bart", tmp_path / "base")
+
+
+def save_base(architecture: str, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    model = ARCHITECTURES[architecture].build()
+    torch.nn.Module.to(model, dtype)
+    model.save_pretrained(directory)
+    return directory
+
+
+def save_adapted(architecture: str, base: Path, directory: Path, **changes: object) -> Path:
+    model = adapted(architecture, **changes)
+    with torch.no_grad():
+        for parameter in minilora.trainable_parameters(model):
+            parameter += 0.05
+    model.name_or_path = str(base)
+    minilora.save_adapter(model, directory)
+    return directory
+
+
+def load(architecture: str, directory: Path) -> PreTrainedModel:
+    seq2seq = architecture in ("bart", "t5")
+    kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    return kind.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("bart", {}),
+        ("bart", {"dora": True, "bias": "all"}),
+        ("bart", {"lora_bias": True}),
+        ("t5", {}),
+        ("gpt2", {}),
+        ("llama", {"dora": True}),
+    ],
+)
+def test_merge_writes_what_plain_transformers_loads(
+    architecture: str,
+    changes: dict[str, object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = save_base(architecture, tmp_path / "base")
+    adapter = save_adapted(architecture, base, tmp_path / "adapter", **changes)
+    assert run("merge", adapter, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "modules merged; rounding error at most" in printed
+    assert "logits on sample tokens" in printed
+
+    merged = load(architecture, tmp_path / "out")
+    plain = load(architecture, base)
+    before = logits(plain)
+    assert set(merged.state_dict()) == set(plain.state_dict())
+    minilora.load_adapter(plain, adapter)
+    assert (logits(merged) - logits(plain)).abs().max() < 1e-3
+    assert (logits(merged) - before).abs().max() > 0.1
+    minilora.unwrap(plain)
+    for key, tensor in plain.state_dict().items():
+        assert torch.equal(merged.state_dict()[key], tensor)
+
+
+@pytest.mark.parametrize(("flag", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_merge_rounds_once_into_the_dtype_asked_for(
+    flag: str, dtype: torch.dtype, base: Path, tmp_path: Path
+) -> None:
+    adapter = save_adapted("bart", base, tmp_path / "adapter")
+    assert run("merge", adapter, tmp_path / "out", "--dtype", flag) == 0
+    written = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").state_dict()
+    model = load("bart", base)
+    minilora.load_adapter(model, adapter)
+    for key, tensor in minilora.unwrap(model).state_dict().items():
+        assert written[key].dtype == dtype
+        assert torch.equal(written[key], tensor.to(dtype))
+
+
+def test_merge_keeps_the_dtype_of_the_base(tmp_path: Path) -> None:
+    base = save_base("bart", tmp_path / "base", torch.bfloat16)
+    adapter = save_adapted("bart", base, tmp_path / "adapter")
+    assert run("merge", adapter, tmp_path / "out") == 0
+    written = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    assert {tensor.dtype for tensor in written.state_dict().values()} == {torch.bfloat16}
+
+
+def test_merge_of_a_run_takes_the_model_from_its_config(base: Path, tmp_path: Path) -> None:
+    save_adapted("bart", Path("of/another/machine"), tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": str(base)}))
+    assert run("merge", tmp_path / "run", tmp_path / "out") == 0
+    assert load("bart", tmp_path / "out")
+
+
+def test_merge_refuses_in_one_line_and_leaves_nothing(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = save_adapted("bart", base, tmp_path / "adapter")
+    nameless = tmp_path / "nameless"
+    minilora.save_adapter(adapted("bart"), nameless)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "file").write_text("")
+    (tmp_path / "file").write_text("")
+    nowhere = save_adapted("bart", tmp_path / "no" / "such" / "model", tmp_path / "nowhere")
+    unfit = save_base("gpt2", tmp_path / "gpt2")
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()  # transformers' progress bars
+    for arguments, message in [
+        ([adapter, full], "not an empty directory"),
+        ([adapter, tmp_path / "file"], "not an empty directory"),
+        ([tmp_path / "nothing", tmp_path / "out"], "no such directory"),
+        ([nameless, tmp_path / "out"], "say --model"),
+        ([nowhere, tmp_path / "out"], "base model"),
+        ([adapter, tmp_path / "out", "--model", unfit], "has no module"),
+    ]:
+        assert run("merge", *arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.startswith("minilora merge: ")
+        assert error.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_inspect_shows_the_singular_values_of_the_update(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = adapted("bart", bias="lora_only")
+    minilora.save_adapter(model, tmp_path)
+    assert run("inspect", tmp_path) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    adapter = adapter_of(model)
+    assert len([line for line in lines if "q_proj " in line]) == 4
+    for line in lines[2 : 2 + len(adapter.modules)]:
+        module, rank, scale, _, _, norm, *values = line.split()
+        A, B = adapter.pair(module)
+        expected = torch.linalg.svdvals(7 / 3 * (B.double() @ A.double()))
+        assert (int(rank), float(scale)) == (3, pytest.approx(7 / 3, rel=1e-3))
+        assert float(norm) == pytest.approx(expected.norm().item(), rel=1e-3)
+        assert [float(value) for value in values] == pytest.approx(expected[:3].tolist(), rel=5e-3)
+    assert "self_attn.q_proj.base_layer.bias" in printed
+
+
+def test_inspect_shortens_many_singular_values() -> None:
+    table = inspection(adapter_of(adapted("bart", rank=12, targets=("q_proj",))))
+    assert all(line.split()[-2] == ".." for line in table.splitlines()[2:])
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_the_doors_of_the_task_are_forwarded(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(cli, f"{command}_main", lambda argv: calls.append(argv) or 7)
+    assert main([command, "RUN", "--help"]) == 7
+    assert calls == [["RUN", "--help"]]
+
+
+def test_no_command_and_an_unknown_one_are_answered_with_the_usage() -> None:
+    for arguments in ([], ["fly"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+
+
+def test_inspect_needs_no_transformers(tmp_path: Path) -> None:
+    minilora.save_adapter(adapted("bart"), tmp_path)
+    code = (
+        "import sys; from minilora.__main__ import main; "
+        f"assert main(['inspect', {str(tmp_path)!r}]) == 0; "
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,121 @@
+"""Every preset is a whole configuration, every field a flag, and config.json gives it back."""
+
+import json
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from minilora.summarization.cli import parse_run
+from minilora.summarization.presets import (
+    GROUPS,
+    LEARNING_RATES,
+    PRESETS,
+    RunConfig,
+    UserError,
+    embedded,
+)
+
+FIELDS = [(group, field) for group, kind in GROUPS.items() for field in fields(kind)]
+NAMES = [field.name for _, field in FIELDS]
+
+
+def other_value(field: "Field[Any]") -> tuple[list[str], Any]:
+    """What to type for a value unlike the default, and that value."""
+    special: dict[str, Any] = {
+        "min_length": 3,
+        "targets": ["fc1", "fc2"],
+        "exclude": ["k_proj"],
+        "learning_rate": 0.25,
+        "warmup": 0.5,
+        "max_length": 99,
+    }
+    if field.name in special:
+        value = special[field.name]
+    elif choices := get_args(field.type):
+        value = next((c for c in choices if isinstance(c, str) and c != field.default), "x")
+    elif field.type is bool:
+        return ([f"--{'no_' if field.default else ''}{field.name}"], not field.default)
+    elif field.type in (int, float):
+        value = field.type(field.default + 2)
+    else:
+        value = "elsewhere"
+    typed = value if isinstance(value, list) else [value]
+    return ([f"--{field.name}", *map(str, typed)], value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_parses_and_has_a_learning_rate_for_each_method(preset: str) -> None:
+    default = RunConfig().to_dict()
+    for method in ("lora", "full"):
+        run = parse_run(["--preset", preset, "--method", method])
+        rate = LEARNING_RATES[preset][method]
+        wanted = default | PRESETS[preset] | {"preset": preset, "method": method}
+        assert run.to_dict() == wanted | {"learning_rate": rate}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_flags_beat_the_preset(preset: str) -> None:
+    for name in ({"model", "batch_size", "max_length"} | set(PRESETS[preset])) & set(NAMES):
+        field = next(field for _, field in FIELDS if field.name == name)
+        typed, value = other_value(field)
+        for argv in (["--preset", preset, *typed], [*typed, "--preset", preset]):
+            assert parse_run(argv).to_dict()[name] == value
+
+
+@pytest.mark.parametrize(("group", "field"), FIELDS, ids=NAMES)
+def test_every_field_is_a_flag_with_hyphens_and_underscores(
+    group: str, field: "Field[Any]", tmp_path: Path
+) -> None:
+    if field.name == "resume":  # it must name a run
+        (tmp_path / "config.json").write_text(json.dumps(RunConfig().to_dict()))
+        typed, value = ["--resume", str(tmp_path)], str(tmp_path)
+    else:
+        typed, value = other_value(field)
+    for flag in {typed[0], "--" + typed[0][2:].replace("_", "-")}:
+        run = parse_run([flag, *typed[1:]])
+        assert getattr(getattr(run, group), field.name) == value
+        others = {k: v for k, v in run.to_dict().items() if k not in (field.name, "learning_rate")}
+        assert others.items() <= RunConfig().to_dict().items()
+
+
+def test_no_two_groups_share_a_field() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+
+
+def test_help_groups_the_flags_and_explains_every_one(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_run(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for kind in GROUPS.values():
+        assert f"\n{kind._argument_group_name}:" in text
+    flat = " ".join(text.split())
+    for _, field in FIELDS:
+        assert f"--{field.name.replace('_', '-')}" in flat
+        assert " ".join(field.metadata["help"].split()[:3]) in flat
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_config_json_gives_the_settings_back(preset: str) -> None:
+    run = parse_run(["--preset", preset, "--targets", "fc1", "fc2", "--seed", "7"])
+    assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+
+
+def test_config_json_of_an_older_version_takes_the_defaults() -> None:
+    assert RunConfig.from_dict({"rank": 3}).adapter.rank == 3
+    assert RunConfig.from_dict({}) == RunConfig()
+    with pytest.raises(UserError, match="unknown settings: rnak, zero"):
+        RunConfig.from_dict({"zero": 1, "rank": 1, "rnak": 3})
+
+
+def test_two_configurations_share_no_list() -> None:
+    one, two = RunConfig(), RunConfig()
+    one.adapter.targets.append("fc1")
+    assert two.adapter.targets == ["q_proj", "v_proj"]
+
+
+def test_embedded_names_are_directories_and_all_others_stay() -> None:
+    assert Path(embedded("minichat"), "train.jsonl").is_file()
+    assert embedded("facebook/bart-base") == "facebook/bart-base"

@@ -1,0 +1,156 @@
+"""The parts of pre-training that need neither the texts nor a trained model."""
+
+import importlib.util
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tokenizers")
+FOLDER = Path(__file__).parent.parent / "pretraining"
+sys.path.append(str(FOLDER))  # the scripts import each other by bare names
+MASK = 99
+
+
+def script(name: str) -> ModuleType:
+    """Import a script of `pretraining/`, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"pretraining_{name}", FOLDER / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+noise = script("noise")
+names = script("names")
+pseudo = script("pseudo")
+tokenizer = script("tokenizer")
+
+
+def generator(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def is_subsequence(part: list[int], whole: list[int]) -> bool:
+    rest = iter(whole)
+    return all(token in rest for token in part)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_token_masks_change_nothing_else(seed: int) -> None:
+    tokens = np.arange(1000) + 100
+    noisy = noise.mask_tokens(tokens, 0.15, MASK, generator(seed))
+    assert len(noisy) == len(tokens)
+    masked = noisy == MASK
+    assert (noisy[~masked] == tokens[~masked]).all()
+    assert 0.1 < masked.mean() < 0.2
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("length", [1, 5, 24, 300])
+def test_infilling_loses_only_the_rate(seed: int, length: int) -> None:
+    tokens = np.arange(length) + 100
+    noisy = noise.infill(tokens, 0.3, MASK, generator(seed)).tolist()
+    kept = [token for token in noisy if token != MASK]
+    assert len(kept) == length - round(0.3 * length)
+    assert is_subsequence(kept, tokens.tolist())
+
+
+def test_every_hole_of_infilling_has_a_mask() -> None:
+    tokens = np.arange(200) + 100
+    noisy = noise.infill(tokens, 0.3, MASK, generator(0)).tolist()
+    for before, after in pairwise(noisy):
+        if MASK not in (before, after):
+            assert after == before + 1
+
+
+def test_infilling_nothing_changes_nothing() -> None:
+    tokens = np.arange(50)
+    assert (noise.infill(tokens, 0.0, MASK, generator(0)) == tokens).all()
+    assert len(noise.infill(np.array([], dtype=np.int64), 0.3, MASK, generator(0))) == 0
+
+
+def test_span_lengths_are_poisson() -> None:
+    lengths = np.array(noise.span_lengths(60_000, 3.0, generator(0)))
+    assert lengths.sum() == 60_000
+    assert lengths.mean() == pytest.approx(3.0, abs=0.1)
+    assert lengths.var() == pytest.approx(3.0, abs=0.15)
+    assert (lengths == 0).mean() == pytest.approx(np.exp(-3.0), abs=0.01)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_permutation_keeps_sentences(seed: int) -> None:
+    end = 7
+    tokens = np.array([1, 2, end, 3, end, 4, 5, 6, end, 8])
+    moved = noise.permute_sentences(tokens, {end}, generator(seed))
+    assert sorted(map(tuple, noise.sentences(moved, {end}))) != []
+    assert sorted(moved.tolist()) == sorted(tokens.tolist())
+    text = f" {' '.join(map(str, moved.tolist()))} "
+    for sentence in noise.sentences(tokens, {end}):
+        assert f" {' '.join(map(str, sentence.tolist()))} " in text
+
+
+def test_noise_repeats_with_its_seed() -> None:
+    tokens = np.arange(100)
+    first = noise.infill(tokens, 0.3, MASK, generator(3))
+    assert (first == noise.infill(tokens, 0.3, MASK, generator(3))).all()
+
+
+def test_tokenizer_gives_text_back() -> None:
+    lines = ["Ann: I'd like 2 tickets for 7:30\n", "Tom: sure, see you at the station\n"] * 20
+    trained = tokenizer.train(iter(lines), 280)
+    assert trained.get_vocab_size() == 280
+    assert [trained.token_to_id(t) for t in ("<s>", "<pad>", "</s>", "<unk>")] == [0, 1, 2, 3]
+    assert trained.token_to_id("<mask>") == 279
+    for text in ("Ann: I'd like 2 tickets", "Zoë 😂\nNAÏVE  two spaces", " leading", "x\n\ny\t"):
+        encoding = trained.encode(text)
+        assert (encoding.ids[0], encoding.ids[-1]) == (0, 2)
+        assert trained.decode(encoding.ids) == text
+
+
+def test_slots_are_private_characters() -> None:
+    people = range(names.SLOTS)
+    marks = {names.slot(gender, person) for gender in names.GENDERS for person in people}
+    assert len(marks) == 3 * names.SLOTS
+    assert all(names.SLOT.fullmatch(mark) for mark in marks)
+
+
+def test_harvest_finds_names_by_speech_tags() -> None:
+    lines = ['"Well," said Norabel, and took her hat.'] * 4 + ['"No," cried The man.'] * 4
+    pool = names.harvest(lines)
+    assert "Norabel" in pool["f"]
+    assert "Norabel" in pool["x"]
+    assert "The" not in pool["x"]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("I love my dog", "Ann loves her dog"),
+        ("I'm late for my train", "Ann is late for her train"),
+        ("I don't know if I can come", "Ann doesn't know if she can come"),
+        ("I bought you a ticket", "Ann bought Tom a ticket"),
+        ("we should go", "they should go"),
+    ],
+)
+def test_retelling_changes_the_person(said: str, told: str) -> None:
+    ann, tom = pseudo.Turn("Ann", "f", said), pseudo.Turn("Tom", "m", "")
+    assert pseudo.retell(said, ann, tom) == told
+
+
+def test_summaries_name_a_speaker() -> None:
+    turns = [
+        pseudo.Turn("Ann", "f", "Do you like the old station in Leeds?"),
+        pseudo.Turn("Tom", "m", "Yes, I love the old station."),
+        pseudo.Turn("Ann", "f", "I will meet you at the station at 7."),
+    ]
+    summary = pseudo.summarize(turns, generator(0))
+    assert summary
+    assert summary.endswith(".")
+    assert "Ann" in summary or "Tom" in summary
+    assert pseudo.summarize([pseudo.Turn("Ann", "f", "ok")], generator(0)) is None
