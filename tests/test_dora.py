@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import minilora
 from minilora import LoRAError, bases
+from minilora.biased import BiasedLoRALinear
 from minilora.dora import DoRALinear
 from tests.conftest import ALPHA, RANK, State, adapted, logits, tiny_bart
 
@@ -72,6 +73,27 @@ def test_forward_is_the_equation(kind: str, dtype: torch.dtype, bias: bool) -> N
     tolerance = 64 * torch.finfo(dtype).eps * expected.abs().max().item()
     assert (y.double() - expected).abs().max() <= tolerance
     assert (layer.base(x).double() - expected).abs().max() > 0.5
+
+
+def test_autocast_computes_in_its_dtype_and_the_norm_in_float32() -> None:
+    layer = make()
+    x = torch.randn(4, IN)
+    expected = reference(layer, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert torch.equal(layer.norm(), layer.norm().float())
+    assert y.dtype == torch.bfloat16
+    assert (y.double() - expected).abs().max() < 0.03 * expected.abs().max()
+    y.float().sum().backward()
+    assert layer.magnitude.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [DoRALinear, BiasedLoRALinear])
+def test_it_compiles_without_a_graph_break(kind: type[minilora.LoRALinear]) -> None:
+    layer = kind(nn.Linear(IN, OUT), RANK, ALPHA, init="random").eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(3, IN)
+    assert torch.equal(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "random"])

@@ -194,6 +194,43 @@ def test_they_follow_the_model_and_its_copies(settings: dict[str, object]) -> No
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
+def test_autocast_remembers_nothing_of_what_was_exchanged(settings: dict[str, object]) -> None:
+    base, model = tiny_bart(), trained(**settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = base(**inputs(base)).logits.detach()
+        first = model(**inputs(model)).logits.detach()
+        with minilora.disabled(model):
+            assert torch.equal(model(**inputs(model)).logits, expected)
+        assert torch.equal(model(**inputs(model)).logits, first)
+
+
+def test_a_part_may_be_compiled(settings: dict[str, object], tmp_path: Path) -> None:
+    """Names never carry `_orig_mod`, whether it was compiled before or after."""
+    expected = trained(**settings)
+    minilora.save_adapter(expected, tmp_path / "expected")
+    after = trained(**settings)
+    after.model.encoder = torch.compile(after.model.encoder, backend="eager")
+    before = tiny_bart()
+    before.model.encoder = torch.compile(before.model.encoder, backend="eager")
+    minilora.load_adapter(before, tmp_path / "expected")
+    for model in (before, after):
+        minilora.save_adapter(model, tmp_path / "again")
+        again, first = (
+            (tmp_path / name / WEIGHTS_FILE).read_bytes() for name in ("again", "expected")
+        )
+        assert again == first
+        trains = {
+            n.replace("_orig_mod.", "") for n, p in model.named_parameters() if p.requires_grad
+        }
+        assert trains == {n for n, p in expected.named_parameters() if p.requires_grad}
+        with minilora.disabled(model):
+            plain = minilora.adapter.extras.tensors(model)
+            for key, tensor in tiny_bart().state_dict().items():
+                for name in (key, key.replace("proj.", "proj.base.")):
+                    if name in plain:
+                        assert torch.equal(plain[name], tensor), name
+
+
 def test_gradients_survive_a_disabled_block() -> None:
     """A loss may be computed before and its gradient after the base was asked for an answer."""
     model = trained(bias="all", also_train=("fc1",))

@@ -402,3 +402,102 @@ def test_what_save_adapter_wrote_loads_and_saves_to_the_same_bytes(
         for file in (WEIGHTS_FILE, "adapter_config.json"):
             again = (tmp_path / "again" / file).read_bytes()
             assert again == (first / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("name", ["list", "Conv1D"])
+def test_fan_in_fan_out_is_read_either_way(name: str, said: bool, tmp_path: Path) -> None:
+    """PEFT sets it right by the module's type, with a warning; a file may say anything."""
+    case = CASES[name]
+    directory = peft_directory(case, tmp_path)
+    path = directory / "adapter_config.json"
+    entries = json.loads(path.read_text())
+    assert entries["fan_in_fan_out"] == (name == "Conv1D")
+    path.write_text(json.dumps(entries | {"fan_in_fan_out": said}))
+    theirs, ours = load_in_peft(case, directory), load_in_ours(case, directory)
+    check_close(logits(ours), logits(theirs), logits(case.build()))
+    minilora.save_adapter(ours, tmp_path / "again")  # and is written as it is
+    entries = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert entries["fan_in_fan_out"] == (name == "Conv1D")
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "mica", "eva", "Gaussian", False, None])
+def test_starts_that_leave_the_base_alone_are_accepted(init: object, tmp_path: Path) -> None:
+    case = CASES["list"]
+    directory = peft_directory(case, tmp_path)
+    expected = logits(load_in_ours(case, directory))
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
+    assert torch.equal(logits(load_in_ours(case, directory)), expected)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_starts_that_rewrote_the_base_are_refused(init: str, tmp_path: Path) -> None:
+    directory = peft_directory(CASES["list"], tmp_path)
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
+    with pytest.raises(minilora.LoRAError, match=f"{init}.*path_initial_model_for_weight_conv"):
+        minilora.read_adapter(directory)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "advice"),
+    [
+        ("peft_type", "ADALORA", "'LORA' only: merge it into the base with PEFT"),
+        ("peft_type", "XLORA", "'LORA' only: merge it into the base with PEFT"),
+        ("alora_invocation_tokens", [1, 2], "depends on the input's tokens; use it with PEFT"),
+        ("trainable_token_indices", [3], "trained tokens are not supported: merge"),
+        ("target_parameters", ["weight"], "adapted bare parameters are not supported: merge"),
+        ("layer_replication", [[0, 2]], "replicated layers are not supported: merge"),
+        ("from_the_future", 1, "minilora does not know it"),
+    ],
+)
+def test_what_asks_for_something_else_is_refused_by_name(
+    key: str, value: object, advice: str, tmp_path: Path
+) -> None:
+    directory = peft_directory(CASES["list"], tmp_path)
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(minilora.LoRAError, match=f"{key} is .*{advice}"):
+        minilora.read_adapter(directory)
+
+
+def test_another_base_is_a_notice_and_no_error(tmp_path: Path) -> None:
+    model = tiny_bart()
+    minilora.inject(model, CASES["list"].lora_config())
+    model.name_or_path = "facebook/bart-base"
+    minilora.save_adapter(model, tmp_path)
+    for name, noticed in [
+        ("facebook/bart-base", False),
+        ("/models/bart-base", False),
+        ("facebook/bart-large", True),
+        ("", False),
+    ]:
+        other = tiny_bart()
+        other.name_or_path = name
+        report = minilora.load_adapter(other, tmp_path)
+        assert (report.notice is not None) == noticed
+        assert ("trained on facebook/bart-base, and this model is" in str(report)) == noticed
+
+
+@pytest.mark.parametrize(
+    ("build", "head", "source"),
+    [
+        (tiny_bart, "lm_head", "shared"),
+        (tiny_t5, "lm_head", "shared"),
+        (tiny_gpt2, "lm_head", "wte"),
+    ],
+)
+def test_tied_heads_are_refused_in_a_file_too(
+    build: Callable[[], PreTrainedModel], head: str, source: str, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=[head])
+        model = peft.get_peft_model(build(), settings)
+        model.save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(minilora.LoRAError, match=f"{head} shares its weight with .*{source}"):
+        minilora.load_adapter(build(), tmp_path)
+    untied = build()
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.clone())
+    assert minilora.load_adapter(untied, tmp_path).modules == (head,)

@@ -146,12 +146,12 @@ def _train(argv: Sequence[str]) -> int:
     run = parse_run(argv)
     output = _output_directory(run)
     session = open_session(run)
-    for notice in session.notices:
-        print(f"note: {notice}", file=sys.stderr)
-    print(opening(session, output), flush=True)
     if not run.output.resume:
         output.mkdir(parents=True, exist_ok=True)
         write_file(output / "config.json", json.dumps(run.to_dict(), indent=2).encode() + b"\n")
+    for notice in session.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    print(opening(session, output), flush=True)
     outcome = fit(session, output)
     again = shlex.quote(str(output))
     if outcome.interrupted:
