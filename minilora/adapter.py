@@ -242,7 +242,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     for name, layer in layers.items():
         for attribute in parameter_names(injection.config):
             tensors[name + SUFFIXES[attribute]] = getattr(layer, attribute)
-    state = model.state_dict() if injection.kept.live else {}  # unmerged values, merged or not
+    state = extras.tensors(model) if injection.kept.live else {}  # unmerged, merged or not
     tensors |= {name: state[key] for name, key in injection.kept.live.items()}
     copies = {PREFIX + name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     transposed = any(bases.is_conv1d(layer.base) for layer in layers.values())
@@ -319,7 +319,7 @@ def _fill(model: nn.Module, adapter: Adapter, inference: bool) -> None:
             getattr(layer, attribute).copy_(tensor).requires_grad_(not inference)
     injection = injection_of(model)
     assert injection is not None
-    state = model.state_dict(keep_vars=True) if injection.kept.live else {}
+    state = extras.tensors(model) if injection.kept.live else {}
     for name, key in injection.kept.live.items():
         state[key].copy_(adapter.extras[name])
         trains = not inference and isinstance(state[key], nn.Parameter)
@@ -370,19 +370,18 @@ def _compare_targets(adapter: Adapter, linears: list[str]) -> list[str]:
     config = adapter.config
     if config.targets == ALL_LINEAR:
         return []  # resolved when it was written; which head was left out is the file's to say
-    targeted = {name for name in linears if is_target(config, name)}
-    stems = {name: f"{PREFIX}{name}.lora_A/B.weight" for name in targeted | set(adapter.modules)}
-    missing = sorted(targeted - set(adapter.modules))
-    unexpected = sorted(set(adapter.modules) - targeted)
-    return [f"missing keys {stems[name]}: target_modules asks for them" for name in missing] + [
-        f"unexpected keys {stems[name]}: target_modules does not ask for them"
-        for name in unexpected
+    targeted, held = {name for name in linears if is_target(config, name)}, set(adapter.modules)
+    return [
+        f"missing keys {PREFIX}{name}.lora_A/B.weight: target_modules asks for them"
+        if name in targeted
+        else f"unexpected keys {PREFIX}{name}.lora_A/B.weight: target_modules does not ask for them"
+        for name in sorted(targeted ^ held)
     ]
 
 
 def _compare_extras(model: nn.Module, adapter: Adapter) -> list[str]:
     """The biases and whole modules in the file must be those the configuration asks for."""
-    wanted, state = extras.find(model, adapter.config, adapter.modules), model.state_dict()
+    wanted, state = extras.find(model, adapter.config, adapter.modules), extras.tensors(model)
     problems = [f"missing key {PREFIX}{name}" for name in sorted(set(wanted) - set(adapter.extras))]
     for name, tensor in adapter.extras.items():
         if name not in wanted:

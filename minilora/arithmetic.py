@@ -37,25 +37,25 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """An adapter made by arithmetic, and how near it comes to what it stands for."""
+class Fitted(Adapter):
+    """An adapter made by arithmetic, which also says how near it comes to what it stands for."""
 
-    adapter: Adapter
-    modules: tuple[Fit, ...]
+    fits: tuple[Fit, ...] = ()
+    """One for each module."""
     left_out: tuple[str, ...] = ()
     """Parameters that the full fine-tune changed and the adapter cannot hold."""
 
     @property
     def energy(self) -> float:
         """The share of the updates' squared norm that is kept, over all modules."""
-        total = sum(fit.norm**2 for fit in self.modules)
-        lost = sum((fit.norm * fit.error) ** 2 for fit in self.modules)
+        total = sum(fit.norm**2 for fit in self.fits)
+        lost = sum((fit.norm * fit.error) ** 2 for fit in self.fits)
         return 1 - lost / total if total else 1.0
 
     def __str__(self) -> str:
-        worst = max(self.modules, key=lambda fit: fit.error)
+        worst = max(self.fits, key=lambda fit: fit.error)
         text = (
-            f"{len(self.modules)} modules, {self.energy:.2%} of the update's energy kept; "
+            f"{len(self.fits)} modules, {self.energy:.2%} of the update's energy kept; "
             f"error at most {worst.error:.2g} of an update ({worst.module})"
         )
         if self.left_out:
@@ -120,7 +120,7 @@ def combine(
         config = replace(config, targets=tuple(factors), exclude=(), layers=None, layers_pattern=())
     base_models = {adapter.base_model for adapter in adapters}
     base_model = first.base_model if len(base_models) == 1 else None
-    return Fitted(_assemble(factors, config, base_model, first.fan_in_fan_out), tuple(fits))
+    return _assemble(factors, config, base_model, first.fan_in_fan_out, fits)
 
 
 def extract(
@@ -170,7 +170,7 @@ def extract(
     left_out = tuple(name for name in changed if name not in held)
     transposed = any(bases.is_conv1d(layer) for layer in found.values())
     name = getattr(base, "name_or_path", None) or None
-    return Fitted(_assemble(factors, config, name, transposed), tuple(fits), left_out)
+    return _assemble(factors, config, name, transposed, fits, left_out)
 
 
 def truncate(factors: Factors, rank: int) -> Factors:
@@ -233,8 +233,13 @@ def _fit(module: str, exact: Factors, made: Factors) -> Fit:
 
 
 def _assemble(
-    factors: Mapping[str, Factors], config: LoRAConfig, base_model: str | None, transposed: bool
-) -> Adapter:
+    factors: Mapping[str, Factors],
+    config: LoRAConfig,
+    base_model: str | None,
+    transposed: bool,
+    fits: Sequence[Fit],
+    left_out: tuple[str, ...] = (),
+) -> Fitted:
     """The adapter with these factors and s = 1; a pattern for ranks unlike the commonest."""
     modules = tuple(sorted(factors))
     ranks = {module: A.shape[0] for module, (A, _) in factors.items()}
@@ -247,4 +252,4 @@ def _assemble(
     for module, (A, B) in factors.items():
         tensors[PREFIX + module + A_SUFFIX] = A.float().contiguous()
         tensors[PREFIX + module + B_SUFFIX] = B.float().contiguous()
-    return Adapter(config, tensors, base_model, transposed)
+    return Fitted(config, tensors, base_model, transposed, tuple(fits), left_out)

@@ -49,7 +49,7 @@ class DoRALinear(LoRALinear):
         dropped = F.dropout(x, self.dropout, training=self.training)  # (..., in)
         v = self.base(dropped) if self.training and self.dropout else y
         if self.bias is not None:
-            v = v - self.bias  # W x: the length is the weight's alone
+            v = v - self.bias.to(v.dtype)  # W x: the length is the weight's alone
         update = low_rank(v, dropped, self.lora_A, self.lora_B, self.scale)  # (W + s B A) x
         return y - v + (self.gain(self.norm()) * update).to(y.dtype)
 

@@ -9,8 +9,10 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
+from minilora import bases
 from minilora.config import LoRAConfig, LoRAError
 from minilora.layer import LoRALinear
 
@@ -30,21 +32,23 @@ class Kept:
 
     def exchange(self, model: nn.Module) -> None:
         """Put the base's values in place of the trained ones, or back; no bytes are copied."""
-        tensors = model.state_dict(keep_vars=True) if self.values else {}
+        state = tensors(model) if self.values else {}
         for name, value in self.values.items():
-            tensor = tensors[name]
+            tensor = state[name]
             self.values[name] = tensor.data
             tensor.data = value.to(tensor)  # the model may have moved since
+        if state:
+            torch.clear_autocast_cache()  # it remembers casts by the tensor, not what is in it
         self.exchanged = not self.exchanged
 
 
 def keep(model: nn.Module, config: LoRAConfig) -> Kept:
     """Let the tensors that the configuration names train, and keep their values before that."""
     kept = Kept(find(model, config, _wrapped(model)))
-    tensors = model.state_dict(keep_vars=True) if kept.live else {}
+    state = tensors(model) if kept.live else {}
     seen: set[int] = set()
     for name in kept.live.values():
-        tensor = tensors[name]
+        tensor = state[name]
         if id(tensor) not in seen:  # a tied bias has two names and one value
             seen.add(id(tensor))
             kept.values[name] = tensor.detach().clone()
@@ -64,7 +68,7 @@ def find(model: nn.Module, config: LoRAConfig, adapted: Collection[str]) -> dict
         return {}
     wrapped = _wrapped(model)
     found = {}
-    for key in model.state_dict():
+    for key in tensors(model):
         module, _, end = key.rpartition(".")
         if module in wrapped:
             continue  # the adapter's own
@@ -76,6 +80,11 @@ def find(model: nn.Module, config: LoRAConfig, adapted: Collection[str]) -> dict
         elif (end == "bias" and config.bias == "all") or trained_module(config, module):
             found[f"{module}.{end}" if module else end] = key
     return found
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state_dict with the parameters themselves, by names without wrappers' parts."""
+    return {bases.plain_name(k): t for k, t in model.state_dict(keep_vars=True).items()}
 
 
 def trained_module(config: LoRAConfig, module: str) -> str | None:
@@ -95,7 +104,7 @@ def check_untied(model: nn.Module, config: LoRAConfig) -> None:
     """
     owners: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].append(name)
+        owners[id(parameter)].append(bases.plain_name(name))
     for names in owners.values():
         roots = {trained_module(config, name.rpartition(".")[0]): name for name in names}
         if len(roots) > 1:
@@ -107,4 +116,5 @@ def check_untied(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def _wrapped(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    named = model.named_modules()
+    return {bases.plain_name(name) for name, module in named if isinstance(module, LoRALinear)}

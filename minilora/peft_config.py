@@ -30,14 +30,10 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "init": ("init_lora_weights", True),
     "task_type": ("task_type", None),
 }
-EMPTY: dict[str, Any] = {
-    "exclude": (),
-    "layers": None,
-    "layers_pattern": (),
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "also_train": (),
-}
+# PEFT writes null, [], {} and "" alike for these; LoRAConfig's own default is the empty one.
+MAY_BE_EMPTY = (
+    "exclude", "layers", "layers_pattern", "rank_pattern", "alpha_pattern", "also_train"
+)  # fmt: skip
 INITS = {"kaiming": True, "gaussian": "gaussian", "random": False}
 # Other starts of A and B that leave the base alone: once trained, nothing tells them apart.
 HARMLESS_INITS = ("eva", "orthogonal", "mica")
@@ -89,8 +85,9 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
     values = {ours: entries.get(peft, default) for ours, (peft, default) in FIELDS.items()}
     values["init"] = _init_from_peft(values["init"])
     values["targets"] = values["targets"] or modules
-    for name, empty in EMPTY.items():  # PEFT writes null, [] and {} alike
-        values[name] = values[name] if values[name] not in (None, [], {}, "") else empty
+    for name in MAY_BE_EMPTY:
+        if values[name] in (None, [], {}, ""):
+            del values[name]
     try:
         return LoRAConfig(**values)
     except LoRAError as error:

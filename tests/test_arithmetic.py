@@ -60,31 +60,31 @@ WEIGHTS = [0.7, -1.3, 0.31]
 def test_cat_is_the_weighted_sum_whatever_went_in(tmp_path: Path) -> None:
     adapters = unlike()
     made = minilora.combine(adapters, WEIGHTS)
-    assert set(made.adapter.modules) == {m for a in adapters for m in a.modules}
-    for module in made.adapter.modules:
+    assert set(made.modules) == {m for a in adapters for m in a.modules}
+    for module in made.modules:
         expected = weighted_sum(adapters, WEIGHTS, module)
         assert expected.norm() > 0.1
         # Exact but for float32's rounding of w s B.
-        assert torch.allclose(delta(made.adapter, module), expected, rtol=1e-6, atol=1e-6)
+        assert torch.allclose(delta(made, module), expected, rtol=1e-6, atol=1e-6)
     assert made.energy == 1
-    assert all(fit.error == 0 for fit in made.modules)
+    assert all(fit.error == 0 for fit in made.fits)
 
     # And it is an adapter like any other: on disk, in a model, in PEFT.
-    minilora.write_adapter(made.adapter, tmp_path)
+    minilora.write_adapter(made, tmp_path)
     ours, theirs = tiny_bart(), peft.PeftModel.from_pretrained(tiny_bart(), tmp_path).eval()
     minilora.load_adapter(ours, tmp_path)
     assert (logits(ours) - logits(theirs)).abs().max() < 1e-4
     assert (logits(ours) - logits(tiny_bart())).abs().max() > 0.1
     again = minilora.read_adapter(tmp_path)
-    for module in made.adapter.modules:
-        assert torch.equal(delta(again, module), delta(made.adapter, module))
+    for module in made.modules:
+        assert torch.equal(delta(again, module), delta(made, module))
 
 
 def test_combining_one_adapter_with_weight_one_is_the_adapter() -> None:
     adapter = make(1)
     model, again = tiny_bart(), tiny_bart()
     apply_adapter(model, adapter)
-    apply_adapter(again, minilora.combine([adapter], [1.0]).adapter)
+    apply_adapter(again, minilora.combine([adapter], [1.0]))
     assert torch.allclose(logits(model), logits(again), atol=1e-4)
 
 
@@ -92,16 +92,16 @@ def test_combining_one_adapter_with_weight_one_is_the_adapter() -> None:
 def test_svd_is_the_best_of_its_rank_and_says_how_good(rank: int) -> None:
     adapters = unlike()
     made = minilora.combine(adapters, WEIGHTS, "svd", rank)
-    errors = {fit.module: fit.error for fit in made.modules}
-    for module in made.adapter.modules:
+    errors = {fit.module: fit.error for fit in made.fits}
+    for module in made.modules:
         expected = weighted_sum(adapters, WEIGHTS, module)
         U, S, Vh = torch.linalg.svd(expected)
         best = U[:, :rank] * S[:rank] @ Vh[:rank]
-        assert torch.allclose(delta(made.adapter, module), best, atol=1e-5)
-        error = (expected - delta(made.adapter, module)).norm() / expected.norm()
+        assert torch.allclose(delta(made, module), best, atol=1e-5)
+        error = (expected - delta(made, module)).norm() / expected.norm()
         assert errors[module] == pytest.approx(error.item(), abs=1e-6)
-    kept = 1 - sum((fit.norm * fit.error) ** 2 for fit in made.modules) / sum(
-        fit.norm**2 for fit in made.modules
+    kept = 1 - sum((fit.norm * fit.error) ** 2 for fit in made.fits) / sum(
+        fit.norm**2 for fit in made.fits
     )
     assert made.energy == pytest.approx(kept)
     assert f"{made.energy:.2%}" in str(made)
@@ -109,7 +109,7 @@ def test_svd_is_the_best_of_its_rank_and_says_how_good(rank: int) -> None:
 
 def test_svd_at_the_full_rank_loses_nothing() -> None:
     made = minilora.combine(unlike(), WEIGHTS, "svd", 9)
-    assert all(fit.error < 1e-7 for fit in made.modules)
+    assert all(fit.error < 1e-7 for fit in made.fits)
 
 
 @pytest.mark.parametrize("weights", [[0.5, 0.25], [1.2, -0.7]])
@@ -123,13 +123,13 @@ def test_linear_is_what_peft_calls_linear(weights: list[float], tmp_path: Path) 
     model.set_adapter("both")
     made = minilora.combine(adapters, weights, "linear")
     ours = tiny_bart()
-    apply_adapter(ours, made.adapter)
+    apply_adapter(ours, made)
     assert (logits(ours) - logits(model)).abs().max() < 1e-4
     assert (logits(ours) - logits(tiny_bart())).abs().max() > 0.1
     # It is no weighted sum, and says by how much.
-    for fit in made.modules:
+    for fit in made.fits:
         expected = weighted_sum(adapters, weights, fit.module)
-        error = (expected - delta(made.adapter, fit.module)).norm() / expected.norm()
+        error = (expected - delta(made, fit.module)).norm() / expected.norm()
         assert fit.error == pytest.approx(error.item(), rel=1e-4)
         assert fit.error > 0.1
 
@@ -172,7 +172,7 @@ def test_extracting_from_a_full_fine_tune(rank: int) -> None:
         finetuned.model.encoder.layers[0].fc1.bias += 1
     made = minilora.extract(finetuned, base, rank)
     assert made.left_out == ("model.encoder.layers.0.fc1.bias",)
-    for fit in made.modules:
+    for fit in made.fits:
         expected = (
             finetuned.get_submodule(fit.module).weight - base.get_submodule(fit.module).weight
         ).double()
@@ -180,11 +180,11 @@ def test_extracting_from_a_full_fine_tune(rank: int) -> None:
         error = (S[rank:].norm() / S.norm()).item() if S.norm() else 0.0
         assert fit.error == pytest.approx(error, abs=1e-5)
         if S.norm():
-            apart = (delta(made.adapter, fit.module) - expected).norm() / expected.norm()
+            apart = (delta(made, fit.module) - expected).norm() / expected.norm()
             assert apart.item() == pytest.approx(error, abs=1e-5)
     assert (made.energy == pytest.approx(1, abs=1e-9)) == (rank == 16)
     if rank == 16:  # every layer's smaller side: the fine-tune itself
-        apply_adapter(base, made.adapter)
+        apply_adapter(base, made)
         with torch.no_grad():
             finetuned.model.encoder.layers[0].fc1.bias -= 1
         assert torch.allclose(logits(base), logits(finetuned), atol=1e-3)
@@ -197,7 +197,7 @@ def test_extracting_what_lora_did_gives_the_lora_back() -> None:
     assert made.energy > 1 - 1e-9
     assert made.left_out == ()
     again = tiny_bart()
-    apply_adapter(again, made.adapter)
+    apply_adapter(again, made)
     assert torch.allclose(logits(again), expected, atol=1e-3)
 
 
@@ -208,7 +208,7 @@ def test_extracting_from_conv1d(tmp_path: Path) -> None:
     randomize_adapter(finetuned)
     minilora.unwrap(finetuned)
     made = minilora.extract(finetuned, base, rank=3, targets=("c_attn", "c_fc"))
-    minilora.write_adapter(made.adapter, tmp_path)
+    minilora.write_adapter(made, tmp_path)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="fan_in_fan_out")  # PEFT warns if it is wrong
         theirs = peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path).eval()

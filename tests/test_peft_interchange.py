@@ -501,3 +501,24 @@ def test_tied_heads_are_refused_in_a_file_too(
     untied = build()
     untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.clone())
     assert minilora.load_adapter(untied, tmp_path).modules == (head,)
+
+
+def test_swapping_in_place_takes_over_scale_dropout_and_configuration(tmp_path: Path) -> None:
+    base = logits(tiny_bart())
+    settings = [
+        {"targets": QV},
+        {"targets": QV, "alpha": 2.0, "rslora": True, "dropout": 0.3},
+        {"targets": QV, "alpha_pattern": {"v_proj": 1.3}},
+    ]
+    directories = [
+        our_directory(Case(tiny_bart, changes), tmp_path / str(index))
+        for index, changes in enumerate(settings)
+    ]
+    model = tiny_bart()
+    minilora.load_adapter(model, directories[0])
+    for directory in [*directories[1:], directories[0]]:
+        assert minilora.load_adapter(model, directory).swapped
+        check_close(logits(model), logits(load_in_peft(CASES["list"], directory)), base)
+        assert minilora.config_of(model) == minilora.read_adapter(directory).config
+        expected = minilora.config_of(model).dropout
+        assert {layer.dropout for layer in lora_layers(model).values()} == {expected}

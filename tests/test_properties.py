@@ -151,7 +151,7 @@ def test_cat_is_the_weighted_sum_of_the_deltas(net: Net, data: st.DataObject, si
         fill(model, seed)
         adapters.append(adapter_of(model))
     weights_ = data.draw(st.lists(st.floats(-5, 5), min_size=size, max_size=size))
-    made = minilora.combine(adapters, weights_, "cat").adapter
+    made = minilora.combine(adapters, weights_, "cat")
     for module in made.modules:
         terms = [
             weight * delta(adapter, module)
