@@ -5,7 +5,7 @@
     inspect ADAPTER           layers, ranks, scales, norms and singular values, as a table
     merge ADAPTER OUT         a checkpoint that plain transformers loads
 
-ADAPTER is the directory of an adapter or of a run.
+ADAPTER is the directory of an adapter or of a run, or an adapter's name on the hub.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from minilora.adapter import Adapter, apply_adapter
 from minilora.arithmetic import singular_values
 from minilora.config import LoRAError
 from minilora.inject import fold_names
+from minilora.summarization.presets import UserError, embedded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = parsed.run
     try:
         command(parsed)
-    except (LoRAError, OSError) as error:
+    except (LoRAError, UserError, OSError) as error:
         print(f"minilora {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -60,17 +61,26 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="fine-tune a model", add_help=False)
     commands.add_parser("evaluate", help="score a run", add_help=False)
     inspect = commands.add_parser("inspect", help="show what an adapter holds")
-    inspect.add_argument("adapter", type=Path, metavar="ADAPTER")
+    inspect.add_argument("adapter", metavar="ADAPTER")
     inspect.set_defaults(
-        run=lambda parsed: print(inspection(minilora.read_adapter(parsed.adapter)))
+        run=lambda parsed: print(inspection(minilora.read_adapter(_directory(parsed.adapter))))
     )
     merge = commands.add_parser("merge", help="write a merged checkpoint")
-    merge.add_argument("adapter", type=Path, metavar="ADAPTER")
+    merge.add_argument("adapter", metavar="ADAPTER")
     merge.add_argument("out", type=Path, metavar="OUT", help="a directory that is new or empty")
     merge.add_argument("--dtype", choices=DTYPES, help="of the weights written; the base's if not")
     merge.add_argument("--model", help="the base model; the one that the adapter names if not")
     merge.set_defaults(run=_merge)
     return parser
+
+
+def _directory(name: str) -> Path:
+    """Where the adapter lies; only for a hub name is transformers imported, which is slow."""
+    if Path(name).is_dir():
+        return Path(name)
+    from minilora.summarization.model import adapter_directory
+
+    return adapter_directory(name)
 
 
 # inspect -----------------------------------------------------------------------------------------
@@ -126,8 +136,9 @@ def _merge(parsed: argparse.Namespace) -> None:
     out: Path = parsed.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LoRAError(f"{out} exists and is not an empty directory: name another")
-    adapter = minilora.read_adapter(parsed.adapter)
-    name = parsed.model or _base_of(parsed.adapter) or adapter.base_model
+    directory = _directory(parsed.adapter)
+    adapter = minilora.read_adapter(directory)
+    name = parsed.model or _base_of(directory) or adapter.base_model
     if name is None:
         raise LoRAError(f"{parsed.adapter} does not name its base model: say --model")
     model, stored = _load(name)
@@ -176,8 +187,6 @@ def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":
     """The model in float32 (its sums are rounded once, when it is cast), and the dtype it has."""
     import transformers
 
-    from minilora.summarization.presets import embedded
-
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -212,8 +221,6 @@ def _logits(model: Any) -> torch.Tensor:
 def _save_tokenizer(name: str, directory: Path) -> None:
     """Beside the model, where the base has one: then the directory is complete."""
     import transformers
-
-    from minilora.summarization.presets import embedded
 
     try:
         transformers.AutoTokenizer.from_pretrained(embedded(name)).save_pretrained(directory)

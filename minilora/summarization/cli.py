@@ -19,6 +19,7 @@ from minilora.files import write_file
 from minilora.summarization.data import encode, load
 from minilora.summarization.evaluation import Evaluation, evaluate, summarize, write_json
 from minilora.summarization.model import (
+    adapter_directory,
     check_vocabulary,
     choose_device,
     choose_precision,
@@ -278,7 +279,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     arguments, unknown = parser.parse_known_args(argv)
     parser.refuse(unknown)
     _check_evaluation(arguments)
-    directory, run = _run_of(Path(arguments.run), arguments)
+    directory, run = _run_of(adapter_directory(arguments.run), arguments)
     text = _read_text(arguments.text) if arguments.text else None
     device = choose_device(arguments.device or run.model.device)
     examples, split = ([], "") if text is not None else _examples(run, arguments)
@@ -319,7 +320,7 @@ def _evaluation_parser() -> Parser:
         allow_abbrev=False,
         description="Score the base and the fine-tuned model side by side, or summarize a text.",
     )
-    parser.add_argument("run", metavar="RUN", help="directory of a run or of an adapter")
+    parser.add_argument("run", metavar="RUN", help="a run, an adapter, or its hub name")
     parser.add_argument("--data", default=None, help="other data than the run's")
     parser.add_argument("--split", default=None, help="train, validation or test (default: test)")
     parser.add_argument("--limit", type=int, default=0, help="only the first N dialogues; 0: all")
@@ -349,8 +350,6 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
 
     The adapter directory inside a run is the run: its own settings are what it was trained with.
     """
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; name a run or an adapter")
     if directory.name == "adapter" and (directory.parent / "config.json").exists():
         directory = directory.parent
     if (directory / CONFIG_FILE).exists():

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -97,6 +98,33 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
         directory.rename(old)
     new.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def adapter_directory(name: str) -> Path:
+    """A run or adapter directory as it is; an adapter's hub name as the directory it comes to.
+
+    Only the adapter's two files are fetched, into huggingface_hub's cache.
+
+    Raises:
+        UserError: there is no such directory, and the hub does not give it.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    # `runs/misspelt` has the form of a hub name; but there is a folder `runs` here.
+    if len(path.parts) != 2 or name.startswith((".", "/", "~")) or path.parent.is_dir():
+        raise UserError(f"{name}: no such directory; name a run or an adapter")
+    try:
+        with _quiet(bars=True):
+            files = ["adapter_config.json", "adapter_model.safetensors"]
+            directory = Path(snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # of the network, the hub, its cache: a dozen kinds
+        raise UserError(
+            f"{name}: no such directory, nor does the hub give it: {_one_line(error)}"
+        ) from None
+    if not (directory / files[0]).is_file():
+        raise UserError(f"{name}: on the hub, but without {files[0]}: it is no adapter")
+    return directory
 
 
 def limit_lengths(run: RunConfig, model: PreTrainedModel) -> RunConfig:
