@@ -26,6 +26,7 @@ format: .venv/development  ## let ruff put the code into its form
 
 bench: .venv/development  ## the benchmarks; results go to benchmarks/results/
 	$(BIN)/python benchmarks/merge_latency.py
+	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:  ## remove the environment and what tools leave behind

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from common import write_result
 
-from minilora.summarization.data import encode
+from minilora.summarization.data import encode, load
 from minilora.summarization.evaluation import rouge, summarize
 from minilora.summarization.model import (
     choose_device,
@@ -23,7 +23,6 @@ from minilora.summarization.model import (
     load_tokenizer,
 )
 from minilora.summarization.presets import PRESETS, RunConfig
-from minilora.summarization.reading import load
 
 GRID = {
     "min_length": (5, 10, 20, 30),

@@ -30,6 +30,16 @@ def merge_latency(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def exactness(result: dict[str, Any]) -> Rows:
+    """One row a library: how far merged weights and unmerged ones are from what they should be."""
+    rows = [["", "bf16", "fp16", "1 cycle", "10 cycles", "100 cycles"]]
+    for name, figures in result["results"].items():
+        wrong = [f"{figures[dtype]['not_nearest']:.3%}" for dtype in ("bf16", "fp16")]
+        drift = figures["bf16"]["drift_other_adapters"]
+        rows.append([name, *wrong, *(f"{drift[n]['changed']:.1%}" for n in ("1", "10", "100"))])
+    return rows
+
+
 def pocket(result: dict[str, Any]) -> Rows:
     """One row: what `python train.py --rank 8` gained."""
     rows = [["", "ROUGE-1", "ROUGE-2", "ROUGE-L", "tokens"]]
@@ -44,6 +54,7 @@ def pocket(result: dict[str, Any]) -> Rows:
 
 TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "merge_latency": merge_latency,
+    "exactness": exactness,
     "default_run": pocket,
 }
 

@@ -154,3 +154,31 @@ def test_summaries_name_a_speaker() -> None:
     assert summary.endswith(".")
     assert "Ann" in summary or "Tom" in summary
     assert pseudo.summarize([pseudo.Turn("Ann", "f", "ok")], generator(0)) is None
+
+
+def test_invented_names_are_pronounceable_words() -> None:
+    found = names.invent("f", 50, generator(0))
+    assert all(name.isalpha() and name.istitle() for name in found)
+    assert len(set(found)) > 40
+
+
+def test_batches_are_shifted_and_padded_as_bart_does() -> None:
+    torch = pytest.importorskip("torch")
+    bart = pytest.importorskip("transformers.models.bart.modeling_bart")
+    train = script("train")
+    examples = [(np.arange(5, 5 + n), np.arange(9, 9 + 2 * n)) for n in (3, 1, 2)]
+    batch = train.collate(examples)
+    expected = bart.shift_tokens_right(batch["labels"], pad_token_id=1, decoder_start_token_id=2)
+    assert torch.equal(batch["decoder_input_ids"], expected)
+    assert batch["labels"][0].tolist() == [0, 9, 10, 11, 12, 13, 14, 2]
+    assert batch["attention_mask"].sum(1).tolist() == [5, 3, 4]
+    parts = train.chunks(examples, 14)
+    assert sum(map(len, parts)) == 3
+    assert len(parts) > 1
+
+
+def test_slots_are_filled_alike_in_dialogue_and_summary() -> None:
+    train = script("train")
+    table = {train.FIRST: [5, 6], train.FIRST + 1: [7]}
+    text = np.array([train.FIRST, 50, train.FIRST + 1])
+    assert train.Names.fill(text, table).tolist() == [5, 6, 50, 7]

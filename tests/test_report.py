@@ -110,13 +110,16 @@ def test_opening_says_what_is_trained_on_what_and_where_it_goes() -> None:
 
 
 def test_closing_says_what_it_cost_and_what_to_do_next() -> None:
-    outcome = Outcome(Progress(step=1_200, seconds=90.0), interrupted=False, peak_bytes=3 * 2**20)
-    lines = report.closing(session("lora"), outcome, Path("runs/x")).splitlines()
+    outcome = Outcome(Progress(step=1_200, seconds=150.0), interrupted=False, peak_bytes=3 * 2**20)
+    command = "python evaluate.py"
+    lines = report.closing(session("lora"), outcome, Path("runs/x"), command).splitlines()
     assert [line.split("  ")[-1].strip() for line in lines] == [
         "1,500 of 3,000,000 (0.0500%)",
-        "1.5 minutes, 1,200 steps",
+        "2.5 minutes, 1,200 steps",
         "3 MiB",
         str(Path("runs/x/adapter")),
         "python evaluate.py runs/x --text chat.txt",
     ]
-    assert str(Path("runs/x/model")) in report.closing(session("full"), outcome, Path("runs/x"))
+    full = report.closing(session("full"), outcome, Path("a run"), "python -m minilora evaluate")
+    assert str(Path("a run/model")) in full
+    assert "python -m minilora evaluate 'a run' --text chat.txt" in full

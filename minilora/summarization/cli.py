@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -49,6 +50,21 @@ from minilora.summarization.training import Session, fit, open_session, trained_
 RESUME_MAY_CHANGE = {"resume", "device", "evaluate", "checkpoint_minutes"}
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Every flag once, spelt with hyphens; a default where it says something."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = ", ".join(name for name in action.option_strings if "_" not in name)
+        if not names or action.nargs in (0, "?"):  # an argument; a switch
+            return names or super()._format_action_invocation(action)
+        metavar = action.dest.rpartition("_")[2].upper()
+        return f"{names} {self._format_args(action, metavar)}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = isinstance(action.default, bool) or action.default in (None, "", [])
+        return action.help if silent else super()._get_help_string(action)
+
+
 class Parser(HfArgumentParser):
     """Errors in one line; a misspelt flag is answered with the nearest."""
 
@@ -78,6 +94,8 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line_errors(program: str, main: Callable[[], int]) -> int:
+    # Without a network it tells of every retry; what comes of them is said in one line.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return main()
     except (UserError, LoRAError, OSError) as error:
@@ -106,10 +124,23 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
         UserError: the run to resume is none, or a flag would change its result.
         SystemExit: an unknown flag or value (exit code 2), or --help.
     """
-    parser = Parser(list(GROUPS.values()), prog="train.py", allow_abbrev=False)
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="pocket", help="a whole configuration by its name"
+    parser = Parser(
+        list(GROUPS.values()),
+        prog="train.py",
+        usage="python train.py [--preset NAME] [--FLAG VALUE ...]",
+        description="Fine-tune an encoder-decoder to summarize dialogues; score what it gained.",
+        formatter_class=Help,
+        allow_abbrev=False,
     )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="pocket",
+        metavar="NAME",
+        help=f"a whole configuration, which the other flags change: {', '.join(PRESETS)}",
+    )
+    parser._option_string_actions["--evaluate"].help = argparse.SUPPRESS  # what it does anyway
+    parser._option_string_actions["--no-evaluate"].help = "do not score the test split at the end"
     # The flags that say what the other flags' defaults are come first.
     early, _ = _early_parser().parse_known_args(argv)
     resumed = _read_run(Path(early.resume)) if early.resume else None
@@ -170,7 +201,7 @@ def _train(argv: Sequence[str]) -> int:
         write_json(output / "evaluation.json", evaluation.to_dict())
         print(f"\n{format_examples(evaluation, first(evaluation, 3))}")
         print(f"\n{format_comparison(evaluation)}")
-    print(f"\n{closing(session, outcome, output)}")
+    print(f"\n{closing(session, outcome, output, _command('evaluate.py'))}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """What a person reads on the terminal: scores, dialogues, and how a run went."""
 
 import re
+import shlex
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,16 +95,20 @@ def _trained(session: Session) -> str:
     return f"{report.trainable:,} trainable of {report.total:,} parameters"
 
 
-def closing(session: Session, outcome: Outcome, output: Path) -> str:
-    """What the run cost, and how to use what it made."""
+def closing(session: Session, outcome: Outcome, output: Path, evaluate: str) -> str:
+    """What the run cost, and how to use what it made; `evaluate` is the command that does."""
     report, progress = session.report, outcome.progress
     share = 100 * report.trainable / report.total
     return "\n".join(
         [
             f"trainable parameters  {report.trainable:,} of {report.total:,} ({share:.4f}%)",
-            f"training time         {progress.seconds / 60:.1f} minutes, {progress.step:,} steps",
+            f"training time         {_duration(progress.seconds)}, {progress.step:,} steps",
             f"peak memory           {outcome.peak_bytes / 2**20:,.0f} MiB",
             f"saved                 {trained_path(output, session.run)}",
-            f"summarize a chat      python evaluate.py {output} --text chat.txt",
+            f"summarize a chat      {evaluate} {shlex.quote(str(output))} --text chat.txt",
         ]
     )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
