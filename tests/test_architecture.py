@@ -25,7 +25,7 @@ LIBRARY = (
 )  # fmt: skip
 TASK = (
     "presets", "reading", "data", "model", "loss", "checkpoint", "distributed", "evaluation",
-    "training", "report", "cli",
+    "training", "report", "flags", "cli",
 )  # fmt: skip
 
 # The public names of the design, and how Python spells what is not a function of the package.

@@ -274,7 +274,7 @@ def test_the_last_screen_shows_what_was_trained_what_it_cost_and_what_it_gained(
     assert err == ""
     for part in (
         r"trainable parameters  576 of [\d,]+ \(\d+\.\d{4}%\)",
-        r"training time         \d+ seconds, 1 steps",
+        r"time                  \d+ seconds, of which .* took \d+ seconds \(1 steps\)",
         r"peak memory           [\d,]+ MiB",
         r"\nrouge1 .*\nrouge2 .*\nrougeL ",
         r"python evaluate\.py runs/pocket-lora-r3 --text",

@@ -112,14 +112,15 @@ def test_opening_says_what_is_trained_on_what_and_where_it_goes() -> None:
 def test_closing_says_what_it_cost_and_what_to_do_next() -> None:
     outcome = Outcome(Progress(step=1_200, seconds=150.0), interrupted=False, peak_bytes=3 * 2**20)
     command = "python evaluate.py"
-    lines = report.closing(session("lora"), outcome, Path("runs/x"), command).splitlines()
+    lines = report.closing(session("lora"), outcome, Path("runs/x"), 200.0, command).splitlines()
     assert [line.split("  ")[-1].strip() for line in lines] == [
         "1,500 of 3,000,000 (0.0500%)",
-        "2.5 minutes, 1,200 steps",
+        "3.3 minutes, of which training and validation took 2.5 minutes (1,200 steps)",
         "3 MiB",
         str(Path("runs/x/adapter")),
         "python evaluate.py runs/x --text chat.txt",
     ]
-    full = report.closing(session("full"), outcome, Path("a run"), "python -m minilora evaluate")
+    command = "python -m minilora evaluate"
+    full = report.closing(session("full"), outcome, Path("a run"), 200.0, command)
     assert str(Path("a run/model")) in full
     assert "python -m minilora evaluate 'a run' --text chat.txt" in full

@@ -15,8 +15,9 @@ from transformers import AutoModelForSeq2SeqLM
 
 import minilora
 from minilora.summarization import training
-from minilora.summarization.cli import evaluate_main, parse_run, train_main
+from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.data import Encoded
+from minilora.summarization.flags import parse_run
 from minilora.summarization.presets import UserError
 from minilora.summarization.training import (
     Log,

@@ -95,14 +95,20 @@ def _trained(session: Session) -> str:
     return f"{report.trainable:,} trainable of {report.total:,} parameters"
 
 
-def closing(session: Session, outcome: Outcome, output: Path, evaluate: str) -> str:
-    """What the run cost, and how to use what it made; `evaluate` is the command that does."""
+def closing(session: Session, outcome: Outcome, output: Path, seconds: float, evaluate: str) -> str:
+    """What the run cost, and how to use what it made.
+
+    Args:
+        seconds: from the start of the process to now, set-up and scoring included.
+        evaluate: the command that scores and summarizes.
+    """
     report, progress = session.report, outcome.progress
     share = 100 * report.trainable / report.total
     return "\n".join(
         [
             f"trainable parameters  {report.trainable:,} of {report.total:,} ({share:.4f}%)",
-            f"training time         {_duration(progress.seconds)}, {progress.step:,} steps",
+            f"time                  {_duration(seconds)}, of which training and validation took "
+            f"{_duration(progress.seconds)} ({progress.step:,} steps)",
             f"peak memory           {outcome.peak_bytes / 2**20:,.0f} MiB",
             f"saved                 {trained_path(output, session.run)}",
             f"summarize a chat      {evaluate} {shlex.quote(str(output))} --text chat.txt",
