@@ -24,9 +24,9 @@ METHODS = {
     "full fine-tuning": ["--method", "full"],
 }
 RATES = {
-    "LoRA r 8, q_proj v_proj": (2e-3, 5e-3, 1e-2),
-    "LoRA r 8, all-linear": (5e-4, 1e-3, 2e-3),
-    "full fine-tuning": (2e-4, 5e-4, 1e-3),
+    "LoRA r 8, q_proj v_proj": (3e-3, 6e-3),
+    "LoRA r 8, all-linear": (1e-3, 2e-3),
+    "full fine-tuning": (3e-4, 6e-4),
 }
 
 
@@ -37,7 +37,7 @@ def run(method: str, rate: float, epochs: int, model: str) -> dict[str, Any]:
         flags = [*METHODS[method], "--learning-rate", str(rate), "--epochs", str(epochs)]
         command = [sys.executable, str(ROOT / "train.py"), *flags, "--model", model]
         subprocess.run(
-            [*command, "--no-evaluate", "--output", str(output)],
+            [*command, "--no-evaluate", "--validation-limit", "50", "--output", str(output)],
             check=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
@@ -54,11 +54,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--model", default="pocket-bart")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()
-    grid = [(method, rate) for method, rates in RATES.items() for rate in rates]
+    grid = [(method, rate) for method in options.methods for rate in RATES[method]]
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(lambda row: run(*row, options.epochs, options.model), grid))
-    settings = {"epochs": options.epochs, "model": options.model, "split": "validation"}
+    settings = {"epochs": options.epochs, "model": options.model, "split": "validation, first 50"}
     print(write_result("grid", {"settings": settings, "rows": rows}))
 
 

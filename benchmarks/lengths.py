@@ -25,9 +25,8 @@ from minilora.summarization.model import (
 from minilora.summarization.presets import PRESETS, RunConfig
 
 GRID = {
-    "min_length": (5, 10, 20, 30),
-    "max_length": (40, 60, 80),
-    "length_penalty": (0.5, 1.0, 2.0),
+    "min_length": (5, 15, 20, 25, 30, 40),
+    "length_penalty": (1.0, 2.0),
 }
 
 

@@ -1,5 +1,6 @@
 """The parts of pre-training that need neither the texts nor a trained model."""
 
+import argparse
 import importlib.util
 import sys
 from itertools import pairwise
@@ -8,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("tokenizers")
 FOLDER = Path(__file__).parent.parent / "pretraining"
@@ -30,6 +32,7 @@ noise = script("noise")
 names = script("names")
 pseudo = script("pseudo")
 tokenizer = script("tokenizer")
+train = script("train")
 
 
 def generator(seed: int) -> np.random.Generator:
@@ -182,3 +185,30 @@ def test_slots_are_filled_alike_in_dialogue_and_summary() -> None:
     table = {train.FIRST: [5, 6], train.FIRST + 1: [7]}
     text = np.array([train.FIRST, 50, train.FIRST + 1])
     assert train.Names.fill(text, table).tolist() == [5, 6, 50, 7]
+
+
+def test_a_checkpoint_gives_back_weights_moments_and_random_state(tmp_path: Path) -> None:
+    shape = {"layers": 1, "decoder_layers": 1, "width": 8, "heads": 2, "init_std": 0.06}
+    model = train.new_model(argparse.Namespace(**shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids = torch.arange(5, 11)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    rng = generator(3)
+    saved = {"state": {"step": 1}, "rng": rng.bit_generator.state, "arguments": shape}
+    train.write_checkpoint(tmp_path / train.CHECKPOINT, model, optimizer, saved)
+
+    weights, moments, again = train.read_checkpoint(tmp_path / train.CHECKPOINT)
+    assert again == saved
+    other = train.new_model(argparse.Namespace(**again["arguments"]))
+    _, unexpected = other.load_state_dict(weights, strict=False)
+    assert not unexpected
+    pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    before = optimizer.state_dict()["state"]
+    assert before.keys() == moments.keys()
+    for index, values in before.items():
+        assert all(torch.equal(value, moments[index][name]) for name, value in values.items())
+    resumed = generator(4)
+    resumed.bit_generator.state = again["rng"]
+    assert resumed.random() == rng.random()
