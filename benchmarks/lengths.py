@@ -3,8 +3,8 @@
     python benchmarks/lengths.py [--preset pocket]
 
 A base made to look worse than it is would make every fine-tune look better. So the preset's
-decoding is the one with which the *base* scores highest here, and base and fine-tuned model are
-both decoded with it.
+decoding is the one with which the *base* scores highest here (the shortest within 0.1 ROUGE-1 of
+the best), and base and fine-tuned model are both decoded with it.
 """
 
 import argparse
