@@ -367,7 +367,7 @@ def test_the_embedded_model_trains_on_the_embedded_dialogues(
         pytest.skip("assets/pocket-bart is not there yet")
     monkeypatch.chdir(tmp_path)
     argv = ["--rank", "4", "--max-steps", "2", "--validation-limit", "2", "--no-evaluate"]
-    assert call(train_main, *argv, "--beams", "1", "--max-length", "10") == 0
+    assert call(train_main, *argv, "--beams", "1", "--min-length", "5", "--max-length", "10") == 0
     out, err = capfd.readouterr()
     assert "pocket-bart on minichat: 700 dialogues to train, 100 to validate" in out
     assert all(line.startswith("note: ") for line in err.splitlines())
