@@ -55,7 +55,8 @@ STAGES = [
     Stage(2.2, {"infill": 0.6, "pseudo": 0.4}, 64, 110),
     Stage(5.0, {"infill": 0.35, "pseudo": 0.45, "pairs": 0.20}, 100, 180),
     Stage(11.1, {"infill": 0.25, "pseudo": 0.50, "pairs": 0.25}, 140, 320),
-    Stage(math.inf, {"infill": 0.15, "pseudo": 0.50, "pairs": 0.35}, 140, 320),
+    Stage(18.8, {"infill": 0.15, "pseudo": 0.50, "pairs": 0.35}, 140, 320),
+    Stage(math.inf, {"infill": 0.40, "pseudo": 0.35, "pairs": 0.25}, 140, 320),
 ]
 
 
