@@ -1,9 +1,11 @@
-"""Which targets and which learning rate for the default preset? By the validation split alone.
+"""Which learning rate for each method? By the validation split alone.
 
-    python benchmarks/grid.py [--jobs 2] [--epochs 6]
+    python benchmarks/grid.py [--jobs 2] [--epochs 4]
 
-Every row is a run of `train.py --no-evaluate`: the test split is never read. Each method gets the
-same number of learning rates. Runs share the machine, so their times say nothing.
+Every method gets the same number of rates. A row is a run of `train.py --no-evaluate`: the test
+split is never read. The rate with the highest ROUGE-1 of the last epoch's (greedy) summaries is
+chosen, not the best of all epochs, which would reward noise. Runs share the machine, so their
+times say nothing. Finished rows are kept in --keep.
 """
 
 import argparse
@@ -11,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,48 +20,63 @@ from typing import Any
 from common import ROOT, write_result
 
 METHODS = {
-    "LoRA r 8, q_proj v_proj": ["--rank", "8"],
-    "LoRA r 8, all-linear": ["--rank", "8", "--targets", "all-linear"],
-    "full fine-tuning": ["--method", "full"],
+    "q/v": ["--rank", "8", "--targets", "q_proj", "v_proj"],
+    "attention": ["--rank", "8", "--targets", "q_proj", "k_proj", "v_proj", "out_proj"],
+    "all-linear": ["--rank", "8", "--targets", "all-linear"],
+    "full": ["--method", "full"],
 }
 RATES = {
-    "LoRA r 8, q_proj v_proj": (3e-3, 6e-3),
-    "LoRA r 8, all-linear": (1e-3, 2e-3),
-    "full fine-tuning": (3e-4, 6e-4),
+    "q/v": (2e-3, 4e-3, 8e-3),
+    "attention": (1.5e-3, 3e-3, 6e-3),
+    "all-linear": (1e-3, 2e-3, 4e-3),
+    "full": (2.5e-4, 5e-4, 1e-3),
 }
 
 
-def run(method: str, rate: float, epochs: int, model: str) -> dict[str, Any]:
+def run(method: str, rate: float, options: argparse.Namespace, more: list[str]) -> dict[str, Any]:
     """Validation scores by epoch of one run."""
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "run"
-        flags = [*METHODS[method], "--learning-rate", str(rate), "--epochs", str(epochs)]
-        command = [sys.executable, str(ROOT / "train.py"), *flags, "--model", model]
+    output = options.keep / f"{method.replace('/', '-')}-{rate:g}-{options.epochs}"
+    flags = [*METHODS[method], "--learning-rate", str(rate), "--epochs", str(options.epochs)]
+    if not (output / "done").exists():
+        command = [sys.executable, str(ROOT / "train.py"), *flags, *more, "--no-evaluate"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if options.jobs > 1:
+            environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         subprocess.run(
-            [*command, "--no-evaluate", "--validation-limit", "50", "--output", str(output)],
+            [*command, "--output", str(output)],
             check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=environment,
             stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        records = [json.loads(line) for line in (output / "log.jsonl").read_bytes().splitlines()]
+        (output / "done").touch()
+    records = [json.loads(line) for line in (output / "log.jsonl").read_bytes().splitlines()]
     validation = [record for record in records if record["kind"] == "validation"]
-    best = max(validation, key=lambda record: record["rouge1"])
-    print(f"{method}, {rate:g}: {[round(v['rouge1'], 1) for v in validation]}", flush=True)
-    return {"method": method, "learning_rate": rate, "best": best, "validation": validation}
+    shown = [(round(v["loss"], 3), round(v["rouge1"], 1)) for v in validation]
+    print(f"{method}, {rate:g}: {shown}", flush=True)
+    return {"method": method, "learning_rate": rate, "validation": validation}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--model", default="pocket-bart")
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    options = parser.parse_args()
+    parser.add_argument("--keep", type=Path, default=ROOT / "build" / "grid")
+    options, more = parser.parse_known_args()  # what is left is for train.py
     grid = [(method, rate) for method in options.methods for rate in RATES[method]]
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(lambda row: run(*row, options.epochs, options.model), grid))
-    settings = {"epochs": options.epochs, "model": options.model, "split": "validation, first 50"}
-    print(write_result("grid", {"settings": settings, "rows": rows}))
+        rows = list(pool.map(lambda row: run(*row, options, more), grid))
+    chosen = {
+        method: max(
+            (row for row in rows if row["method"] == method),
+            key=lambda row: row["validation"][-1]["rouge1"],
+        )["learning_rate"]
+        for method in options.methods
+    }
+    print(f"chosen: {chosen}")
+    settings = {"epochs": options.epochs, "flags": more, "split": "validation"}
+    print(write_result("grid", {"settings": settings, "chosen": chosen, "rows": rows}))
 
 
 if __name__ == "__main__":

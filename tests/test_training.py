@@ -327,6 +327,22 @@ def test_validation_counts_tokens_and_changes_nothing(folder: Path) -> None:
 # Full fine-tuning ---------------------------------------------------------------------------------
 
 
+def test_validation_decodes_with_its_own_beams(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, used = session_for(folder, "--beams", "3", "--validation-beams", "2"), []
+
+    def summarize(*arguments: Any) -> list[Any]:
+        used.append(arguments[3].beams)
+        return original(*arguments)
+
+    original = training.summarize
+    monkeypatch.setattr(training, "summarize", summarize)
+    training.validate(session)
+    assert used == [2]
+    assert session.run.generation.beams == 3
+
+
 @pytest.fixture(scope="module")
 def full(folder: Path) -> Path:
     output = folder / "full"

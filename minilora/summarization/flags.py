@@ -118,6 +118,7 @@ def _check(run: RunConfig) -> None:
         "--accumulate": training.accumulate,
         "--learning-rate": training.learning_rate,
         "--beams": generation.beams,
+        "--validation-beams": training.validation_beams,
         "--evaluation-batch-size": generation.evaluation_batch_size,
         "--max-source-length": run.data.max_source_length,
         "--max-target-length": run.data.max_target_length,

@@ -152,6 +152,9 @@ class TrainingOptions:
     batch_size: int = _flag(8, "dialogues in a batch")
     accumulate: int = _flag(1, "batches in an optimizer step")
     clip: float = _flag(1.0, "largest norm of the gradient; 0: no clipping")
+    validation_beams: int = _flag(
+        1, "beams of the summaries written after each epoch, to choose the best; 1 is greedy"
+    )
     validation_limit: int = _flag(
         0, "summarize only so many validation dialogues after each epoch; 0: all"
     )

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -329,8 +329,9 @@ def validate(session: Session) -> dict[str, float]:
             summed, count = summed_loss(model, batch)
         loss, tokens = loss + summed.item(), tokens + count
     some = run.training.validation_limit or len(split)
+    generation = replace(run.generation, beams=run.training.validation_beams)
     summaries = summarize(
-        model, session.tokenizer, split.encoded[:some], run.generation, session.autocast_dtype
+        model, session.tokenizer, split.encoded[:some], generation, session.autocast_dtype
     )
     references = [example.summary for example in split.examples[:some]]
     rows = rouge([summary.text for summary in summaries], references)

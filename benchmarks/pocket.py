@@ -1,0 +1,205 @@
+"""What does LoRA gain on pocket-bart, beside its base, full fine-tuning and the first turns?
+
+    python benchmarks/pocket.py [--seeds 0 1 2] [--jobs 2] [--contestants NAME ...]
+    python benchmarks/pocket.py --data ../shared/data/samsum --name samsum --seeds 0 ...
+
+Every contestant trains by the default preset in a process of its own, with the learning rate that
+the validation split chose for its method (benchmarks/grid.py), and summarizes the test split. With
+--jobs 2 two of them run side by side on one core each: minutes are those of one core. Finished
+runs are kept (--keep), so that an interrupted benchmark goes on where it was.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, write_result
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+RATES = {"q/v": 3e-3, "attention": 2e-3, "all-linear": 2e-3, "full": 5e-4}  # results/grid.json
+CONTESTANTS: dict[str, list[str]] = {
+    **{
+        f"LoRA r {rank}, q/v": ["--rank", str(rank), "--targets", "q_proj", "v_proj"]
+        for rank in (1, 2, 4, 8, 16)
+    },
+    "LoRA r 8, attention": ["--rank", "8", "--targets", *ATTENTION],
+    "LoRA r 8, all-linear": ["--rank", "8", "--targets", "all-linear"],
+    "full fine-tuning": ["--method", "full"],
+}
+METRICS = ("rouge1", "rouge2", "rougeL")
+
+
+def rate(name: str) -> float:
+    """The learning rate of a contestant's method."""
+    return RATES["full" if name.startswith("full") else name.split(", ")[-1]]
+
+
+def work(name: str, seed: int, more: Sequence[str], directory: Path) -> None:
+    """One run, in a process of its own; base's and fine-tuned scores of every test dialogue."""
+    from minilora.summarization.evaluation import rouge, summarize
+    from minilora.summarization.flags import parse_run
+    from minilora.summarization.training import fit, open_session
+
+    base = name == "base"
+    flags = ["--seed", str(seed), "--output", str(directory / "run"), *more]
+    if not base:
+        flags += [*CONTESTANTS[name], "--learning-rate", str(rate(name))]
+    session = open_session(parse_run(flags))
+    result: dict[str, Any] = {"name": name, "seed": seed, "flags": flags}
+    if not base:
+        (directory / "run").mkdir(parents=True, exist_ok=True)
+        outcome = fit(session, directory / "run")
+        result |= {
+            "trainable": session.report.trainable,
+            "minutes": outcome.progress.seconds / 60,
+            "peak_gib": outcome.peak_bytes / 2**30,
+        }
+        reload_best(session, directory / "run")
+    test = session.splits["test"]
+    summaries = summarize(
+        session.model, session.tokenizer, test.encoded, session.run.generation,
+        session.autocast_dtype,
+    )  # fmt: skip
+    rows = rouge([s.text for s in summaries], [example.summary for example in test.examples])
+    result["ids"] = [example.id for example in test.examples]
+    result["scores"] = {m: [round(row[m], 3) for row in rows] for m in METRICS}
+    result["gen_len"] = statistics.mean(s.tokens for s in summaries)
+    result["invented"] = [
+        invented_names(summary.text, example.dialogue)
+        for summary, example in zip(summaries, test.examples, strict=True)
+    ]
+    if session.run.data.data == "minichat":  # its texts may stand in the repository
+        result["summaries"] = [summary.text for summary in summaries]
+    log = directory / "run" / "log.jsonl"
+    if log.exists():
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        result["validation"] = [record for record in records if record["kind"] == "validation"]
+    (directory / "result.json").write_text(json.dumps(result))
+
+
+def reload_best(session: Any, output: Path) -> None:
+    """The weights of the best epoch instead of the last."""
+    import minilora
+    from minilora.summarization.model import load_model
+    from minilora.summarization.training import trained_path
+
+    path = trained_path(output, session.run)
+    if session.run.model.method == "full":
+        session.model = load_model(str(path.resolve()), session.device)
+    else:
+        minilora.load_adapter(session.model, path, inference=True)
+
+
+def invented_names(summary: str, dialogue: str) -> int:
+    """Capitalized words within sentences of the summary that the dialogue never says."""
+    said = dialogue.lower()
+    pairs = itertools.pairwise(summary.split())  # the first word of a sentence is no evidence
+    inside = [word for before, word in pairs if not before.endswith((".", "!", "?"))]
+    names = [w.strip(".,!?;:'\"()").removesuffix("'s") for w in inside if w[:1].isupper()]
+    return sum(len(name) > 1 and name.lower() not in said for name in names)
+
+
+def lead(data: str, turns: int = 3) -> dict[str, Any]:
+    """The first turns of every test dialogue, copied, without a model."""
+    from minilora.summarization.data import load
+    from minilora.summarization.evaluation import rouge
+    from minilora.summarization.presets import DataOptions
+
+    examples = load(DataOptions(data=data), ("test",))[0]["test"]
+    copied = [" ".join(example.dialogue.split("\n")[:turns]) for example in examples]
+    rows = rouge(copied, [example.summary for example in examples])
+    return {"turns": turns, "scores": {m: [round(row[m], 3) for row in rows] for m in METRICS}}
+
+
+def run(job: tuple[str, int], options: argparse.Namespace, more: Sequence[str]) -> dict[str, Any]:
+    """The result of one run: read if it is there, else made."""
+    name, seed = job
+    directory = options.keep / f"{name.replace(' ', '_').replace('/', '-').replace(',', '')}-{seed}"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "result.json"
+    if not path.exists():
+        command = [sys.executable, __file__, "--worker", name, "--seeds", str(seed)]
+        command += ["--data", options.data, "--keep", str(directory), *more]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if options.jobs > 1:
+            environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        with (directory / "output.txt").open("w") as log:
+            subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
+    result: dict[str, Any] = json.loads(path.read_text())
+    mean = statistics.mean(result["scores"]["rouge1"])
+    print(f"{name}, seed {seed}: {mean:.1f}, {result.get('minutes', 0):.1f} min", flush=True)
+    return result
+
+
+def summarized(runs: list[dict[str, Any]], base: dict[str, Any] | None) -> dict[str, Any]:
+    """One contestant: mean over seeds, with the bootstrap interval over the dialogues."""
+    from minilora.summarization.evaluation import bootstrap
+
+    row: dict[str, Any] = {"seeds": [r["seed"] for r in runs]}
+    for key in ("trainable", "minutes", "peak_gib", "gen_len"):
+        if key in runs[0]:
+            row[key] = [round(r[key], 3) for r in runs]
+    row["trainable"] = runs[0].get("trainable", 0)
+    row["scores"], row["intervals"], row["gain"] = {}, {}, {}
+    for metric in METRICS:
+        row["scores"][metric] = [statistics.mean(r["scores"][metric]) for r in runs]
+        each = [statistics.mean(v) for v in zip(*(r["scores"][metric] for r in runs), strict=True)]
+        found = bootstrap(each)
+        row["intervals"][metric] = [found.mean, found.low, found.high]
+        if base is not None:
+            change = bootstrap([a - b for a, b in zip(each, base["scores"][metric], strict=True)])
+            row["gain"][metric] = [change.mean, change.low, change.high]
+    if "invented" in runs[0]:
+        row["invented_per_summary"] = [statistics.mean(r["invented"]) for r in runs]
+    if "validation" in runs[0]:
+        row["validation_loss"] = [[v["loss"] for v in r["validation"]] for r in runs]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--data", default="minichat")
+    parser.add_argument("--name", default="pocket", help="benchmarks/results/NAME.json")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--keep", type=Path, default=ROOT / "build" / "pocket")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options, more = parser.parse_known_args()  # what is left is for train.py
+    if options.worker:
+        work(options.worker, options.seeds[0], ["--data", options.data, *more], options.keep)
+        return
+    jobs = [("base", 0)] + [(name, seed) for seed in options.seeds for name in options.contestants]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda job: run(job, options, more), jobs))
+    base, *others = results
+    rows = []
+    for name in options.contestants:
+        runs = [r for r in others if r["name"] == name]
+        rows.append({"name": name, "learning_rate": rate(name), **summarized(runs, base)})
+    content: dict[str, Any] = {
+        "data": "samsum" if "samsum" in options.data else options.data,
+        "flags": more,
+        "jobs": options.jobs,
+        "lead": summarized([lead(options.data) | {"seed": 0}], base),
+        "base": summarized([base], None),
+        "rows": rows,
+        "per_dialogue": {
+            "ids": base["ids"],
+            "base": base["scores"] | {"invented": base["invented"]},
+            **{r["name"]: r["scores"] | {"invented": r["invented"]} for r in reversed(others)},
+        },
+    }
+    print(write_result(options.name, content))
+
+
+if __name__ == "__main__":
+    main()
