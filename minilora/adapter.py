@@ -53,18 +53,32 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Adapter:
     """An adapter apart from any model: its configuration and its tensors by their names on disk.
 
+    Args:
+        config: what was adapted and how.
+        tensors: by PEFT's keys, `base_model.model.<module>.lora_A.weight` (r, in),
+            `...lora_B.weight` (out, r) and what the configuration adds; docs/format.md lists them.
+        base_model: name or directory of the model it was trained on, if known.
+        fan_in_fan_out: whether the adapted modules are Conv1D: PEFT's word for it, written down
+            for PEFT only.
+
     Raises:
         LoRAError: the tensors do not form pairs A (r, in), B (out, r) of one rank that agree with
             the configuration, hold a value that is not finite, or are not what `dora`, `bias`,
             `lora_bias` and `also_train` ask for.
+
+    Example:
+        >>> config = LoRAConfig(rank=2, alpha=8, targets=("q_proj",))
+        >>> A, B = torch.ones(2, 16), torch.ones(4, 2)
+        >>> stem = "base_model.model.q_proj"
+        >>> adapter = Adapter(config, {f"{stem}.lora_A.weight": A, f"{stem}.lora_B.weight": B})
+        >>> adapter.modules, adapter.scale_of("q_proj")
+        (('q_proj',), 4.0)
     """
 
     config: LoRAConfig
     tensors: dict[str, Tensor]
     base_model: str | None = None
-    """Name or directory of the model it was trained on, if known."""
     fan_in_fan_out: bool = False
-    """Whether the adapted modules are Conv1D: PEFT's word for it, written down for PEFT only."""
 
     def __post_init__(self) -> None:
         problems = [p for key, tensor in self.tensors.items() for p in self._check_key(key, tensor)]
@@ -149,15 +163,19 @@ class Adapter:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_adapter` did."""
+    """What `load_adapter` did. Printed: one line.
+
+    Attributes:
+        modules: dotted names of the adapted modules.
+        swapped: whether the tensors went into adapter layers that were there already.
+        base_model: the base model that the file names.
+        notice: says so if the file names another base model than this one.
+    """
 
     modules: tuple[str, ...]
     swapped: bool
-    """Whether the tensors went into adapter layers that were there already."""
     base_model: str | None
-    """The base model that the file names."""
     notice: str | None = None
-    """Says so if the file names another base model than this one."""
 
     def __str__(self) -> str:
         how = "swapped in place" if self.swapped else "loaded"
@@ -187,8 +205,19 @@ def read_adapter(directory: str | Path) -> Adapter:
     PEFT saves an adapter with a name of its own one directory deeper; it is read from there if it
     is the only one.
 
+    Args:
+        directory: holds adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+        The adapter; its tensors lie on the CPU, in the file's dtypes.
+
     Raises:
         LoRAError: a file is missing, damaged, or asks for something minilora does not do.
+
+    Example:
+        >>> read_adapter("nowhere")
+        Traceback (most recent call last):
+        minilora.config.LoRAError: nowhere: no such directory
     """
     directory = _adapter_directory(Path(directory))
     entries = _read_json(directory / CONFIG_FILE)
@@ -208,9 +237,24 @@ def read_adapter(directory: str | Path) -> Adapter:
 def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     """Write an adapter so that PEFT loads it: the same tensors give the same bytes.
 
+    Args:
+        adapter: as read, combined or extracted.
+        directory: made if it is not there; an adapter in it is replaced, whole or not at all.
+
     Raises:
         LoRAError: the directory's name is taken by a file.
         OSError: it cannot be written; a file that was there before is untouched.
+
+    Example:
+        >>> import tempfile
+        >>> config = LoRAConfig(rank=2, alpha=8, targets=("q_proj",))
+        >>> stem = "base_model.model.q_proj"
+        >>> tensors = {f"{stem}.lora_A.weight": torch.ones(2, 16)}
+        >>> tensors[f"{stem}.lora_B.weight"] = torch.ones(4, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_adapter(Adapter(config, tensors), folder)
+        ...     print(read_adapter(folder).config == config)
+        True
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -252,9 +296,24 @@ def adapter_of(model: nn.Module) -> Adapter:
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
     """Write the model's adapter as PEFT's directory; merged or not, wrapped by DDP or not.
 
+    Args:
+        model: carries an adapter, from `inject` or `load_adapter`.
+        directory: made if it is not there; gets adapter_config.json and
+            adapter_model.safetensors, replaced whole or not at all.
+
     Raises:
-        LoRAError: the model carries no adapter.
+        LoRAError: the model carries no adapter, or is in a `disabled` block.
         OSError: the directory cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from minilora import inject
+        >>> model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+        >>> _ = inject(model, LoRAConfig(rank=2, targets=("q_proj",)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(model, folder)
+        ...     print(sorted(path.name for path in Path(folder).iterdir()))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     write_adapter(adapter_of(model), directory)
 
@@ -270,9 +329,24 @@ def load_adapter(model: nn.Module, directory: str | Path, inference: bool = Fals
         directory: holds adapter_config.json and adapter_model.safetensors.
         inference: leave the adapter frozen; otherwise it trains.
 
+    Returns:
+        The modules, and whether the values went into layers that were there.
+
     Raises:
         LoRAError: the files are wrong or do not fit the model; every missing, unexpected and
             mis-shaped key is named, and the model is untouched.
+
+    Example:
+        >>> import tempfile
+        >>> from minilora import inject
+        >>> trained, fresh = (nn.ModuleDict({"q_proj": nn.Linear(8, 8)}) for _ in range(2))
+        >>> _ = inject(trained, LoRAConfig(rank=2, targets=("q_proj",), init="random"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(trained, folder)
+        ...     print(load_adapter(fresh, folder, inference=True))
+        1 modules loaded
+        >>> torch.equal(fresh["q_proj"].lora_B, trained["q_proj"].lora_B)
+        True
     """
     adapter = read_adapter(directory)
     try:

@@ -27,23 +27,34 @@ Factors = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Fit:
-    """How near a module's B A comes to the update Delta it stands for."""
+    """How near a module's B A comes to the update Delta it stands for.
+
+    Attributes:
+        module: dotted name.
+        norm: ||Delta||, the Frobenius norm.
+        error: ||Delta - B A|| / ||Delta||; 0 where Delta is 0.
+    """
 
     module: str
     norm: float
-    """||Delta||, the Frobenius norm."""
     error: float
-    """||Delta - B A|| / ||Delta||; 0 where Delta is 0."""
 
 
 @dataclass(frozen=True)
 class Fitted(Adapter):
-    """An adapter made by arithmetic, which also says how near it comes to what it stands for."""
+    """An adapter made by arithmetic, which also says how near it comes to what it stands for.
+
+    Args:
+        config: as in `Adapter`, and so are `tensors`, `base_model` and `fan_in_fan_out`.
+        fits: one for each module, with `module`, `norm` and `error`.
+        left_out: parameters that the full fine-tune changed and the adapter cannot hold.
+
+    Raises:
+        LoRAError: as in `Adapter`.
+    """
 
     fits: tuple[Fit, ...] = ()
-    """One for each module."""
     left_out: tuple[str, ...] = ()
-    """Parameters that the full fine-tune changed and the adapter cannot hold."""
 
     @property
     def energy(self) -> float:
@@ -81,8 +92,21 @@ def combine(
             |w_i s_i|: PEFT's "linear", a rough guess with cross terms B_i A_j; one rank only.
         rank: with "svd" only.
 
+    Returns:
+        An adapter with s = 1, and how near it comes to the sum.
+
     Raises:
         LoRAError: the adapters cannot be added up that way.
+
+    Example:
+        >>> config = LoRAConfig(rank=2, alpha=8, targets=("q_proj",))
+        >>> stem = "base_model.model.q_proj"
+        >>> A, B = torch.ones(2, 16), torch.ones(4, 2)
+        >>> one = Adapter(config, {f"{stem}.lora_A.weight": A, f"{stem}.lora_B.weight": B})
+        >>> both = combine([one, one], weights=[0.5, 0.25])  # Delta = 0.75 x 4 B A, rank 4
+        >>> A4, B4 = both.pair("q_proj")
+        >>> A4.shape, torch.allclose(B4 @ A4, 3 * B @ A)
+        (torch.Size([4, 16]), True)
     """
     if not adapters or len(adapters) != len(weights):
         raise LoRAError(
@@ -131,7 +155,8 @@ def extract(
 ) -> Fitted:
     """An adapter for what a full fine-tune did to a model's linears: Delta = W' - W, cut to a rank.
 
-    The truncated singular value decomposition is the best there is for a rank (Eckart and Young).
+    The truncated singular value decomposition is the best there is for a rank (Eckart and Young
+    1936, https://doi.org/10.1007/BF02288367).
 
     Args:
         finetuned: the model after. base: the same model before; neither is changed.
@@ -145,6 +170,15 @@ def extract(
     Raises:
         LoRAError: the models differ in shape, a target cannot be adapted, or a model carries an
             adapter.
+
+    Example:
+        >>> base, tuned = (nn.ModuleDict({"fc": nn.Linear(8, 8, bias=False)}) for _ in range(2))
+        >>> update = torch.outer(torch.ones(8), torch.arange(8.0))  # of rank 1
+        >>> _ = tuned["fc"].weight.data.copy_(base["fc"].weight + update)
+        >>> adapter = extract(tuned, base, rank=1)
+        >>> A, B = adapter.pair("fc")
+        >>> torch.allclose(B @ A, update, atol=1e-5)
+        True
     """
     check_rank("rank", rank)
     finetuned, base = plain_model(finetuned), plain_model(base)

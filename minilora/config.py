@@ -14,7 +14,18 @@ T = TypeVar("T")
 
 
 class LoRAError(ValueError):
-    """Something asked of minilora is wrong: one line that says what, where and what to do."""
+    """Something asked of minilora is wrong: one line that says what, where and what to do.
+
+    A ValueError, so that whoever catches those catches it too.
+
+    Args:
+        message: may quote names from a file; what is not printable is shown as an escape.
+
+    Example:
+        >>> LoRAConfig(rank=0)
+        Traceback (most recent call last):
+        minilora.config.LoRAError: rank must be a whole number of at least 1, not 0
+    """
 
     def __init__(self, message: str) -> None:
         # A name in a file may hold anything; what is printed stays one line of plain characters.
@@ -55,6 +66,11 @@ class LoRAConfig:
 
     Raises:
         LoRAError: a value is out of range or of the wrong type; the message names the field.
+
+    Example:
+        >>> config = LoRAConfig(rank=8, alpha=32, targets=["q_proj"], rank_pattern={"0.q_proj": 4})
+        >>> config.rank_of("layers.0.q_proj"), config.rank_of("layers.1.q_proj")
+        (4, 8)
     """
 
     rank: int = 8
@@ -126,7 +142,7 @@ class LoRAConfig:
 
 
 def scale(alpha: float, rank: int, rslora: bool = False) -> float:
-    """S = alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r) (rsLoRA)."""
+    """The scale s = alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r) (rsLoRA)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 

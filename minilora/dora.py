@@ -79,7 +79,7 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def adapted(self, weight: Tensor) -> Tensor:
-        """G (W + s B A) for the untouched W: (out, in), float32 or wider."""
+        """The adapted weight g (W + s B A) of the untouched W: (out, in), float32 or wider."""
         delta = super().delta()
         v = weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
         norm: Tensor = torch.linalg.vector_norm(v, dim=1)  # (out,)

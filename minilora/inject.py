@@ -19,16 +19,24 @@ from minilora.targets import select
 
 @dataclass(frozen=True)
 class InjectReport:
-    """What `inject` did. Printed: one line of counts, then the modules, layers folded."""
+    """What `inject` did. Printed: one line of counts, then the modules, layers folded.
+
+    Attributes:
+        modules: dotted names of the adapted modules.
+        trainable: number of parameters that train.
+        total: number of parameters, the adapter's included.
+        also: names of the biases and whole modules' parameters that train too.
+
+    Example:
+        >>> print(InjectReport(("layers.0.fc", "layers.1.fc"), trainable=5, total=200))
+        2 modules, 5 trainable of 200 (2.5000%)
+          layers.{0,1}.fc
+    """
 
     modules: tuple[str, ...]
-    """Dotted names of the adapted modules."""
     trainable: int
-    """Number of parameters that train."""
     total: int
-    """Number of parameters, the adapter's included."""
     also: tuple[str, ...] = ()
-    """Names of the biases and whole modules' parameters that train too."""
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total
@@ -57,7 +65,8 @@ def inject(model: nn.Module, config: LoRAConfig) -> InjectReport:
     """Freeze the model and wrap every target into a LoRALinear, in place.
 
     Only the adapter trains afterwards: `lora_A`, `lora_B` and what the configuration adds to them.
-    Nothing is changed when an error is raised.
+    Nothing is changed when an error is raised. Freezing all but A and B is Hu et al. 2021, section
+    4.1 (https://arxiv.org/abs/2106.09685).
 
     Args:
         model: any module; not yet wrapped by torch.compile or DistributedDataParallel.
@@ -65,6 +74,12 @@ def inject(model: nn.Module, config: LoRAConfig) -> InjectReport:
 
     Returns:
         The modules and the parameter counts.
+
+    Example:
+        >>> model = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "fc": nn.Linear(8, 8)})
+        >>> report = inject(model, LoRAConfig(rank=2, targets=("q_proj",)))
+        >>> report.modules, report.trainable, report.total
+        (('q_proj',), 32, 176)
 
     Raises:
         LoRAError: the model carries an adapter already, or the configuration does not fit it: a
@@ -127,11 +142,23 @@ def report(model: nn.Module) -> InjectReport:
 def unwrap(model: nn.Module) -> nn.Module:
     """Merge the adapter for good and put the original modules back under their original names.
 
+    Afterwards inference costs what the base costs: the modules are the very same ones (Hu et al.
+    2021, section 4.1, "no additional inference latency").
+
+    Args:
+        model: as `inject` or `load_adapter` left it, merged or not.
+
     Returns:
         The same model, with the module types, state-dict keys and trainability it had before.
 
     Raises:
         LoRAError: a weight cannot be merged; the model is left as it was.
+
+    Example:
+        >>> model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+        >>> _ = inject(model, LoRAConfig(rank=2, targets=("q_proj",)))
+        >>> list(unwrap(model).state_dict())
+        ['q_proj.weight', 'q_proj.bias']
     """
     model = plain_model(model)
     layers = lora_layers(model)
@@ -174,13 +201,31 @@ def merge_all(layers: dict[str, LoRALinear]) -> None:
 
 
 def config_of(model: nn.Module) -> LoRAConfig | None:
-    """The LoRAConfig the model carries, or None."""
+    """The LoRAConfig the model carries, or None.
+
+    Args:
+        model: any module, wrapped by torch.compile or DistributedDataParallel or not.
+
+    Example:
+        >>> config_of(nn.Linear(8, 8)) is None
+        True
+    """
     injection = injection_of(plain_model(model))
     return injection.config if injection is not None else None
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters to hand to an optimizer: those that require a gradient."""
+    """The parameters to hand to an optimizer: those that require a gradient.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> model = nn.ModuleDict({"q_proj": nn.Linear(16, 4)})
+        >>> _ = inject(model, LoRAConfig(rank=2, targets=("q_proj",)))
+        >>> [tuple(parameter.shape) for parameter in trainable_parameters(model)]
+        [(2, 16), (4, 2)]
+    """
     return (parameter for parameter in model.parameters() if parameter.requires_grad)
 
 

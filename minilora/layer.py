@@ -15,6 +15,8 @@ from minilora.initialization import initialize
 class LoRALinear(nn.Module):
     """y = base(x) + s B A x: a frozen linear layer W (out, in) with a trainable update s B A.
 
+    Hu et al. 2021 (https://arxiv.org/abs/2106.09685), equation 3; x is (..., in), y (..., out).
+
     Args:
         base: the layer to adapt; `torch.nn.Linear`, Conv1D, or a `bases.Base`. Its parameters are
             frozen here.
@@ -36,6 +38,13 @@ class LoRALinear(nn.Module):
         >>> layer = LoRALinear(nn.Linear(16, 4), rank=2, alpha=8)
         >>> layer(torch.ones(3, 16)).shape, layer.scale
         (torch.Size([3, 4]), 4.0)
+        >>> layer.lora_A.shape, layer.lora_B.shape, layer.delta().shape
+        (torch.Size([2, 16]), torch.Size([4, 2]), torch.Size([4, 16]))
+        >>> before = layer.base.weight.clone()
+        >>> layer.merge()
+        >>> layer.unmerge()
+        >>> torch.equal(layer.base.weight, before)
+        True
     """
 
     untouched: Tensor | None
@@ -148,13 +157,16 @@ class LoRALinear(nn.Module):
 
     @property
     def in_features(self) -> int:
+        """The base's input width, `in`."""
         return bases.shape(self.base)[1]
 
     @property
     def out_features(self) -> int:
+        """The base's output width, `out`."""
         return bases.shape(self.base)[0]
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows between the parentheses."""
         state = ", merged" if self.merged else ""
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}{state}"
 

@@ -15,20 +15,28 @@ from minilora.layer import LoRALinear
 
 @dataclass(frozen=True)
 class Rounding:
-    """What writing W + Delta W into the weight's dtype cost, measured in float64."""
+    """What writing W + Delta W into the weight's dtype cost, measured in float64.
+
+    Attributes:
+        module: dotted name.
+        largest: largest |merged - (W + Delta W)| of an entry.
+        relative: ||merged - (W + Delta W)|| / ||W + Delta W||.
+        lost: share of the update that rounding swallowed: ||(merged - W) - Delta W|| / ||Delta W||.
+    """
 
     module: str
     largest: float
-    """Largest |merged - (W + Delta W)| of an entry."""
     relative: float
-    """||merged - (W + Delta W)|| / ||W + Delta W||."""
     lost: float
-    """Share of the update that rounding swallowed: ||(merged - W) - Delta W|| / ||Delta W||."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The rounding of each merged module."""
+    """The rounding of each merged module. Printed: one line with the worst of them.
+
+    Attributes:
+        modules: a `Rounding` each, with `module`, `largest`, `relative` and `lost`.
+    """
 
     modules: tuple[Rounding, ...]
 
@@ -46,14 +54,26 @@ class MergeReport:
 def merge(model: nn.Module) -> MergeReport:
     """Add every adapter into its weight, in place: W <- (W + s B A) rounded once.
 
-    The same storage is written, so that the model costs what the base costs. Merging twice is
-    harmless.
+    The same storage is written, so that the model costs what the base costs. The sum is taken in
+    float32 (float64 for a float64 weight) and rounded to the weight's dtype once. The untouched
+    weight is kept beside it for `unmerge`. Merging twice is harmless.
+
+    Args:
+        model: as `inject` or `load_adapter` left it.
 
     Returns:
         The rounding of every module.
 
     Raises:
         LoRAError: the model carries no adapter, or a weight cannot be merged (then none is).
+
+    Example:
+        >>> from minilora import LoRAConfig, inject
+        >>> model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+        >>> _ = inject(model, LoRAConfig(rank=2, targets=("q_proj",)))
+        >>> report = merge(model)
+        >>> [rounding.module for rounding in report.modules], model["q_proj"].merged
+        (['q_proj'], True)
     """
     layers = _layers(model)
     merge_all(layers)
@@ -63,8 +83,26 @@ def merge(model: nn.Module) -> MergeReport:
 def unmerge(model: nn.Module) -> None:
     """The very same base weights back, bit for bit, in every dtype.
 
+    They are copied from where `merge` kept them; subtracting s B A again would leave rounding
+    errors. Unmerging twice is harmless.
+
+    Args:
+        model: as `merge` left it.
+
     Raises:
         LoRAError: the model carries no adapter.
+
+    Example:
+        >>> from minilora import LoRAConfig, inject
+        >>> model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)}).to(torch.bfloat16)
+        >>> before = model["q_proj"].weight.clone()
+        >>> _ = inject(model, LoRAConfig(rank=2, targets=("q_proj",), init="random"))
+        >>> _ = merge(model)
+        >>> torch.equal(model["q_proj"].weight, before)
+        False
+        >>> unmerge(model)
+        >>> torch.equal(model["q_proj"].weight, before)
+        True
     """
     for layer in _layers(model).values():
         layer.unmerge()
@@ -74,10 +112,25 @@ def unmerge(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model computes what the base computes, without a copy of it.
 
-    Whatever state each layer had before, merged or disabled, it has again afterwards.
+    Whatever state each layer had before, merged or disabled, it has again afterwards. Biases and
+    whole modules that trained give way to the base's too.
+
+    Args:
+        model: as `inject` or `load_adapter` left it.
 
     Raises:
         LoRAError: the model carries no adapter.
+
+    Example:
+        >>> from minilora import LoRAConfig, inject
+        >>> model, x = nn.ModuleDict({"q_proj": nn.Linear(8, 8)}), torch.ones(8)
+        >>> base = model["q_proj"](x)
+        >>> _ = inject(model, LoRAConfig(rank=2, targets=("q_proj",), init="random"))
+        >>> with disabled(model):
+        ...     print(torch.equal(model["q_proj"](x), base))
+        True
+        >>> torch.equal(model["q_proj"](x), base)
+        False
     """
     before = [(layer, layer.enabled, layer.merged) for layer in _layers(model).values()]
     model = plain_model(model)
