@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint format unit bench clean help
+.PHONY: train test lint format unit bench lessons clean help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -29,6 +29,9 @@ bench: .venv/development  ## the benchmarks; results go to benchmarks/results/
 	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/python benchmarks/tables.py
 
+lessons: .venv/development  ## execute the lessons and write them as notebooks with their outputs
+	$(BIN)/python lessons/render.py
+
 clean:  ## remove the environment and what tools leave behind
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -39,5 +42,5 @@ clean:  ## remove the environment and what tools leave behind
 
 .venv/development: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,plot]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,plot,lessons]"
 	touch $@

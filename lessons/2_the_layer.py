@@ -1,0 +1,188 @@
+# %% [markdown]
+# # 2 · The layer
+#
+# **Question.** What does a LoRA layer compute, what are its gradients, and why does $B$ start at
+# zero?
+#
+# ## The math
+#
+# A frozen weight $W$ (out, in) gets a branch beside it: $A$ (r, in) takes the input down to $r$
+# numbers, $B$ (out, r) takes them up again, and $s = \alpha / r$ scales the result. For a batch
+# $x$ (n, in):
+#
+# $$ h = x A^\top \quad (n, r) \qquad\qquad y = x W^\top + s\, h B^\top \quad (n, \text{out}) $$
+#
+# Let $G = \partial L / \partial y$ (n, out) be the gradient that arrives from above. The chain rule
+# gives the gradients of the two factors, and what is passed on below:
+#
+# $$ \frac{\partial L}{\partial B} = s\, G^\top h \qquad
+#    \frac{\partial L}{\partial A} = s\, (G B)^\top x \qquad
+#    \frac{\partial L}{\partial x} = G W + s\, (G B) A $$
+#
+# Look at who stands in whose gradient. $\partial L / \partial B$ contains $A$ (through $h$) but not
+# $B$; $\partial L / \partial A$ contains $B$ but not $A$. So:
+#
+# | start | output | $\partial L / \partial A$ | $\partial L / \partial B$ |
+# | --- | --- | --- | --- |
+# | $A$ random, $B = 0$ (LoRA) | the base's | 0 | not 0: $B$ leaves zero, then $A$ moves too |
+# | $A = 0$, $B$ random | the base's | not 0 | 0: the mirror image |
+# | both zero | the base's | 0 | 0: a saddle point, nothing ever moves |
+# | both random | **changed** | not 0 | not 0 |
+
+# %%
+import matplotlib.pyplot as plt
+import torch
+import workshop
+from torch import Tensor, nn
+
+from minilora import LoRALinear
+
+torch.manual_seed(0)
+
+# %% [markdown]
+# ## The layer, by hand
+#
+# Forward and backward in a dozen lines, with the shapes beside them.
+
+
+# %%
+class ByHand(torch.autograd.Function):
+    """y = x W^T + s (x A^T) B^T, and its backward as derived above."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+        h = x @ A.T  # (n, r)
+        ctx.save_for_backward(x, W, A, B, h)
+        ctx.s = s
+        return x @ W.T + s * (h @ B.T)  # (n, out)
+
+    @staticmethod
+    def backward(ctx, G: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, h = ctx.saved_tensors
+        GB = ctx.s * (G @ B)  # (n, r): needed twice
+        dx = G @ W + GB @ A  # (n, in)
+        dA = GB.T @ x  # (r, in)
+        dB = ctx.s * (G.T @ h)  # (out, r)
+        return dx, None, dA, dB, None  # W is frozen: no gradient is even computed
+
+
+# %% [markdown]
+# The library's layer does the same, and autograd finds its gradients without being told. Compare
+# all four results, in float64, with $B$ filled with random numbers: at $B = 0$ a wrong
+# $\partial L / \partial A$ would pass unnoticed.
+
+# %%
+layer = LoRALinear(nn.Linear(48, 32, bias=False).double(), rank=4, alpha=10)  # s = 2.5
+nn.init.normal_(layer.lora_B)
+W, A, B = layer.base.weight, layer.lora_A, layer.lora_B
+x = torch.randn(16, 48, dtype=torch.float64, requires_grad=True)
+G = torch.randn(16, 32, dtype=torch.float64)
+
+y = layer(x)
+by_autograd = [y, *torch.autograd.grad(y, [x, A, B], G)]
+y = ByHand.apply(x, W, A, B, layer.scale)
+by_hand = [y, *torch.autograd.grad(y, [x, A, B], G)]
+
+for name, ours, theirs in zip(["y", "dL/dx", "dL/dA", "dL/dB"], by_hand, by_autograd, strict=True):
+    print(f"{name:6} {tuple(ours.shape)!s:9} largest difference {(ours - theirs).abs().max():.1e}")
+
+# %% [markdown]
+# ## Four starts, one task
+#
+# The base $W$ is frozen. The task wants $W + \Delta$ with a $\Delta$ of rank 2. Every start trains
+# the same way; only the first values of $A$ and $B$ differ.
+
+# %%
+torch.manual_seed(1)
+base = nn.Linear(48, 32, bias=False)
+planted = torch.randn(32, 2) @ torch.randn(2, 48) / 10  # (out, in), rank 2
+x = torch.randn(256, 48)  # (n, in)
+target = x @ (base.weight + planted).T.detach()  # (n, out)
+
+
+def learn(A_zero: bool, B_zero: bool, steps: int = 150) -> tuple[list[float], LoRALinear]:
+    """The loss before each step of Adam, and the layer afterwards."""
+    torch.manual_seed(2)
+    layer = LoRALinear(base, rank=4, alpha=8, init="random")
+    with torch.no_grad():
+        layer.lora_A.mul_(not A_zero)
+        layer.lora_B.mul_(not B_zero)
+    optimizer = torch.optim.Adam([layer.lora_A, layer.lora_B], lr=0.02)
+    losses = []
+    for _ in range(steps):
+        loss = (layer(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, layer
+
+
+STARTS = {
+    "A random, B = 0 (LoRA)": (False, True),
+    "A = 0, B random": (True, False),
+    "both random": (False, False),
+    "both zero": (True, True),
+}
+curves = {name: learn(*start) for name, start in STARTS.items()}
+base_loss = (base(x) - target).square().mean().item()
+
+# %%
+figure, (left, right) = plt.subplots(1, 2)
+for (name, (losses, _)), style in zip(curves.items(), ["-", "--", "-.", "-"], strict=True):
+    left.plot(losses[:16], style, linewidth=2)
+    right.plot(losses, style, label=name, linewidth=2)
+for axis in (left, right):
+    axis.axhline(base_loss, color="black", linewidth=1, linestyle=":", label="the base alone")
+    axis.set(xlabel="step of Adam", ylabel="mean squared error")
+left.set(title="The first steps", ylim=(0, None))
+right.set(title="All steps", ylabel="mean squared error (log scale)", yscale="log")
+right.legend(loc="lower left", fontsize=9)
+plt.show()
+
+# %% [markdown]
+# **What to see.** With one factor zero, training starts exactly at the base's loss (dotted) and
+# falls. With both zero the line stays on the dotted one for ever: both gradients vanish. With both
+# random, training works too, but the first loss is *above* the base's: the fine-tune begins by
+# damaging the model it was given, and has to repair that first.
+#
+# So one factor must be zero, and it does not matter to the output which. LoRA chose $B$ (Hu et al.
+# 2021, section 4.1). The two are not quite the same later on: $A$ sees large inputs and $B$ small
+# gradients, and starting from a random $A$ stays stable at larger learning rates
+# (Hayou et al. 2024, [The Impact of Initialization on LoRA](https://arxiv.org/abs/2406.08447)).
+#
+# ## The claim
+#
+# The equations above are the gradients; LoRA's start leaves the base's output as it is, bit for
+# bit, and trains; both factors at zero never leave it.
+
+
+# %%
+def claim(gradients: list[Tensor], start: str) -> None:
+    for ours, theirs in zip(gradients, by_autograd, strict=True):
+        worst = (ours - theirs).abs().max().item()
+        assert worst < 1e-12, f"a gradient is off by {worst:.1e}"
+    first, last = (curves[start][0][i] / base_loss for i in (0, -1))
+    assert first == 1, f"{start}: the first loss is {first:.2f} times the base's"
+    assert last < 0.01, f"{start}: the last loss is {last:.2f} times the base's"
+
+
+claim(by_hand, "A random, B = 0 (LoRA)")
+stuck = curves["both zero"][1]
+assert not stuck.lora_A.any() and not stuck.lora_B.any()  # after 150 steps, still exactly zero
+
+workshop.must_fail(lambda: claim(by_hand, "both zero"), "both start at zero")
+workshop.must_fail(lambda: claim(by_hand, "both random"), "both start at random")
+without_s = [*by_hand[:3], by_hand[3] / layer.scale]
+workshop.must_fail(lambda: claim(without_s, "A random, B = 0 (LoRA)"), "dL/dB without s")
+
+# %% [markdown]
+# ## Exercises
+#
+# Fill the gaps in [`exercises/lesson_2.py`](exercises/lesson_2.py), then ask
+# `python -m pytest lessons/exercises/test_lesson_2.py`:
+#
+# 1. `lora_forward`: the layer's output with dropout on the branch's input, never on the base's.
+# 2. `lora_gradients`: $\partial L/\partial A$ and $\partial L/\partial B$ when that dropout is on.
+# 3. `first_step`: $\Delta W = s B A$ after one step of plain gradient descent from LoRA's start, in
+#    closed form, without building the layer.
