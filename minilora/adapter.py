@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minilora import bases, extras
 from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, scale
-from minilora.files import write_files
+from minilora.files import write_directory
 from minilora.inject import (
     injection_of,
     layer_type,
@@ -229,6 +229,8 @@ def read_adapter(directory: str | Path) -> Adapter:
         base_model = entries.get("base_model_name_or_path")
         if not isinstance(base_model, str | None):
             raise LoRAError(f"{CONFIG_FILE}: base_model_name_or_path is {base_model!r}")
+        if _read_json(directory / CONFIG_FILE) != entries:
+            raise LoRAError("it was written anew while it was read: read it again")
         return Adapter(config, tensors, base_model, entries.get("fan_in_fan_out") is True)
     except LoRAError as error:
         raise LoRAError(f"{directory}: {error}") from None
@@ -266,7 +268,7 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
         "fan_in_fan_out": adapter.fan_in_fan_out,
     }
     text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
-    write_files({directory / WEIGHTS_FILE: weights, directory / CONFIG_FILE: text.encode()})
+    write_directory(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode()})
 
 
 def adapter_of(model: nn.Module) -> Adapter:

@@ -1,9 +1,16 @@
-"""Writing files so that a reader, or a crash, never meets half of one."""
+"""Writing files so that a reader, or a crash, never meets half of one.
+
+What is not finished has a name that begins with a dot and ends in .partial; `sweep` removes what a
+crash left of it.
+"""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+
+PARTIAL = ".partial"
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -12,34 +19,82 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: the directory cannot be written or the disk is full; the old file is untouched.
     """
-    write_files({path: content})
+    _replace({path: content})
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Write files that belong together: none is renamed before all of them are on the disk.
+def write_directory(directory: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files that belong together: nobody, after a crash either, sees some old and some new.
+
+    A new directory is filled beside and renamed, so that it is there with all its files or not at
+    all. In one that is there already, files that stay the same are left alone; where one differs,
+    it is replaced in one step; where several do, the last of `contents` is taken away first and
+    comes last, so that in between the directory lacks it instead of being a mixture.
 
     Raises:
-        OSError: a directory cannot be written or the disk is full; the old files are untouched.
+        OSError: the directory cannot be written or the disk is full; the old files are untouched.
     """
-    staged: list[tuple[Path, Path]] = []
+    if directory.exists():
+        _replace({directory / n: c for n, c in contents.items() if not _holds(directory / n, c)})
+        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(PARTIAL, f".{directory.name}.", directory.parent))
+    try:
+        beside.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide a run from colleagues
+        _replace({beside / name: content for name, content in contents.items()})
+        beside.rename(directory)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    sync_directory(directory.parent)
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a directory so that a crash leaves it whole or gone: it is renamed first."""
+    beside = directory.with_name(f".{directory.name}{PARTIAL}")
+    shutil.rmtree(beside, ignore_errors=True)
+    directory.rename(beside)
+    shutil.rmtree(beside, ignore_errors=True)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what writers that were killed left below a directory. No other may be writing."""
+    for path in sorted(directory.rglob(f".*{PARTIAL}")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _replace(contents: Mapping[Path, bytes]) -> None:
+    """Put files in place, none before all of them are on the disk; the last seals the others."""
+    staged: dict[Path, Path] = {}
     try:
         for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            staged.append((Path(name), path))
+            descriptor, name = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
+            staged[path] = Path(name)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).chmod(0o666 & ~_umask())  # mkstemp's 0600 would hide a run from colleagues
-        for beside, path in staged:
+            staged[path].chmod(0o666 & ~_umask())  # as for directories
+        if len(contents) > 1:
+            list(contents)[-1].unlink(missing_ok=True)
+        for path, beside in staged.items():
             beside.replace(path)
     except BaseException:
-        for beside, _ in staged:
+        for beside in staged.values():
             beside.unlink(missing_ok=True)
         raise
     for directory in {path.parent for path in contents}:
         sync_directory(directory)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.read_bytes() == content
+    except OSError:
+        return False
 
 
 def sync_directory(directory: Path) -> None:

@@ -24,8 +24,8 @@ LIBRARY = (
     "optim",
 )  # fmt: skip
 TASK = (
-    "presets", "reading", "data", "model", "loss", "checkpoint", "distributed", "evaluation",
-    "training", "report", "flags", "cli",
+    "presets", "lock", "reading", "data", "origin", "model", "loss", "checkpoint", "distributed",
+    "evaluation", "training", "report", "flags", "cli",
 )  # fmt: skip
 
 # The public names of the design, and how Python spells what is not a function of the package.

@@ -1,6 +1,8 @@
 """A checkpoint gives back all that it was given, bit for bit, or is passed over."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch import nn
 
 from minilora.summarization.checkpoint import Progress, load_checkpoint, save_checkpoint
 from minilora.summarization.presets import UserError
+
+ORIGIN = {"train data": "0123", "torch": "2.13"}
 
 
 class Parts:
@@ -34,11 +38,12 @@ class Parts:
 
     def save(self, directory: Path, **progress: Any) -> Path:
         return save_checkpoint(
-            directory, Progress(**progress), self.model, self.optimizer, self.scaler
+            directory, Progress(**progress), self.model, self.optimizer, self.scaler, ORIGIN
         )
 
     def load(self, directory: Path) -> tuple[Progress, list[str]]:
-        return load_checkpoint(directory, self.model, self.optimizer, self.scaler)
+        progress, _, notices = load_checkpoint(directory, self.model, self.optimizer, self.scaler)
+        return progress, notices
 
     def weights(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.model[1].parameters()]
@@ -77,29 +82,69 @@ def test_frozen_weights_are_not_in_it(tmp_path: Path) -> None:
     assert torch.equal(other.model[0].weight, frozen)
 
 
-def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_the_newest_two_are_kept_and_the_best(tmp_path: Path) -> None:
     parts = Parts(0, steps=1)
     for step in (1, 9, 10, 100):
-        parts.save(tmp_path, step=step)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+        parts.save(tmp_path, step=step, position=1)
+    assert names(tmp_path) == ["step-00000010", "step-00000100"]
     assert parts.load(tmp_path)[0].step == 100
-    parts.save(tmp_path, step=100, epoch=1)  # the same step, after its validation
+    parts.save(tmp_path, step=100, epoch=1, best=1.0, best_step=100)  # after its validation
     assert parts.load(tmp_path)[0].epoch == 1
+    for step in (101, 102, 200):
+        parts.save(tmp_path, step=step, position=1, best=1.0, best_step=100)
+    assert names(tmp_path) == ["step-00000100-validated", "step-00000102", "step-00000200"]
 
 
-def flip_a_byte(path: Path) -> None:
-    content = bytearray((path / "state.safetensors").read_bytes())
-    content[-3] ^= 1
-    (path / "state.safetensors").write_bytes(bytes(content))
+def test_one_that_is_there_is_left_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
+    parts = Parts(0, steps=1)
+    path = parts.save(tmp_path, step=1, seconds=1.0)
+    before = path.stat().st_ino
+    parts.save(tmp_path, step=1, seconds=2.0)
+    assert path.stat().st_ino == before
+    flip_a_byte(path)
+    parts.save(tmp_path, step=1, seconds=3.0)
+    assert Parts(0).load(tmp_path) == (Progress(step=1, seconds=3.0), [])
+    assert names(tmp_path) == ["step-00000001-validated"]
+
+
+def test_a_damaged_newer_one_pushes_no_whole_one_out(tmp_path: Path) -> None:
+    parts = Parts(0, steps=1)
+    for step in (1, 2, 9):
+        last = parts.save(tmp_path, step=step)
+    flip_a_byte(last)
+    assert Parts(0).load(tmp_path)[0].step == 2
+    save_checkpoint(tmp_path, Progress(step=3), *vars(parts).values(), keep=1)
+    assert names(tmp_path) == ["step-00000003-validated"]
+
+
+def test_what_the_run_began_with_is_given_back(tmp_path: Path) -> None:
+    parts = Parts(0, steps=1)
+    parts.save(tmp_path, step=1)
+    assert load_checkpoint(tmp_path, *vars(parts).values())[1] == ORIGIN
+
+
+def flip_a_byte(path: Path, name: str = "state.safetensors", at: int = -3) -> None:
+    content = bytearray((path / name).read_bytes())
+    content[at] ^= 1
+    (path / name).write_bytes(bytes(content))
 
 
 DAMAGES = {
     "a flipped byte": flip_a_byte,
+    "a flipped digit": lambda path: flip_a_byte(path, "state.json", 30),
+    "a flipped checksum": lambda path: flip_a_byte(path, "SHA256SUMS", 3),
+    "no text": lambda path: (path / "SHA256SUMS").write_bytes(b"\xff\xfe"),
     "no tensors": lambda path: (path / "state.safetensors").unlink(),
     "cut tensors": lambda path: (path / "state.safetensors").write_bytes(b"12345678"),
     "no state": lambda path: (path / "state.json").unlink(),
+    "no checksums": lambda path: (path / "SHA256SUMS").unlink(),
     "cut state": lambda path: (path / "state.json").write_text('{"progress": {'),
     "another state": lambda path: (path / "state.json").write_text("[]"),
+    "a file in its place": lambda path: [shutil.rmtree(path), path.write_bytes(b"")],
     "nothing": lambda path: [file.unlink() for file in path.iterdir()],
 }
 
@@ -116,16 +161,26 @@ def test_a_damaged_one_is_passed_over_aloud(tmp_path: Path, damage: Any) -> None
     assert progress.step == 1
     assert all(map(torch.equal, other.weights(), before))
     assert len(notices) == 1
-    assert "step-00000002 is damaged" in notices[0]
+    assert "step-00000002-validated is damaged" in notices[0]
+
+
+def test_where_none_is_whole_nothing_begins_again_in_silence(tmp_path: Path) -> None:
+    parts = Parts(0, steps=1)
+    flip_a_byte(parts.save(tmp_path, step=2))
+    with pytest.raises(UserError, match=r"not one of 1 checkpoints is whole .*state\.safetensors"):
+        Parts(0).load(tmp_path)
 
 
 def test_fields_that_are_unknown_are_damage(tmp_path: Path) -> None:
-    path = Parts(0, steps=1).save(tmp_path, step=2) / "state.json"
-    state = json.loads(path.read_text())
-    path.write_text(json.dumps(state | {"progress": {"stepp": 2}}))
-    progress, notices = Parts(0).load(tmp_path)
-    assert progress == Progress()
-    assert "damaged" in notices[0]
+    path = Parts(0, steps=1).save(tmp_path, step=2)
+    state = json.loads((path / "state.json").read_text())
+    content = json.dumps(state | {"progress": {"stepp": 2}}).encode()
+    (path / "state.json").write_bytes(content)
+    sums = (path / "SHA256SUMS").read_text().splitlines()
+    sums[1] = f"{hashlib.sha256(content).hexdigest()}  state.json"
+    (path / "SHA256SUMS").write_text("\n".join(sums))
+    with pytest.raises(UserError, match="stepp"):
+        Parts(0).load(tmp_path)
 
 
 def test_one_of_another_model_is_refused_untouched(tmp_path: Path) -> None:

@@ -460,7 +460,7 @@ def test_crashed_it_goes_on_from_its_last_checkpoint_and_ends_the_same(
         train_main(flags(folder, "--output", run, "--checkpoint-minutes", minutes))
     with (run / "log.jsonl").open("a") as log:
         log.write('{"kind": "step", "st')  # cut off, as a crash leaves it
-    steps = [int(path.name[5:]) for path in sorted((run / "checkpoints").glob("step-*"))]
+    steps = [int(path.name[5:13]) for path in sorted((run / "checkpoints").glob("step-*"))]
     assert steps[-1:] == ([step - 1] if minutes == 0 else [4] if step > 4 else [])
     assert train_main(["--resume", str(run)]) == 0
     check_same(run, whole)

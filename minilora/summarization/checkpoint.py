@@ -1,15 +1,16 @@
 """Everything that decides the rest of a run, in one directory that is whole or absent.
 
-    checkpoints/step-00000120/
+    checkpoints/step-00000120/            in mid-epoch, and -validated after an epoch's end
         state.safetensors    trained parameters, AdamW's moments, random states
-        state.json           position, best score, GradScaler, and the checksum of the tensors
+        state.json           position, best score, GradScaler, what the run began with
+        SHA256SUMS           of both: `sha256sum -c SHA256SUMS` checks them
 
 Written beside, flushed, renamed. A damaged one is passed over for the one before. No pickle.
 """
 
 import hashlib
 import json
-import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from minilora.files import sync_directory, write_file
+from minilora.files import remove_directory, write_directory
 from minilora.summarization.presets import UserError
 
-TENSORS, STATE = "state.safetensors", "state.json"
+TENSORS, STATE, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 
 
 @dataclass
@@ -37,10 +38,16 @@ class Progress:
     """Optimizer steps taken in this epoch."""
     best: float | None = None
     """Best validation ROUGE-1 so far."""
+    best_step: int = 0
+    """The step it was reached at."""
     seconds: float = 0.0
     """Time spent training, validation included."""
     log_bytes: int = 0
     """Length of log.jsonl; what a stopped run wrote after it is cut off on resuming."""
+
+
+class Damaged(ValueError):
+    """A checkpoint that is incomplete, or not what was written."""
 
 
 def save_checkpoint(
@@ -49,35 +56,38 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    origin: Mapping[str, str] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Write checkpoints/step-N and remove all but the newest `keep`.
+    """Write checkpoints/step-N; remove all but the newest `keep` and the one of the best score.
+
+    One that is there already under this name, whole, is left as it is: a run that goes on from a
+    checkpoint and stops before its next step has nothing to add to it.
+
+    Args:
+        directory: the run's checkpoints/.
+        progress: where the run stands.
+        model: its trainable parameters are written, its frozen ones are not.
+        optimizer: AdamW.
+        scaler: fp16's, or a disabled one.
+        origin: what the run began with, to be compared when it goes on.
+        keep: how many of the newest to keep, 1 or more.
 
     Raises:
         OSError: the disk is full or read-only; the checkpoints before it are untouched.
     """
-    target = directory / f"step-{progress.step:08d}"
-    beside = directory / f".step-{progress.step:08d}"
-    shutil.rmtree(beside, ignore_errors=True)
-    tensors = {f"parameter.{name}": p.detach() for name, p in _trained(model).items()}
-    for name, parameter in _trained(model).items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-    tensors |= _random_states()
-    content = safetensors.torch.save({key: t.cpu().contiguous() for key, t in tensors.items()})
-    state = {
-        "progress": asdict(progress),
-        "scaler": scaler.state_dict(),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
-    write_file(beside / TENSORS, content)
-    write_file(beside / STATE, json.dumps(state, indent=2).encode())
-    if target.exists():
-        shutil.rmtree(target)
-    beside.rename(target)
-    sync_directory(directory)
-    for old in _newest_first(directory)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    target = directory / _name(progress.step, validated=progress.position == 0)
+    if not target.exists() or _is_damaged(target):
+        contents = _contents(progress, model, optimizer, scaler, origin or {})
+        if target.exists():
+            remove_directory(target)
+        write_directory(target, contents)
+    best = _name(progress.best_step, validated=True)
+    older = [path for path in newest_first(directory) if path.name <= target.name]
+    for path in newest_first(directory):
+        # Newer than the newest: damaged, and passed over when this run went on.
+        if path not in older[:keep] and path.name != best:
+            remove_directory(path)
     return target
 
 
@@ -86,36 +96,99 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-) -> tuple[Progress, list[str]]:
+) -> tuple[Progress, dict[str, str], list[str]]:
     """Put the newest whole checkpoint into model, optimizer, scaler and the random states.
 
     Returns:
-        The progress (a new one where there is no checkpoint) and notices about damaged ones.
+        The progress (a new one where there is no checkpoint), what the run began with, and notices
+        about damaged checkpoints that were passed over.
 
     Raises:
-        UserError: the checkpoint belongs to another model or method.
+        UserError: there are checkpoints, but not one is whole; or it belongs to another model or
+            method.
     """
-    notices = []
-    for path in _newest_first(directory):
+    notices = list[str]()
+    for path in newest_first(directory):
         try:
-            tensors, state = _read(path)
+            tensors, state = read_checkpoint(path)
             progress = Progress(**state["progress"])
-        except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
-            notices.append(f"checkpoint {path.name} is damaged ({error}): the one before is used")
+        except (Damaged, TypeError, KeyError) as error:
+            notices.append(f"checkpoint {path} is damaged ({error}): the one before is used")
             continue
         _restore(path, tensors, model, optimizer)
         if state["scaler"]:  # empty where the run before the resume computed without fp16
             scaler.load_state_dict(state["scaler"])
-        return progress, notices
-    return Progress(), notices
+        return progress, state["origin"], notices
+    if notices:
+        raise UserError(
+            f"{directory}: not one of {len(notices)} checkpoints is whole ({notices[0]}): put one "
+            "back from a copy, or begin again with another --output"
+        )
+    return Progress(), {}, notices
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    state = json.loads((path / STATE).read_bytes())
-    content = (path / TENSORS).read_bytes()
-    if hashlib.sha256(content).hexdigest() != state["sha256"]:
-        raise ValueError("its checksum does not match")
-    return safetensors.torch.load(content), state
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the state of a checkpoint that is whole.
+
+    Raises:
+        Damaged: a file is missing, cannot be read, or is not what was written.
+    """
+    try:
+        contents = {name: (path / name).read_bytes() for name in (TENSORS, STATE)}
+        for name, content in contents.items():
+            if _sum(name, content) not in (path / SUMS).read_text().splitlines():
+                raise Damaged(f"{name}: its checksum does not match")
+        return safetensors.torch.load(contents[TENSORS]), json.loads(contents[STATE])
+    except OSError as error:
+        raise Damaged(f"{Path(error.filename or path).name}: {error.strerror}") from None
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise Damaged(str(error)) from None
+
+
+def newest_first(directory: Path) -> list[Path]:
+    """A run's checkpoints, damaged ones too."""
+    return sorted(directory.glob("step-*"), reverse=True)
+
+
+def _name(step: int, validated: bool) -> str:
+    return f"step-{step:08d}" + ("-validated" if validated and step else "")
+
+
+def _is_damaged(path: Path) -> bool:
+    try:
+        read_checkpoint(path)
+    except Damaged:
+        return True
+    return False
+
+
+def _contents(
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    origin: Mapping[str, str],
+) -> dict[str, bytes]:
+    tensors = {f"parameter.{name}": p.detach() for name, p in _trained(model).items()}
+    for name, parameter in _trained(model).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+    tensors |= _random_states()
+    state = {
+        "progress": asdict(progress),
+        "scaler": scaler.state_dict(),
+        "origin": dict(origin),
+    }
+    contents = {
+        TENSORS: safetensors.torch.save({key: t.cpu().contiguous() for key, t in tensors.items()}),
+        STATE: json.dumps(state, indent=2).encode() + b"\n",
+    }
+    sums = "".join(f"{_sum(name, content)}\n" for name, content in contents.items())
+    return contents | {SUMS: sums.encode()}
+
+
+def _sum(name: str, content: bytes) -> str:
+    return f"{hashlib.sha256(content).hexdigest()}  {name}"
 
 
 def _restore(
@@ -152,7 +225,3 @@ def _random_states() -> dict[str, Tensor]:
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _newest_first(directory: Path) -> list[Path]:
-    return sorted(directory.glob("step-*"), reverse=True)

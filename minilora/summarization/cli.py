@@ -1,7 +1,6 @@
 """The two doors, `train.py` and `evaluate.py`: flags in, a screen out, exit code 2 on bad input."""
 
 import argparse
-import json
 import logging
 import shlex
 import sys
@@ -16,16 +15,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import minilora
 from minilora import LoRAError
 from minilora.adapter import CONFIG_FILE
-from minilora.files import write_file
 from minilora.summarization.data import encode, load
 from minilora.summarization.evaluation import Evaluation, evaluate, summarize, write_json
 from minilora.summarization.flags import (
     check_evaluation,
+    check_free,
     evaluation_parser,
     output_directory,
     parse_run,
     read_run,
 )
+from minilora.summarization.lock import hold
 from minilora.summarization.model import (
     adapter_directory,
     check_vocabulary,
@@ -45,7 +45,7 @@ from minilora.summarization.report import (
     most_changed,
     opening,
 )
-from minilora.summarization.training import Session, fit, open_session, trained_path
+from minilora.summarization.training import Session, fit, open_session, trained_path, write_config
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -86,9 +86,15 @@ def _train(argv: Sequence[str]) -> int:
     run = parse_run(argv)
     output = output_directory(run)
     session = open_session(run)
+    output.mkdir(parents=True, exist_ok=True)
+    with hold(output):
+        return _train_into(output, run, session, started)
+
+
+def _train_into(output: Path, run: RunConfig, session: Session, started: float) -> int:
     if not run.output.resume:
-        output.mkdir(parents=True, exist_ok=True)
-        write_file(output / "config.json", json.dumps(run.to_dict(), indent=2).encode() + b"\n")
+        check_free(output)  # another run may have come and gone while this one was opening
+        write_config(run, output)
     for notice in session.notices:
         print(f"note: {notice}", file=sys.stderr)
     print(opening(session, output), flush=True)

@@ -13,12 +13,18 @@ from minilora.summarization.presets import (
     GROUPS,
     LEARNING_RATES,
     PRESETS,
+    OutputOptions,
     RunConfig,
     UserError,
 )
 
-# A resumed run may change where it runs and what it does at its end, nothing that it computes.
-RESUME_MAY_CHANGE = {"resume", "device", "evaluate", "checkpoint_minutes"}
+# A resumed run may change where it runs, what it keeps and what it does at its end, but nothing
+# that it computes unless told so, and never where it is.
+RESUME_MAY_CHANGE = {
+    *("resume", "accept_changes", "device", "evaluate"),
+    *("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints"),
+}
+RESUME_MUST_NOT_CHANGE = {"output"}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -86,7 +92,7 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
     parser.refuse(unknown)
     run = RunConfig(**dict(zip(GROUPS, groups, strict=True)), preset=rest.preset)
     if resumed:
-        _require_same(resumed.to_dict(), run.to_dict(), early.resume)
+        _require_same(resumed.to_dict(), run.to_dict(), run.output)
     if run.training.learning_rate is None:
         run.training.learning_rate = LEARNING_RATES[run.preset][run.model.method]
     _check(run)
@@ -100,13 +106,18 @@ def _early_parser() -> Parser:
     return parser
 
 
-def _require_same(before: dict[str, Any], now: dict[str, Any], resume: str) -> None:
+def _require_same(before: dict[str, Any], now: dict[str, Any], options: OutputOptions) -> None:
     changed = [k for k in now if now[k] != before[k] and k not in RESUME_MAY_CHANGE]
+    if options.accept_changes and not RESUME_MUST_NOT_CHANGE.intersection(changed):
+        return
     if changed:
         what = ", ".join(
             f"--{k.replace('_', '-')} (was {before[k]!r}, is {now[k]!r})" for k in changed
         )
-        raise UserError(f"--resume {resume}: other settings than the run began with: {what}")
+        raise UserError(
+            f"--resume {options.resume}: other settings than the run began with: {what}; "
+            "--accept-changes goes on all the same"
+        )
 
 
 def _check(run: RunConfig) -> None:
@@ -120,6 +131,7 @@ def _check(run: RunConfig) -> None:
         "--beams": generation.beams,
         "--validation-beams": training.validation_beams,
         "--evaluation-batch-size": generation.evaluation_batch_size,
+        "--keep-checkpoints": run.output.keep_checkpoints,
         "--max-source-length": run.data.max_source_length,
         "--max-target-length": run.data.max_target_length,
     }
@@ -134,6 +146,7 @@ def _check(run: RunConfig) -> None:
         "--min-length": generation.min_length,
         "--no-repeat-ngram": generation.no_repeat_ngram,
         "--checkpoint-minutes": run.output.checkpoint_minutes,
+        "--checkpoint-steps": run.output.checkpoint_steps,
         "--seed": run.model.seed,
     }
     for flag, number in not_negative.items():
@@ -155,18 +168,24 @@ def output_directory(run: RunConfig) -> Path:
         output = Path(run.output.output)
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {output} is a file")
-        if (output / "config.json").exists():
-            raise UserError(
-                f"--output {output} holds a run already: go on with it by --resume {output}, or "
-                "name another directory"
-            )
-        if output.is_dir() and any(output.iterdir()):
-            raise UserError(f"--output {output} is not empty: name another directory")
+        check_free(output)
         return output
     rank = f"-r{run.adapter.rank}" if run.model.method == "lora" else ""
     name = f"{run.preset}-{run.model.method}{rank}"
     names = (name, *(f"{name}-{i}" for i in range(2, 10000)))
     return next(path for path in (Path("runs") / name for name in names) if not path.exists())
+
+
+def check_free(output: Path) -> None:
+    """Refuse a directory that holds a run or anything else, and so would be written over."""
+    if (output / "config.json").exists():
+        raise UserError(
+            f"--output {output} holds a run already: go on with it by --resume {output}, or "
+            "name another directory"
+        )
+    # A name with a dot is what a run that was killed at once leaves behind.
+    if output.is_dir() and any(path.name[0] != "." for path in output.iterdir()):
+        raise UserError(f"--output {output} is not empty: name another directory")
 
 
 def read_run(directory: Path) -> RunConfig:

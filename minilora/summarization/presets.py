@@ -180,7 +180,12 @@ class OutputOptions:
 
     output: str | None = _flag(None, "directory of the run; runs/NAME if not given")
     resume: str | None = _flag(None, "directory of a run to go on with")
+    accept_changes: bool = _flag(
+        False, "resume although settings, data or base model differ from those the run began with"
+    )
     checkpoint_minutes: float = _flag(10.0, "minutes between two checkpoints within an epoch")
+    checkpoint_steps: int = _flag(0, "steps between two checkpoints, beside the minutes; 0: none")
+    keep_checkpoints: int = _flag(2, "how many of the newest to keep; the best is kept too")
     evaluate: bool = _flag(True, "compare base and fine-tuned model on the test split at the end")
 
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import minilora
 from minilora import InjectReport, LoRAConfig
-from minilora.files import write_file
+from minilora.files import sweep, write_file
 from minilora.summarization.checkpoint import Progress, load_checkpoint, save_checkpoint
 from minilora.summarization.data import SPLITS, Encoded, batches, by_length, collate, encode, load
 from minilora.summarization.evaluation import rouge, summarize
@@ -40,6 +40,7 @@ from minilora.summarization.model import (
     load_tokenizer,
     save_model,
 )
+from minilora.summarization.origin import differences, fingerprints, place
 from minilora.summarization.presets import RunConfig, TrainingOptions, UserError
 from minilora.summarization.reading import Example
 
@@ -69,6 +70,8 @@ class Session:
     """train and validation; test if the run ends with an evaluation."""
     report: InjectReport
     notices: list[str]
+    origin: dict[str, str]
+    """What the run begins with and where it computes, to be compared when it goes on."""
 
 
 @dataclass
@@ -103,16 +106,20 @@ def open_session(run: RunConfig) -> Session:
         splits[name] = Split(examples, encoded)
         if truncation.sources or truncation.targets:
             notices.append(f"{name}: {truncation}")
+    autocast_dtype = choose_precision(run.model.precision, device)
+    encoded_splits = {name: split.encoded for name, split in splits.items()}
+    origin = fingerprints(data, encoded_splits, model) | place(device, autocast_dtype)
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
     return Session(
         run=run,
         device=device,
-        autocast_dtype=choose_precision(run.model.precision, device),
+        autocast_dtype=autocast_dtype,
         model=model,
         tokenizer=tokenizer,
         splits=splits,
         report=minilora.inject(model, config) if config else _report_of_all(model),
         notices=notices,
+        origin=origin,
     )
 
 
@@ -134,6 +141,12 @@ def adapter_config(run: RunConfig) -> LoRAConfig:
         init=options.init,
         task_type="SEQ_2_SEQ_LM",
     )
+
+
+def write_config(run: RunConfig, output: Path) -> None:
+    """config.json: every setting that a resumed run takes over."""
+    settings = run.to_dict() | {"resume": None, "accept_changes": False}
+    write_file(output / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
 
 
 def fit(session: Session, output: Path) -> Outcome:
@@ -165,11 +178,14 @@ class Trainer:
         )
         fp16 = session.autocast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=fp16)
-        self.progress, notices = load_checkpoint(
+        self.progress, origin, notices = load_checkpoint(
             output / "checkpoints", session.model, self.optimizer, self.scaler
         )
-        for notice in notices:
+        for notice in [*notices, *self.compare(origin)]:
             print(f"note: {notice}", file=sys.stderr)
+        if session.run.output.accept_changes:  # the next resume begins with these
+            write_config(session.run, output)
+        sweep(output)
         self.clock = Clock(self.progress.seconds)
         self.log = Log(output / "log.jsonl", self.progress.log_bytes)
         self.bar = tqdm(
@@ -179,6 +195,23 @@ class Trainer:
             disable=None,  # where nobody looks
             dynamic_ncols=True,
         )
+
+    def compare(self, origin: dict[str, str]) -> list[str]:
+        """Notices on what differs from what the run began with.
+
+        Raises:
+            UserError: the end would be another, and --accept-changes was not given.
+        """
+        what, where = differences(origin, self.session.origin)
+        if what and not self.session.run.output.accept_changes:
+            raise UserError(
+                f"--resume {self.output}: not what the run began with: {', '.join(what)}; put it "
+                "back, or --accept-changes goes on all the same"
+            )
+        notices = [f"not what the run began with: {', '.join(what)}"] if what else []
+        if where:
+            notices.append(f"the run began elsewhere, the last bits may differ: {', '.join(where)}")
+        return notices
 
     def run(self, stop: "StopRequest") -> bool:
         """Train to the end. False if stopped before: a checkpoint and an adapter are there."""
@@ -200,7 +233,7 @@ class Trainer:
 
     def train_epoch(self, stop: "StopRequest") -> bool:
         """The optimizer steps of this epoch that are left. False if stopped before its end."""
-        progress, minutes = self.progress, self.session.run.output.checkpoint_minutes
+        progress = self.progress
         for group in epoch_groups(self.session, progress.epoch)[progress.position :]:
             if progress.step == self.last:  # --max-steps
                 break
@@ -214,7 +247,7 @@ class Trainer:
             self.bar.set_postfix_str(
                 f"loss {measures['loss']:.3f}, {measures['tokens_per_second']:,.0f} tokens/s"
             )
-            if self.clock.minutes_since_mark() >= minutes:
+            if self.checkpoint_is_due():
                 self.checkpoint()
         return True
 
@@ -235,17 +268,28 @@ class Trainer:
         line = _epoch_line(progress, self.session.run.training.epochs, scores, better)
         self.bar.write(line, file=sys.stdout)
         if better:
-            progress.best = scores["rouge1"]
+            progress.best, progress.best_step = scores["rouge1"], progress.step
             save_trained(self.session, self.output)
         progress.epoch, progress.position = progress.epoch + 1, 0
         self.checkpoint()
         return True
 
+    def checkpoint_is_due(self) -> bool:
+        options = self.session.run.output
+        by_steps = options.checkpoint_steps and self.progress.step % options.checkpoint_steps == 0
+        return by_steps or self.clock.minutes_since_mark() >= options.checkpoint_minutes
+
     def checkpoint(self) -> None:
-        progress = self.progress
+        progress, session = self.progress, self.session
         progress.seconds, progress.log_bytes = self.clock.seconds(), self.log.flush()
         save_checkpoint(
-            self.output / "checkpoints", progress, self.session.model, self.optimizer, self.scaler
+            self.output / "checkpoints",
+            progress,
+            session.model,
+            self.optimizer,
+            self.scaler,
+            session.origin,
+            session.run.output.keep_checkpoints,
         )
         self.clock.mark()
 
@@ -358,6 +402,9 @@ class Log:
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
         content = path.read_bytes()[:keep_bytes] if path.exists() else b""
+        if len(content) < keep_bytes:
+            missing = keep_bytes - len(content)
+            print(f"note: {path} lacks {missing:,} bytes that were written", file=sys.stderr)
         write_file(path, content)
         self.file = path.open("ab")
 
