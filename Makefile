@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint format unit bench lessons clean help
+.PHONY: train test lint format unit bench lessons docs-check clean help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 train: .venv/runtime  ## set up, then fine-tune the embedded model on the embedded dialogues
 	$(BIN)/python train.py --rank 8
@@ -23,6 +23,11 @@ unit: .venv/development  ## pytest
 format: .venv/development  ## let ruff put the code into its form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs-check: .venv/development  ## run the commands and the Python of README and docs
+	$(BIN)/python docs/check.py
+	$(BIN)/python docs/record.py --check
+	$(BIN)/python benchmarks/tables.py --check
 
 bench: .venv/development  ## the benchmarks; results go to benchmarks/results/
 	$(BIN)/python benchmarks/merge_latency.py

@@ -1,0 +1,105 @@
+"""README and docs: their commands run, their links lead somewhere, their errors are real ones."""
+
+import ast
+import functools
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMING = {"docs/report.png"}  # rendered from a run's report.html; linked before it is there
+
+
+def load(name: str) -> ModuleType:
+    """A script of docs/ as a module."""
+    path = ROOT / "docs" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(f"docs_{name}", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+check, record = load("check"), load("record")
+
+
+def test_every_block_runs_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    done = list(check.check(PAGES))
+    assert [f"{block}\n{block.error}" for block in done if block.error] == []
+    assert sum(not block.reason for block in done) > 15
+
+
+def test_a_block_that_fails_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "furnish", lambda folder: None)
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```sh\nfalse\n```\n```python\nx = 1\n```\n```python\nassert x == 2\n```\n"
+        "<!-- check: 1 => 2 -->\n```python\nx = 1\n```\n```python\nassert x == 2\n```\n"
+        "<!-- check: not run, no hub -->\n```sh\nfalse\n```\n<!-- check: a => b -->\n"
+        "```sh\ntrue\n```\n```python\n>>> x\n3\n```\n"
+    )
+    done = list(check.check([page]))
+    assert [bool(block.error) for block in done] == [
+        True, False, True, False, False, False, True, True
+    ]  # fmt: skip
+    assert [block.reason for block in done if block.reason] == ["no hub"]
+    assert [block.line for block in done][:3] == [1, 4, 7]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    local = {link.partition("#")[0] for link in links if "://" not in link and link[0] != "#"}
+    found = {link for link in local if (page.parent / link).exists()}
+    missing = {(page.parent / link).resolve().relative_to(ROOT) for link in local - found}
+    assert {path.as_posix() for path in missing} <= COMING
+
+
+@functools.cache
+def messages() -> list[str]:
+    """Every string of the package, what is put into it at run time replaced by one character."""
+    found = []
+    for path in (ROOT / "minilora").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "\0" for v in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def headings(page: str) -> list[str]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"^### `(.*)`$", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("heading", headings("troubleshooting.md"))
+def test_an_error_that_is_explained_is_one_that_is_raised(heading: str) -> None:
+    pieces = [re.escape(piece) for piece in heading.split("…")]
+    wanted = re.compile(".*".join(pieces), re.DOTALL)
+    assert any(wanted.search(message) for message in messages())
+
+
+def test_the_readme_shows_the_recording() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert record.paste(readme, record.RECORDING.read_text(encoding="utf-8")) == readme
+
+
+def test_the_excerpt_leaves_all_dialogues_but_the_first_out() -> None:
+    dialogues = "\n\n".join(f"[{i} of 9] id\n  dialogue" for i in (1, 2, 3))
+    excerpt = record.excerpt(f"# one thread\n$ train\n\n{dialogues}\n\ntable\n")
+    assert "[1 of 9]" in excerpt
+    assert "[2 of 9]" not in excerpt
+    assert "2 more dialogues" in excerpt
+    assert excerpt.startswith("$ train")
+    assert excerpt.endswith("table")
