@@ -73,10 +73,11 @@ def blocks(page: Path) -> list[Block]:
     for match in FENCE.finditer(text):
         line = text.count("\n", 0, match.start("language")) + 1
         block = Block(page, line, match["language"], match["code"])
-        for part in filter(None, (match["how"] or "").split("; ")):
-            if part.startswith("not run, "):
-                block.reason = part.removeprefix("not run, ")
-            elif part == "toy":
+        how = match["how"] or ""
+        if how.startswith("not run, "):
+            block.reason, how = how.removeprefix("not run, "), ""
+        for part in filter(None, how.split("; ")):
+            if part == "toy":
                 block.toy = True
             elif " => " in part and part.split(" => ")[0] in block.code:
                 block.code = block.code.replace(*part.split(" => "))
