@@ -164,6 +164,23 @@ def summarized(runs: list[dict[str, Any]], base: dict[str, Any] | None) -> dict[
     return row
 
 
+def examples(data: str, base: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first twenty test dialogues with every contestant's summary, first seed."""
+    from minilora.summarization.data import load
+    from minilora.summarization.presets import DataOptions
+
+    found = load(DataOptions(data=data), ("test",))[0]["test"][:20]
+    return [
+        {
+            "id": example.id,
+            "reference": example.summary,
+            "base": base["summaries"][place],
+            **{run["name"]: run["summaries"][place] for run in reversed(others)},
+        }
+        for place, example in enumerate(found)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -198,6 +215,8 @@ def main() -> None:
             **{r["name"]: r["scores"] | {"invented": r["invented"]} for r in reversed(others)},
         },
     }
+    if "summaries" in base:
+        content["examples"] = examples(options.data, base, others)
     print(write_result(options.name, content))
 
 
