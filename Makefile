@@ -1,6 +1,7 @@
 # Two commands on a fresh machine: `make train` and `make test`. Everything lands in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+EXTRAS := dev,plot,lessons
 
 .PHONY: train test lint format unit bench lessons docs-check clean help
 
@@ -47,5 +48,5 @@ clean:  ## remove the environment and what tools leave behind
 
 .venv/development: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,plot,lessons]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@

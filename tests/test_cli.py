@@ -282,6 +282,8 @@ def test_the_last_screen_shows_what_was_trained_what_it_cost_and_what_it_gained(
         assert re.search(part, out), part
     assert [out.count(f"\n  {label}") for label in ("dialogue ", "reference ", "base ")] == [3] * 3
     assert "[1 of 4] d200" in out  # the first, not the best
+    assert "report                runs/pocket-lora-r3/report.html" in out
+    assert "of rank 3" in Path("runs/pocket-lora-r3/report.html").read_text()
     evaluation = json.loads(Path("runs/pocket-lora-r3/evaluation.json").read_text())
     assert evaluation["n"] == 4
     assert list(evaluation["base"]) == list(evaluation["finetuned"]) == list(MEASURES)
@@ -325,6 +327,23 @@ def test_targets_are_names_or_a_regular_expression(here: Path, targets: list[str
     assert len(modules) == {"all-linear": 16, "fc1": 3}.get(targets[0], 4)
 
 
+def test_the_report_is_written_if_wanted_and_its_failure_is_only_told_of(
+    here: Path, capfd: Any, monkeypatch: Any
+) -> None:
+    argv = [*BASE, "--max-steps", "1", "--no-evaluate"]
+    assert call(train_main, *argv, "--output", "a", "--no-report") == 0
+    assert not Path("a/report.html").exists()
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(cli, "write_report", fail)
+    assert call(train_main, *argv, "--output", "b") == 0
+    out, err = capfd.readouterr()
+    assert err == "note: b/report.html was not written: no space left on device\n"
+    assert "report  " not in out
+
+
 def test_any_of_barts_shapes_trains(here: Path) -> None:
     shape = {"encoder_layers": 3, "decoder_ffn_dim": 40, "decoder_attention_heads": 4}
     save_bart(here / "shape", max_position_embeddings=33, tie_word_embeddings=False, **shape)
@@ -354,6 +373,7 @@ def test_interrupted_before_or_after_training_it_says_so(
     monkeypatch.setattr(cli, "evaluate", interrupt)
     assert call(train_main, *BASE, "--max-steps", "1", "--output", "run") == 130
     assert "do it with: python evaluate.py run" in capfd.readouterr().out
+    assert "not scored yet" in Path("run/report.html").read_text()
     monkeypatch.setattr(cli, "open_session", interrupt)
     assert call(train_main, *BASE, "--output", "other") == 130
     assert capfd.readouterr().err == "train.py: interrupted\n"

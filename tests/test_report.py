@@ -120,6 +120,9 @@ def test_closing_says_what_it_cost_and_what_to_do_next() -> None:
         str(Path("runs/x/adapter")),
         "python evaluate.py runs/x --text chat.txt",
     ]
+    page = Path("runs/x/report.html")
+    more = report.closing(session("lora"), outcome, Path("runs/x"), 200.0, command, page)
+    assert f"report                {page}\n" in more
     command = "python -m minilora evaluate"
     full = report.closing(session("full"), outcome, Path("a run"), 200.0, command)
     assert str(Path("a run/model")) in full

@@ -35,6 +35,7 @@ from minilora.summarization.model import (
     load_model,
     load_tokenizer,
 )
+from minilora.summarization.page import write_report
 from minilora.summarization.presets import PRESETS, RunConfig, UserError
 from minilora.summarization.reading import Example, line_feeds, load_file
 from minilora.summarization.report import (
@@ -101,6 +102,7 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
     outcome = fit(session, output)
     again = shlex.quote(str(output))
     if outcome.interrupted:
+        _write_report(run, output)
         print(
             f"\nstopped after step {outcome.progress.step}; what was trained so far is in "
             f"{trained_path(output, run)}\ngo on with: {_command('train.py')} --resume {again}"
@@ -110,14 +112,28 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
         try:
             evaluation = _final_evaluation(session, output)
         except KeyboardInterrupt:
+            _write_report(run, output)
             print(f"\ntrained, not scored; do it with: {_command('evaluate.py')} {again}")
             return 130
         write_json(output / "evaluation.json", evaluation.to_dict())
         print(f"\n{format_examples(evaluation, first(evaluation, 3))}")
         print(f"\n{format_comparison(evaluation)}")
     seconds = time.monotonic() - started
-    print(f"\n{closing(session, outcome, output, seconds, _command('evaluate.py'))}")
+    page = _write_report(run, output)
+    print(f"\n{closing(session, outcome, output, seconds, _command('evaluate.py'), page)}")
     return 0
+
+
+def _write_report(run: RunConfig, output: Path) -> Path | None:
+    """report.html, if wanted. The run is safe by now: a page that fails is only told of."""
+    page = output / "report.html"
+    try:
+        if run.output.report:
+            write_report([output], page)
+            return page
+    except (UserError, LoRAError, OSError) as error:
+        print(f"note: {page} was not written: {' '.join(str(error).split())}", file=sys.stderr)
+    return None
 
 
 def _final_evaluation(session: Session, output: Path) -> Evaluation:

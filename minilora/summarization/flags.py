@@ -21,7 +21,7 @@ from minilora.summarization.presets import (
 # A resumed run may change where it runs, what it keeps and what it does at its end, but nothing
 # that it computes unless told so, and never where it is.
 RESUME_MAY_CHANGE = {
-    *("resume", "accept_changes", "device", "evaluate"),
+    *("resume", "accept_changes", "device", "evaluate", "report"),
     *("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints"),
 }
 RESUME_MUST_NOT_CHANGE = {"output"}
@@ -80,8 +80,10 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
         metavar="NAME",
         help=f"a whole configuration, which the other flags change: {', '.join(PRESETS)}",
     )
-    parser._option_string_actions["--evaluate"].help = argparse.SUPPRESS  # what it does anyway
-    parser._option_string_actions["--no-evaluate"].help = "do not score the test split at the end"
+    options = parser._option_string_actions
+    options["--evaluate"].help = options["--report"].help = argparse.SUPPRESS  # done anyway
+    options["--no-evaluate"].help = "do not score the test split at the end"
+    options["--no-report"].help = "do not write report.html"
     # The flags that say what the other flags' defaults are come first.
     early, _ = _early_parser().parse_known_args(argv)
     resumed = read_run(Path(early.resume)) if early.resume else None

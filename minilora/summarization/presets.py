@@ -187,6 +187,7 @@ class OutputOptions:
     checkpoint_steps: int = _flag(0, "steps between two checkpoints, beside the minutes; 0: none")
     keep_checkpoints: int = _flag(2, "how many of the newest to keep; the best is kept too")
     evaluate: bool = _flag(True, "compare base and fine-tuned model on the test split at the end")
+    report: bool = _flag(True, "write report.html at the end")
 
 
 @dataclass

@@ -95,12 +95,20 @@ def _trained(session: Session) -> str:
     return f"{report.trainable:,} trainable of {report.total:,} parameters"
 
 
-def closing(session: Session, outcome: Outcome, output: Path, seconds: float, evaluate: str) -> str:
+def closing(
+    session: Session,
+    outcome: Outcome,
+    output: Path,
+    seconds: float,
+    evaluate: str,
+    page: Path | None = None,
+) -> str:
     """What the run cost, and how to use what it made.
 
     Args:
         seconds: from the start of the process to now, set-up and scoring included.
         evaluate: the command that scores and summarizes.
+        page: where report.html is, if it was written.
     """
     report, progress = session.report, outcome.progress
     share = 100 * report.trainable / report.total
@@ -111,6 +119,7 @@ def closing(session: Session, outcome: Outcome, output: Path, seconds: float, ev
             f"{_duration(progress.seconds)} ({progress.step:,} steps)",
             f"peak memory           {outcome.peak_bytes / 2**20:,.0f} MiB",
             f"saved                 {trained_path(output, session.run)}",
+            *([f"report                {page}"] if page else []),
             f"summarize a chat      {evaluate} {shlex.quote(str(output))} --text chat.txt",
         ]
     )
