@@ -94,6 +94,7 @@ def session(method: str) -> Session:
         splits={name: Split(EXAMPLES * 400, []) for name in ("train", "validation")},
         report=InjectReport(modules, 1_500, 3_000_000),
         notices=[],
+        origin={},
     )
 
 
