@@ -58,6 +58,7 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler,
     origin: Mapping[str, str] | None = None,
     keep: int = 2,
+    random: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write checkpoints/step-N; remove all but the newest `keep` and the one of the best score.
 
@@ -72,13 +73,15 @@ def save_checkpoint(
         scaler: fp16's, or a disabled one.
         origin: what the run began with, to be compared when it goes on.
         keep: how many of the newest to keep, 1 or more.
+        random: the `random_states` of all processes; read here where there is one only.
 
     Raises:
         OSError: the disk is full or read-only; the checkpoints before it are untouched.
     """
     target = directory / _name(progress.step, validated=progress.position == 0)
     if not target.exists() or _is_damaged(target):
-        contents = _contents(progress, model, optimizer, scaler, origin or {})
+        random = random_states() if random is None else random
+        contents = _contents(progress, model, optimizer, scaler, origin or {}, random)
         if target.exists():
             remove_directory(target)
         write_directory(target, contents)
@@ -96,8 +99,11 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    rank: int = 0,
 ) -> tuple[Progress, dict[str, str], list[str]]:
     """Put the newest whole checkpoint into model, optimizer, scaler and the random states.
+
+    A process `rank` that the run did not have when it was written keeps its random states.
 
     Returns:
         The progress (a new one where there is no checkpoint), what the run began with, and notices
@@ -116,6 +122,7 @@ def load_checkpoint(
             notices.append(f"checkpoint {path} is damaged ({error}): the one before is used")
             continue
         _restore(path, tensors, model, optimizer)
+        set_random_states(tensors, rank)
         if state["scaler"]:  # empty where the run before the resume computed without fp16
             scaler.load_state_dict(state["scaler"])
         return progress, state["origin"], notices
@@ -168,12 +175,13 @@ def _contents(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     origin: Mapping[str, str],
+    random: Mapping[str, Tensor],
 ) -> dict[str, bytes]:
     tensors = {f"parameter.{name}": p.detach() for name, p in _trained(model).items()}
     for name, parameter in _trained(model).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-    tensors |= _random_states()
+    tensors |= random
     state = {
         "progress": asdict(progress),
         "scaler": scaler.state_dict(),
@@ -210,17 +218,22 @@ def _restore(
             if (value := tensors.get(f"optimizer.{key}.{name}")) is not None:
                 # `step` too: fused AdamW wants it where the parameter is
                 optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
-    torch.set_rng_state(tensors["random.cpu"])
-    for i in range(torch.cuda.device_count()):
-        if (state := tensors.get(f"random.cuda.{i}")) is not None:
-            torch.cuda.set_rng_state(state, i)
 
 
-def _random_states() -> dict[str, Tensor]:
-    states = {"random.cpu": torch.get_rng_state()}
-    for i in range(torch.cuda.device_count()):
-        states[f"random.cuda.{i}"] = torch.cuda.get_rng_state(i)
+def random_states(rank: int = 0) -> dict[str, Tensor]:
+    """The states that dropout draws from in this process: the CPU's and its own GPU's."""
+    states = {f"random.{rank}.cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states[f"random.{rank}.cuda"] = torch.cuda.get_rng_state()
     return states
+
+
+def set_random_states(states: Mapping[str, Tensor], rank: int = 0) -> None:
+    """Inverse of `random_states`; what is not among them stays as it is."""
+    if (state := states.get(f"random.{rank}.cpu")) is not None:
+        torch.set_rng_state(state)
+    if torch.cuda.is_initialized() and (state := states.get(f"random.{rank}.cuda")) is not None:
+        torch.cuda.set_rng_state(state)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

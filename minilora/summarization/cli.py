@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import minilora
 from minilora import LoRAError
 from minilora.adapter import CONFIG_FILE
+from minilora.summarization import distributed
 from minilora.summarization.data import encode, load
 from minilora.summarization.evaluation import Evaluation, evaluate, summarize, write_json
 from minilora.summarization.flags import (
@@ -65,7 +67,11 @@ def _one_line_errors(program: str, main: Callable[[], int]) -> int:
     # Without a network it tells of every retry; what comes of them is said in one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        return main()
+        with distributed.processes():
+            return main()
+    except distributed.LostProcess as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
     except (UserError, LoRAError, OSError) as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -76,6 +82,8 @@ def _one_line_errors(program: str, main: Callable[[], int]) -> int:
 
 def _command(door: str) -> str:
     """What a person types to come through `train.py` or `evaluate.py` again."""
+    if distributed.active():
+        return f"torchrun {distributed.launch_options()} {door}"
     called = Path(sys.argv[0])
     if called.parts[-2:] == ("minilora", "__main__.py"):
         return f"python -m minilora {door.removesuffix('.py')}"
@@ -85,17 +93,24 @@ def _command(door: str) -> str:
 def _train(argv: Sequence[str]) -> int:
     started = time.monotonic()
     run = parse_run(argv)
-    output = output_directory(run)
+    output = Path(distributed.from_main(lambda: str(output_directory(run))))
     session = open_session(run)
-    output.mkdir(parents=True, exist_ok=True)
-    with hold(output):
+    with ExitStack() as held:
+
+        def enter() -> None:
+            output.mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold(output))
+
+        distributed.on_main(enter)
         return _train_into(output, run, session, started)
 
 
 def _train_into(output: Path, run: RunConfig, session: Session, started: float) -> int:
     if not run.output.resume:
-        check_free(output)  # another run may have come and gone while this one was opening
-        write_config(run, output)
+        distributed.on_main(lambda: check_free(output))  # another may have come in the meantime
+        distributed.on_main(lambda: write_config(run, output))
+    if not all(distributed.gather((output / "config.json").exists())):
+        raise UserError(f"{output} must be on a file system that the machines share")
     for notice in session.notices:
         print(f"note: {notice}", file=sys.stderr)
     print(opening(session, output), flush=True)
@@ -115,7 +130,7 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
             _write_report(run, output)
             print(f"\ntrained, not scored; do it with: {_command('evaluate.py')} {again}")
             return 130
-        write_json(output / "evaluation.json", evaluation.to_dict())
+        distributed.on_main(lambda: write_json(output / "evaluation.json", evaluation.to_dict()))
         print(f"\n{format_examples(evaluation, first(evaluation, 3))}")
         print(f"\n{format_comparison(evaluation)}")
     seconds = time.monotonic() - started
@@ -165,7 +180,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     check_evaluation(arguments)
     directory, run = _run_of(adapter_directory(arguments.run), arguments)
     text = _read_text(arguments.text) if arguments.text else None
-    device = choose_device(arguments.device or run.model.device)
+    device = distributed.own_device(choose_device(arguments.device or run.model.device))
     examples, split = ([], "") if text is not None else _examples(run, arguments)
     tokenizer = load_tokenizer(run.model.model)
     model, base_model = _load_trained(directory, run, device)
@@ -191,7 +206,8 @@ def _evaluate(argv: Sequence[str]) -> int:
         progress=sys.stderr.isatty(),
     )
     if arguments.output:
-        write_json(Path(arguments.output), evaluation.to_dict())
+        path, scores = Path(arguments.output), evaluation.to_dict()
+        distributed.on_main(lambda: write_json(path, scores))
     print(f"where they differ most:\n\n{format_examples(evaluation, most_changed(evaluation, 3))}")
     print(f"\n{format_comparison(evaluation)}")
     return 0

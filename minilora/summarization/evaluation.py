@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import minilora
 from minilora.files import write_file
+from minilora.summarization import distributed
 from minilora.summarization.data import Encoded, by_length, collate
 from minilora.summarization.presets import GenerationOptions, UserError
 from minilora.summarization.reading import Example
@@ -156,22 +157,41 @@ def summarize(
 ) -> list[Summary]:
     """One summary for each dialogue, in the order given; beam search by transformers' `generate`.
 
-    Dialogues of like length share a batch, so that little is padded. `autocast_dtype` is the
-    precision to compute in (None: that of the weights), `progress` the title of a bar (None: no
-    bar). The settings go before the checkpoint's, whose special tokens stay. The model's mode
-    and its generation config are afterwards what they were.
+    Dialogues of like length share a batch, so that little is padded. With several processes each
+    takes its share of the batches, which stay as they are, and all get all summaries.
+    `autocast_dtype` is the precision to compute in (None: that of the weights), `progress` the
+    title of a bar (None: no bar). The settings go before the checkpoint's, whose special tokens
+    stay. The model's mode and its generation config are afterwards what they were.
 
     Raises:
         UserError: settings that contradict each other or go beyond the model's positions.
     """
     settings = _settings(model, generation)
+    batches = distributed.share(by_length(encoded, generation.evaluation_batch_size))
+    written = distributed.together(
+        lambda: list(_write(model, tokenizer, encoded, batches, settings, autocast_dtype, progress))
+    )
+    summaries = {i: Summary(text, tokens) for part in written for i, text, tokens in part}
+    return [summaries[i] for i in range(len(encoded))]
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Encoded],
+    batches: Sequence[Sequence[int]],
+    settings: dict[str, Any],
+    autocast_dtype: torch.dtype | None,
+    progress: str | None,
+) -> Iterator[tuple[int, str, int]]:
+    """Position, text and number of tokens of each summary, batch by batch."""
     device = next(model.parameters()).device
     pad = cast(int, tokenizer.pad_token_id)
-    summaries: dict[int, Summary] = {}
-    bar = tqdm(total=len(encoded), desc=progress, unit="dialogue", disable=progress is None)
+    total = sum(map(len, batches))
+    bar = tqdm(total=total, desc=progress, unit="dialogue", disable=progress is None)
     autocast = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
     with bar, _evaluation_mode(model), autocast:
-        for chosen in by_length(encoded, generation.evaluation_batch_size):
+        for chosen in batches:
             batch = collate([encoded[i] for i in chosen], pad)
             output = cast(Any, model).generate(  # without gradients: `generate` sees to it
                 input_ids=batch["input_ids"].to(device),
@@ -182,9 +202,8 @@ def summarize(
             texts = tokenizer.batch_decode(output, skip_special_tokens=True)
             lengths = (output != pad).sum(dim=1).tolist()
             for i, text, tokens in zip(chosen, texts, lengths, strict=True):
-                summaries[i] = Summary(text.strip(), tokens)
+                yield i, text.strip(), tokens
             bar.update(len(chosen))
-    return [summaries[i] for i in range(len(encoded))]
 
 
 def _settings(model: PreTrainedModel, options: GenerationOptions) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from minilora.summarization.data import Encoded, fingerprint
 from minilora.summarization.reading import Example
 
 # Where a run computes. The same arithmetic elsewhere may end in other last bits.
-PLACES = ("torch", "device", "precision", "threads")
+PLACES = ("torch", "device", "precision", "threads", "processes")
 
 
 def fingerprints(
@@ -37,10 +37,10 @@ def fingerprints(
     return found | {"base model": _of_model(model)}
 
 
-def place(device: torch.device, dtype: torch.dtype | None) -> dict[str, str]:
-    """Where a run computes, and how precisely."""
+def place(device: torch.device, dtype: torch.dtype | None, processes: int = 1) -> dict[str, str]:
+    """Where a run computes, on how many processes, and how precisely."""
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    values = (torch.__version__, device.type, dtype or torch.float32, threads)
+    values = (torch.__version__, device.type, dtype or torch.float32, threads, processes)
     return dict(zip(PLACES, map(str, values), strict=True))
 
 

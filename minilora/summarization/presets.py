@@ -149,7 +149,7 @@ class TrainingOptions:
     )
     warmup: float = _flag(0.06, "share of the steps over which the learning rate rises")
     weight_decay: float = _flag(0.0, "decoupled weight decay (AdamW)")
-    batch_size: int = _flag(8, "dialogues in a batch")
+    batch_size: int = _flag(8, "dialogues in a batch, of all processes together")
     accumulate: int = _flag(1, "batches in an optimizer step")
     clip: float = _flag(1.0, "largest norm of the gradient; 0: no clipping")
     validation_beams: int = _flag(
@@ -171,7 +171,7 @@ class GenerationOptions:
     max_length: int = _flag(80, "most tokens of a summary")
     length_penalty: float = _flag(2.0, "above 1 prefers longer beams, below 1 shorter ones")
     no_repeat_ngram: int = _flag(3, "no n-gram of this size occurs twice; 0: no such rule")
-    evaluation_batch_size: int = _flag(32, "dialogues summarized at once")
+    evaluation_batch_size: int = _flag(32, "dialogues that a process summarizes at once")
 
 
 @dataclass

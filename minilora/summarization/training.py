@@ -27,8 +27,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import minilora
 from minilora import InjectReport, LoRAConfig
 from minilora.files import sweep, write_file
-from minilora.summarization.checkpoint import Progress, load_checkpoint, save_checkpoint
+from minilora.summarization import distributed
+from minilora.summarization.checkpoint import (
+    Progress,
+    load_checkpoint,
+    random_states,
+    save_checkpoint,
+)
 from minilora.summarization.data import SPLITS, Encoded, batches, by_length, collate, encode, load
+from minilora.summarization.distributed import Replica
 from minilora.summarization.evaluation import rouge, summarize
 from minilora.summarization.loss import summed_loss
 from minilora.summarization.model import (
@@ -40,7 +47,7 @@ from minilora.summarization.model import (
     load_tokenizer,
     save_model,
 )
-from minilora.summarization.origin import differences, fingerprints, place
+from minilora.summarization.origin import PLACES, differences, fingerprints, place
 from minilora.summarization.presets import RunConfig, TrainingOptions, UserError
 from minilora.summarization.reading import Example
 
@@ -92,7 +99,12 @@ def open_session(run: RunConfig) -> Session:
         UserError: data or model are missing, malformed, or do not fit each other or the settings.
         LoRAError: the adapter's settings do not fit the model.
     """
-    device = choose_device(run.model.device)
+    device = distributed.own_device(choose_device(run.model.device))
+    if (count := distributed.size()) > run.training.batch_size:
+        raise UserError(
+            f"--batch-size {run.training.batch_size} is less than the {count} processes that "
+            "share each batch: raise it (and lower --accumulate), or start fewer"
+        )
     config = adapter_config(run) if run.model.method == "lora" else None
     data, notices = load(run.data, SPLITS if run.output.evaluate else SPLITS[:2])
     tokenizer = load_tokenizer(run.model.model)
@@ -108,8 +120,13 @@ def open_session(run: RunConfig) -> Session:
             notices.append(f"{name}: {truncation}")
     autocast_dtype = choose_precision(run.model.precision, device)
     encoded_splits = {name: split.encoded for name, split in splits.items()}
-    origin = fingerprints(data, encoded_splits, model) | place(device, autocast_dtype)
+    where = place(device, autocast_dtype, distributed.size())
+    origin = fingerprints(data, encoded_splits, model) | where
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
+    report = minilora.inject(model, config) if config else _report_of_all(model)
+    began = {"start": distributed.checksum(model), "settings": run.to_dict()}
+    distributed.require_same({n: v for n, v in origin.items() if n not in PLACES} | began)
+    distributed.seed_apart(run.model.seed)
     return Session(
         run=run,
         device=device,
@@ -117,7 +134,7 @@ def open_session(run: RunConfig) -> Session:
         model=model,
         tokenizer=tokenizer,
         splits=splits,
-        report=minilora.inject(model, config) if config else _report_of_all(model),
+        report=report,
         notices=notices,
         origin=origin,
     )
@@ -178,16 +195,24 @@ class Trainer:
         )
         fp16 = session.autocast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=fp16)
+        self.replica = Replica(session.model)
         self.progress, origin, notices = load_checkpoint(
-            output / "checkpoints", session.model, self.optimizer, self.scaler
+            output / "checkpoints",
+            session.model,
+            self.optimizer,
+            self.scaler,
+            rank=distributed.rank(),
         )
+        distributed.require_same({f"a checkpoint in {output}": self.progress.step})
         for notice in [*notices, *self.compare(origin)]:
             print(f"note: {notice}", file=sys.stderr)
         if session.run.output.accept_changes:  # the next resume begins with these
-            write_config(session.run, output)
-        sweep(output)
+            distributed.on_main(lambda: write_config(session.run, output))
+        distributed.on_main(lambda: sweep(output))
         self.clock = Clock(self.progress.seconds)
-        self.log = Log(output / "log.jsonl", self.progress.log_bytes)
+        self.log = (Log if distributed.is_main() else NoLog)(
+            output / "log.jsonl", self.progress.log_bytes
+        )
         self.bar = tqdm(
             total=self.last,
             initial=self.progress.step,
@@ -224,7 +249,7 @@ class Trainer:
             if not (self.train_epoch(stop) and self.end_epoch(stop)):
                 self.checkpoint()
                 if progress.best is None:
-                    save_trained(self.session, self.output)
+                    distributed.on_main(lambda: save_trained(self.session, self.output))
                 return False
         progress.seconds = self.clock.seconds()
         peak = peak_bytes(self.session.device)
@@ -237,7 +262,7 @@ class Trainer:
         for group in epoch_groups(self.session, progress.epoch)[progress.position :]:
             if progress.step == self.last:  # --max-steps
                 break
-            if stop.requested:
+            if distributed.anywhere(stop.requested)[0]:
                 return False
             measures = self.step(group)
             progress.step += 1
@@ -247,7 +272,7 @@ class Trainer:
             self.bar.set_postfix_str(
                 f"loss {measures['loss']:.3f}, {measures['tokens_per_second']:,.0f} tokens/s"
             )
-            if self.checkpoint_is_due():
+            if distributed.anywhere(self.checkpoint_is_due())[0]:
                 self.checkpoint()
         return True
 
@@ -269,7 +294,7 @@ class Trainer:
         self.bar.write(line, file=sys.stdout)
         if better:
             progress.best, progress.best_step = scores["rouge1"], progress.step
-            save_trained(self.session, self.output)
+            distributed.on_main(lambda: save_trained(self.session, self.output))
         progress.epoch, progress.position = progress.epoch + 1, 0
         self.checkpoint()
         return True
@@ -282,27 +307,32 @@ class Trainer:
     def checkpoint(self) -> None:
         progress, session = self.progress, self.session
         progress.seconds, progress.log_bytes = self.clock.seconds(), self.log.flush()
-        save_checkpoint(
-            self.output / "checkpoints",
-            progress,
-            session.model,
-            self.optimizer,
-            self.scaler,
-            session.origin,
-            session.run.output.keep_checkpoints,
+        random = distributed.gather_tensors(random_states(distributed.rank()))
+        distributed.on_main(
+            lambda: save_checkpoint(
+                self.output / "checkpoints",
+                progress,
+                session.model,
+                self.optimizer,
+                self.scaler,
+                session.origin,
+                session.run.output.keep_checkpoints,
+                random,
+            )
         )
         self.clock.mark()
 
     def step(self, group: Sequence[Sequence[Encoded]]) -> dict[str, float]:
-        """One step of AdamW on the batches of a group.
+        """One step of AdamW on the batches of a group, of which each process takes its share.
 
         The loss is the sum over all target tokens of the group divided by their number, so that
-        accumulating k batches equals one batch k times as large.
+        accumulating k batches equals one batch k times as large, on any number of processes.
 
         Returns:
             loss (nats per target token), learning_rate, gradient_norm (before clipping; not finite
             where fp16 overflowed and the step was skipped), tokens (source and target, padding not
-            counted), seconds, tokens_per_second.
+            counted), seconds, tokens_per_second; of several processes sent_bytes, the
+            gradients that each gave to the others.
 
         Raises:
             UserError: the loss is not finite, or the gradient is not and no GradScaler sees to it.
@@ -314,13 +344,17 @@ class Trainer:
         session.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         target_tokens = sum(len(row.target) for batch in group for row in batch)
-        total = 0.0
-        for batch in group:
+        total, self.replica.sent_bytes = 0.0, 0
+        for number, batch in enumerate(group, 1):
+            mine = distributed.share(batch)
             with _autocast(session):
-                loss, _ = summed_loss(session.model, _tensors(session, batch))
-            self._require_finite("loss", loss.item(), batch)
+                loss = self.replica.loss(
+                    _tensors(session, mine) if mine else None, last=number == len(group)
+                )
+            self._require_finite("loss", loss.item(), mine)
             total += loss.item()
             self.scaler.scale(loss / target_tokens).backward()
+        (total,) = distributed.total(total)
         self.scaler.unscale_(self.optimizer)
         limit = session.run.training.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit).item()
@@ -337,6 +371,7 @@ class Trainer:
             "tokens": tokens,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(tokens / seconds, 1),
+            **({"sent_bytes": self.replica.sent_bytes} if distributed.size() > 1 else {}),
         }
 
     def _require_finite(self, what: str, value: float, rows: Sequence[Encoded]) -> None:
@@ -366,12 +401,8 @@ def learning_rate(step: int, last: int, warmup: int, peak: float) -> float:
 def validate(session: Session) -> dict[str, float]:
     """Loss per target token on the validation split, and ROUGE of the summaries written for it."""
     run, model, split = session.run, session.model.eval(), session.splits["validation"]
-    loss, tokens = 0.0, 0
-    for chosen in by_length(split.encoded, run.generation.evaluation_batch_size):
-        with _autocast(session):
-            batch = _tensors(session, [split.encoded[i] for i in chosen])
-            summed, count = summed_loss(model, batch)
-        loss, tokens = loss + summed.item(), tokens + count
+    parts = distributed.together(lambda: _summed_losses(session, split))
+    loss, tokens = (sum(numbers) for numbers in zip(*parts, strict=True))
     some = run.training.validation_limit or len(split)
     generation = replace(run.generation, beams=run.training.validation_beams)
     summaries = summarize(
@@ -381,6 +412,19 @@ def validate(session: Session) -> dict[str, float]:
     rows = rouge([summary.text for summary in summaries], references)
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     return {"loss": loss / tokens, **{name: round(mean, 4) for name, mean in means.items()}}
+
+
+def _summed_losses(session: Session, split: Split) -> tuple[float, int]:
+    """This process's part: nats and target tokens."""
+    loss, tokens = 0.0, 0
+    for chosen in distributed.share(
+        by_length(split.encoded, session.run.generation.evaluation_batch_size)
+    ):
+        with _autocast(session):
+            batch = _tensors(session, [split.encoded[i] for i in chosen])
+            summed, count = summed_loss(session.model, batch)
+        loss, tokens = loss + summed.item(), tokens + count
+    return loss, tokens
 
 
 def save_trained(session: Session, output: Path) -> None:
@@ -430,6 +474,16 @@ class Log:
         self.file.close()
 
 
+class NoLog(Log):
+    """That of the processes which do not write."""
+
+    def __init__(self, path: Path, keep_bytes: int) -> None:
+        self.file = Path(os.devnull).open("wb")  # noqa: SIM115
+
+    def flush(self) -> int:
+        return 0
+
+
 class Clock:
     """Seconds of training, those before a resume included."""
 
@@ -448,7 +502,11 @@ class Clock:
 
 
 class StopRequest:
-    """Whether Ctrl-C or SIGTERM came. A second one stops at once."""
+    """Whether Ctrl-C or SIGTERM came. A second one stops at once.
+
+    With several processes all stop at the same step or none, and a second signal says nothing new:
+    a terminal's Ctrl-C reaches each of them twice, once through torchrun.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -460,15 +518,16 @@ class StopRequest:
         self.raises = True
         try:
             if self.requested:
-                raise KeyboardInterrupt
+                distributed.interrupt()
             yield
         finally:
             self.raises = False
+            distributed.forget_interrupt()
 
     def on_signal(self, number: int, frame: object) -> None:
         second, self.requested = self.requested, True
-        if second or self.raises:
-            raise KeyboardInterrupt
+        if self.raises or (second and distributed.size() == 1):
+            distributed.interrupt()
 
 
 @contextmanager
