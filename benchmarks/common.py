@@ -1,5 +1,6 @@
 """What every benchmark shares: alternate the contestants, take medians, write JSON."""
 
+import argparse
 import json
 import os
 import platform
@@ -14,6 +15,21 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags that every benchmark has: --device and --small."""
+    flags = argparse.ArgumentParser(
+        description=(description or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flags.add_argument("--device", default="cpu", help="cpu or cuda")
+    flags.add_argument(
+        "--small",
+        action="store_true",
+        help="tiny sizes, to see that it runs; the result goes to benchmarks/results/small/",
+    )
+    return flags
 
 
 def alternate(
@@ -72,10 +88,14 @@ def processor() -> str:
         return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
-def write_result(name: str, result: Mapping[str, Any]) -> Path:
-    """benchmarks/results/NAME.json: the figures with the date, versions and hardware."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_result(name: str, result: Mapping[str, Any], small: bool = False) -> Path:
+    """benchmarks/results/NAME.json: the figures with the date, versions and hardware.
+
+    A small run says nothing about speed: its result is kept apart, where no table finds it.
+    """
+    folder = RESULTS / "small" if small else RESULTS
+    folder.mkdir(exist_ok=True, parents=True)
+    path = folder / f"{name}.json"
     content = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), **result}
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path

@@ -4,6 +4,7 @@
     python benchmarks/tables.py --check    exit code 1 if one is not what the results say
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Figures are never typed by hand.
+Where there is no result yet, a line says what would measure it.
 """
 
 import json
@@ -52,10 +53,79 @@ def pocket(result: dict[str, Any]) -> Rows:
     return [*rows, ["difference, 95% interval", *cells]]
 
 
+def layer(result: dict[str, Any]) -> Rows:
+    """One row a contestant: forward and backward beside the frozen layer's, and what is kept."""
+    settings, widths = result["settings"], result["results"]
+    width = next(iter(widths))
+    precisions = [name for name in widths[width] if name != "bf16"] or list(widths[width])
+    head = [f"{width} x {width}, {settings['tokens']:,} tokens"]
+    for precision in precisions:
+        head += [f"{precision}: forward", "and backward", "saved, q and v"]
+    rows = [head]
+    for name in widths[width][precisions[0]]["one layer"]:
+        cells = [name]
+        for precision in precisions:
+            one, both = widths[width][precision]["one layer"], widths[width][precision]["q and v"]
+            cells += [f"{one[name][task]['ratio']:.2f}" for task in ("forward", "forward_backward")]
+            cells.append(f"{both[name]['saved_bytes'] / 1e6:.1f} MB")
+        rows.append(cells)
+    return rows
+
+
+def training(result: dict[str, Any]) -> Rows:
+    """One row a contestant: speed, memory and loss over the same examples."""
+    head = [result["settings"]["model"].split(",")[0], "examples/s", "minilora is"]
+    head += ["real tokens/s", "of matrix rate", "peak memory", "validation loss"]
+    rows = [head]
+    for name, row in result["results"].items():
+        other = result["minilora_to_others"].get(name)
+        cells = [
+            name,
+            f"{row['examples_per_second']:,.2f}",
+            f"{other['speed']:.2f}x" if other else "",
+        ]
+        cells += [f"{row['tokens_per_second_median']:,.0f}", f"{row['share_of_matrix_rate']:.0%}"]
+        rows.append(
+            [*cells, f"{row['peak_bytes'] / 2**30:.2f} GiB", f"{row['validation_loss']:.3f}"]
+        )
+    return rows
+
+
+def evaluation(result: dict[str, Any]) -> Rows:
+    """One row a model, precision and contestant."""
+    rows = [["", "dialogues/s", "time beside minilora's", "the same summaries", "peak memory"]]
+    for model, precisions in result["results"].items():
+        for precision, contestants in precisions.items():
+            for name, row in contestants.items():
+                cells = [f"{model}, {precision}: {name}", f"{row['dialogues_per_second']:.2f}"]
+                cells += [f"{row['times_minilora']:.2f}", f"{row['same_texts_as_minilora']:.1%}"]
+                rows.append([*cells, f"{row['peak_bytes'] / 2**30:.2f} GiB"])
+    return rows
+
+
+def quality(result: dict[str, Any]) -> Rows:
+    """One row a contestant: where it ended, and how long it took."""
+    rows = [["pocket-bart on minichat", "validation loss", "training", "time to an equal loss"]]
+    for name, row in result["results"].items():
+        equal = row["times_minilora_to_equal_loss"]
+        cells = [name, f"{row['final_loss']:.3f}", f"{row['seconds']:.0f} s"]
+        rows.append([*cells, f"{equal:.2f} x minilora's" if equal else ""])
+    return rows
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "merge_latency": merge_latency,
     "exactness": exactness,
     "default_run": pocket,
+    "layer": layer,
+    "layer_cuda": layer,
+    "training_base": training,
+    "training_large": training,
+    "training_base_cuda": training,
+    "training_large_cuda": training,
+    "evaluation": evaluation,
+    "evaluation_cuda": evaluation,
+    "quality": quality,
 }
 
 
@@ -76,14 +146,26 @@ def source(name: str, result: dict[str, Any]) -> str:
     )
 
 
+def waiting(name: str) -> str:
+    """What stands where a table will be."""
+    script, *flags = name.split("_")
+    size = "".join(f" --size {flag}" for flag in flags if flag != "cuda")
+    device = " --device cuda" if "cuda" in flags else ""
+    return f"Not measured yet: `python benchmarks/{script}.py{size}{device}`."
+
+
 def render(text: str) -> str:
     """The README with every table as the results say."""
 
     def table(found: re.Match[str]) -> str:
         name = found.group(1)
         path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        if not path.exists():
+            return f"<!-- table: {name} -->\n{waiting(name)}\n<!-- end -->"
         result = json.loads(path.read_text())
         body = f"{markdown(TABLES[name](result))}\n\n{source(name, result)}"
+        if path.with_suffix(".svg").exists():
+            body += f"\n\n![The same as curves](benchmarks/results/{name}.svg)"
         return f"<!-- table: {name} -->\n{body}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)

@@ -1,0 +1,430 @@
+"""Ways to fine-tune a BART, each made to pause after every window of steps.
+
+All start from the same weights and the same adapter, take the same examples, batch size, learning
+rate and schedule, clip alike, and compute under autocast of the same precision. They differ in what
+is theirs: how batches are put together, what is computed, and what is kept.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from flops import step_flops
+from safetensors.torch import load_file
+from turns import Turns, peak_bytes, reset_peak, resident_bytes
+from workplace import MAX_SOURCE, MAX_TARGET, TARGETS, read_rows
+
+from minilora.summarization.data import IGNORED, Encoded, by_length, collate
+from minilora.summarization.training import learning_rate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FULL_RATE = 0.1  # of LoRA's learning rate: each method at one that suits it
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a contestant is told. `windows`: the steps of each; the first is warm-up."""
+
+    folder: Path
+    windows: tuple[int, ...]
+    device: str = "cpu"
+    precision: str = "bf16"
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    rank: int = 8
+    dropout: float = 0.05
+    seed: int = 0
+    threads: int = 0
+    validate_each_window: bool = False
+
+    @property
+    def steps(self) -> int:
+        return sum(self.windows)
+
+    @property
+    def config(self) -> dict[str, int]:
+        values: dict[str, int] = json.loads((self.folder / "model" / "config.json").read_text())
+        return values
+
+    def autocast(self) -> torch.autocast:
+        device = torch.device(self.device).type
+        return torch.autocast(device, DTYPES[self.precision], enabled=self.precision != "fp32")
+
+
+Lengths = list[tuple[int, int]]  # real (source, target) tokens of the examples of a batch
+
+
+class Windows:
+    """Counts steps and what they hold; after the last step of a window answers and waits."""
+
+    def __init__(self, turns: Turns, setting: Setting, full: bool) -> None:
+        self.turns, self.setting, self.full = turns, setting, full
+        self.left = list(setting.windows)
+        self.after_window: Callable[[], dict[str, Any]] = dict
+        self.config = setting.config
+
+    def open(self) -> None:
+        """Wait for the word, then start the clock."""
+        self.turns.wait()
+        self.steps = 0
+        self.batches: list[Callable[[], tuple[Lengths, int]]] = []
+        self._synchronize()
+        self.start = time.perf_counter()
+
+    def batch(self, lengths: Callable[[], tuple[Lengths, int]]) -> None:
+        """Note a batch: real lengths and positions with padding, read after the clock stopped."""
+        self.batches.append(lengths)
+
+    def step_done(self) -> None:
+        self.steps += 1
+        if not self.left or self.steps < self.left[0]:
+            return
+        self._synchronize()
+        seconds = time.perf_counter() - self.start
+        self.left.pop(0)
+        noted = [read() for read in self.batches]
+        lengths = [pair for batch, _ in noted for pair in batch]
+        self.turns.answer(
+            {
+                "seconds": seconds,
+                "steps": self.steps,
+                "examples": len(lengths),
+                "source_tokens": sum(s for s, _ in lengths),
+                "target_tokens": sum(t for _, t in lengths),
+                "positions": sum(positions for _, positions in noted),
+                "flops": step_flops(self.config, lengths, self.full),
+                **self.after_window(),
+            }
+        )
+        if self.left:
+            self.open()
+
+    def _synchronize(self) -> None:
+        if self.setting.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+
+@dataclass
+class Prepared:
+    """A model ready to train, and how to train it: `train(windows)` runs all steps."""
+
+    model: Any
+    train: Callable[[Windows], None]
+    adapters: Callable[[], dict[str, torch.Tensor]]
+    """By PEFT's names; empty after full fine-tuning."""
+    full: bool = False
+
+
+# The contestants ----------------------------------------------------------------------------------
+
+
+def minilora_loop(setting: Setting, **settings: Any) -> Prepared:
+    """What `train.py` does, from its flags on: minilora's session and its loop."""
+    import minilora
+    from minilora.summarization import training
+    from minilora.summarization.presets import RunConfig
+
+    flat = {
+        "model": str(setting.folder / "model"),
+        "data": str(setting.folder / "data"),
+        "rank": setting.rank,
+        "alpha": 4.0 * setting.rank,
+        "dropout": setting.dropout,
+        "targets": list(TARGETS),
+        "device": setting.device,
+        "precision": setting.precision,
+        "batch_size": setting.batch_size,
+        "learning_rate": setting.learning_rate,
+        "warmup": 0.0,
+        "epochs": 10**6,
+        "max_steps": setting.steps,
+        "seed": setting.seed,
+        "max_source_length": min(MAX_SOURCE, setting.config["max_position_embeddings"]),
+        "max_target_length": MAX_TARGET,
+        "checkpoint_minutes": 1e9,
+        "max_length": 80,
+        "evaluate": False,
+        **settings,
+    }
+    session = training.open_session(RunConfig.from_dict(flat))
+    minilora.load_adapter(session.model, setting.folder / "adapter")
+
+    def train(windows: Windows) -> None:
+        class Paused(training.Trainer):
+            def step(self, group: Any) -> dict[str, float]:
+                measures = super().step(group)
+                for batch in group:
+                    pairs = [(len(row.source), len(row.target)) for row in batch]
+                    longest = max(s for s, _ in pairs) + max(t for _, t in pairs)
+                    windows.batch(partial(_known, pairs, len(pairs) * longest))
+                windows.step_done()
+                return measures
+
+        trainer = Paused(session, setting.folder / f"run-{time.time_ns()}")
+        with trainer.log, trainer.bar, training.stop_requests() as stop:
+            windows.open()
+            while trainer.progress.step < trainer.last:
+                trainer.train_epoch(stop)
+                trainer.progress.epoch, trainer.progress.position = trainer.progress.epoch + 1, 0
+
+    def adapters() -> dict[str, torch.Tensor]:
+        folder = setting.folder / f"adapter-{time.time_ns()}"
+        minilora.save_adapter(session.model, folder)
+        return load_file(folder / "adapter_model.safetensors")
+
+    return Prepared(session.model, train, adapters)
+
+
+def _known(pairs: Lengths, positions: int) -> tuple[Lengths, int]:
+    return pairs, positions
+
+
+def peft_trainer(
+    setting: Setting,
+    *,
+    grouped: bool = False,
+    base: str = "fp32",
+    fixed: bool = False,
+    full: bool = False,
+) -> Prepared:
+    """PEFT and transformers' Seq2SeqTrainer.
+
+    Args:
+        setting: what all are told.
+        grouped: batches of like length, `train_sampling_strategy="group_by_length"`; otherwise
+            shuffled. Either way padded to the longest of the batch.
+        base: dtype of the frozen linear weights: fp32 as people load them, or bf16 (on a GPU of
+            all weights; on a CPU LayerNorm cannot take them under autocast).
+        fixed: `padding="max_length"` for all, 1,024 and 128 tokens: a notebook's preprocessing.
+        full: no adapter, every weight trains.
+    """
+    import peft
+    from transformers import (
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Seq2SeqTrainer,
+        Seq2SeqTrainingArguments,
+        TrainerCallback,
+        default_data_collator,
+    )
+
+    torch.manual_seed(setting.seed)
+    on_gpu = setting.device.startswith("cuda")
+    whole = base == "bf16" and on_gpu
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(
+        setting.folder / "model", dtype=torch.bfloat16 if whole else torch.float32
+    )
+    if base == "bf16" and not whole:
+        head = model.get_output_embeddings()  # tied to the embeddings: stays
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module is not head:
+                module.to(torch.bfloat16)
+    if not full:
+        config = peft.LoraConfig(
+            r=setting.rank,
+            lora_alpha=4 * setting.rank,
+            lora_dropout=setting.dropout,
+            target_modules=list(TARGETS),
+            task_type="SEQ_2_SEQ_LM",
+        )
+        model = peft.get_peft_model(model, config)
+        start = load_file(setting.folder / "adapter" / "adapter_model.safetensors")
+        result = peft.set_peft_model_state_dict(model, start)
+        assert not result.unexpected_keys, result.unexpected_keys
+    model.to(setting.device)
+    tokenizer = AutoTokenizer.from_pretrained(setting.folder / "model")
+    data = _dataset(read_rows(setting.folder)["train"], tokenizer.pad_token_id, setting, fixed)
+    rate = setting.learning_rate * (FULL_RATE if full else 1)
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(setting.folder / "trainer"),
+        use_cpu=not on_gpu,
+        bf16=setting.precision == "bf16",
+        fp16=setting.precision == "fp16",
+        per_device_train_batch_size=setting.batch_size,
+        max_steps=setting.steps,
+        learning_rate=rate,
+        optim="adamw_torch_fused",
+        train_sampling_strategy="group_by_length" if grouped else "random",
+        length_column_name="length",
+        seed=setting.seed,
+        data_seed=setting.seed,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=on_gpu,
+    )
+
+    class SameSchedule(Seq2SeqTrainer):  # type: ignore[misc]
+        """With the schedule that minilora has, to the step."""
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            last = setting.steps
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: learning_rate(step, last, 1, 1.0)
+            )
+            return self.lr_scheduler
+
+    class Pause(TrainerCallback):
+        windows: Windows
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.windows.step_done()
+
+    pause = Pause()
+    trainer = SameSchedule(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        data_collator=default_data_collator
+        if fixed
+        else DataCollatorForSeq2Seq(tokenizer, model=model),
+        processing_class=tokenizer,
+        callbacks=[pause],
+    )
+
+    def train(windows: Windows) -> None:
+        pause.windows = windows
+
+        def note(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+            mask, labels = inputs["attention_mask"], inputs["labels"]
+            windows.batch(partial(_real_lengths, mask, labels))
+
+        hook = model.register_forward_pre_hook(note, with_kwargs=True)
+        windows.open()
+        trainer.train()
+        hook.remove()
+
+    def adapters() -> dict[str, torch.Tensor]:
+        if full:
+            return {}
+        tensors = peft.get_peft_model_state_dict(model)
+        return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+    return Prepared(model, train, adapters, full)
+
+
+def _real_lengths(mask: torch.Tensor, labels: torch.Tensor) -> tuple[Lengths, int]:
+    sources, targets = mask.sum(1).tolist(), (labels != IGNORED).sum(1).tolist()
+    return list(zip(sources, targets, strict=True)), mask.numel() + labels.numel()
+
+
+def _dataset(rows: Sequence[Encoded], pad: int, setting: Setting, fixed: bool) -> Any:
+    """As `Dataset.map(tokenize)` leaves it: padded by the collator, or by the tokenizer."""
+    import datasets
+
+    def column(values: list[list[int]], width: int, filling: int) -> list[list[int]]:
+        return [v + [filling] * (width - len(v)) if fixed else v for v in values]
+
+    s, t = min(MAX_SOURCE, setting.config["max_position_embeddings"]), MAX_TARGET
+    columns = {
+        "input_ids": column([row.source for row in rows], s, pad),
+        "attention_mask": column([[1] * len(row.source) for row in rows], s, 0),
+        "labels": column([row.target for row in rows], t, IGNORED),
+    }
+    if not fixed:
+        columns["length"] = [len(row.source) for row in rows]  # type: ignore[misc]
+    return datasets.Dataset.from_dict(columns)
+
+
+def minilora_eager(setting: Setting) -> Prepared:
+    """The same loop without the hand-written backward: what the rest of it brings."""
+    from minilora import LoRALinear
+
+    LoRALinear.fused = False
+    return minilora_loop(setting)
+
+
+BUILDERS: dict[str, Callable[[Setting], Prepared]] = {
+    "minilora": minilora_loop,
+    "minilora, eager": minilora_eager,
+    "minilora, compiled": partial(minilora_loop, compile=True),
+    "minilora, checkpointed": partial(minilora_loop, checkpoint_activations=True),
+    "PEFT + Trainer": peft_trainer,
+    "PEFT + Trainer, best, fp32 base": partial(peft_trainer, grouped=True),
+    "PEFT + Trainer, best, bf16 base": partial(peft_trainer, grouped=True, base="bf16"),
+    "PEFT + Trainer, fixed length": partial(peft_trainer, fixed=True),
+    "full fine-tuning, Trainer": partial(peft_trainer, grouped=True, full=True),
+}
+
+
+# The work of a process ----------------------------------------------------------------------------
+
+
+def fine_tune(turns: Turns, name: str, setting: Setting) -> None:
+    """Load and answer with the facts of the start; train by windows; answer with how it ended."""
+    if setting.threads:
+        torch.set_num_threads(setting.threads)
+    prepared = BUILDERS[name](setting)
+    _same_start(setting, prepared)
+    validation = read_rows(setting.folder)["validation"]
+    measure = partial(validation_loss, prepared.model, validation, setting)
+    facts = {
+        "trainable": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
+        "validation_loss": measure(),
+        "threads": torch.get_num_threads(),
+    }
+    reset_peak(setting.device)
+    turns.answer({**facts, "resident_bytes": resident_bytes()})
+    windows = Windows(turns, setting, prepared.full)
+    if setting.validate_each_window:
+        windows.after_window = lambda: {"validation_loss": measure()}
+    prepared.train(windows)
+    peak = peak_bytes(setting.device)
+    turns.wait()
+    ends = [tensor for name, tensor in prepared.adapters().items() if "lora_B" in name]
+    turns.answer(
+        {
+            "peak_bytes": peak,
+            "validation_loss": measure(),
+            # B starts at zero: did every module's learn?
+            "adapters_moved": sum(bool(tensor.any()) for tensor in ends),
+            "adapters": len(ends),
+        }
+    )
+
+
+def _same_start(setting: Setting, prepared: Prepared) -> None:
+    """The adapter holds the very tensors that every contestant starts from."""
+    if prepared.full:
+        return
+    start = load_file(setting.folder / "adapter" / "adapter_model.safetensors")
+    found = prepared.adapters()
+    assert found.keys() == start.keys(), found.keys() ^ start.keys()
+    for name, tensor in start.items():
+        assert torch.equal(found[name].to(tensor), tensor), name
+
+
+@torch.no_grad()
+def validation_loss(model: Any, rows: Sequence[Encoded], setting: Setting) -> float:
+    """Nats per target token, by one plain computation for all; the model's modes are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    pad = setting.config["pad_token_id"]
+    total, count = 0.0, 0
+    for chosen in by_length(rows, setting.batch_size):
+        batch = collate([rows[i] for i in chosen], pad)
+        batch = {name: tensor.to(setting.device) for name, tensor in batch.items()}
+        with setting.autocast():
+            logits = model(**batch).logits  # (b, t, v)
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1), batch["labels"].flatten(), reduction="sum"
+        )
+        total += losses.item()
+        count += int((batch["labels"] != IGNORED).sum())
+    for module, mode in modes:
+        module.training = mode
+    return total / count
+
+
+def with_windows(setting: Setting, steps: int, windows: int, warmup: int) -> Setting:
+    """`steps` timed steps in `windows` windows, after a window of warm-up."""
+    sizes = [steps * (i + 1) // windows - steps * i // windows for i in range(windows)]
+    return replace(setting, windows=(warmup, *(size for size in sizes if size)))

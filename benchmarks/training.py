@@ -1,0 +1,214 @@
+"""How fast does a BART train on SAMSum, how much memory does it take, and is it as good?
+
+    python benchmarks/training.py [--size base|large] [--device cuda] [--examples 512]
+
+Contestants: minilora; PEFT + Seq2SeqTrainer as people run it (shuffled, padded to the longest of
+the batch); the same at its best (batches of like length, fused AdamW, an fp32 or a bf16 base); with
+the fixed-length preprocessing of many a notebook (every example 1,024 + 128 tokens); and full
+fine-tuning with the Trainer at its best. All under bf16 autocast, from the same weights (random,
+of BART's dimensions) and the same start of the adapter, over the same examples: one epoch of
+them, but for those that are given fewer batches for want of time (column `steps`).
+
+Each has a process of its own; they are loaded one after the other and train by turns, window by
+window; the first window is warm-up. Between them the machine multiplies matrices: the share of that
+rate that a step reaches counts real tokens only (benchmarks/flops.py has the formula).
+
+Figures: examples per second over all windows, and the median of the windows; real source and target
+tokens per second (median); most memory of the process after loading; loss per target token on
+validation dialogues before and after.
+"""
+
+import statistics
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import parser, write_result
+from fine_tuning import BUILDERS, DTYPES, Setting, fine_tune, with_windows
+from flops import matrix_rate
+from turns import Contestant, contestants, rounds
+from workplace import DIMENSIONS, require_samsum, samsum_workplace
+
+BASE = "minilora"
+MATRICES = "matrix products"
+# Share of the steps that each trains for: the rate of these does not change from batch to batch.
+SHARE = {"PEFT + Trainer, fixed length": 1 / 8, "full fine-tuning, Trainer": 1 / 2}
+DEFAULT = [name for name in BUILDERS if not name.startswith("minilora, ")]
+
+
+def measure(
+    folder: Path, options: Any, names: list[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """What each contestant said: at the start, of each window, at the end; the rate; the data."""
+    steps = options.examples // options.batch_size
+    examples = (steps + options.warmup) * options.batch_size
+    data = samsum_workplace(
+        folder, options.size, examples, options.validation, options.rank, options.dropout, 0
+    )
+    setting = Setting(
+        folder=folder,
+        windows=(),
+        device=options.device,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        rank=options.rank,
+        dropout=options.dropout,
+        threads=options.threads,
+    )
+    works: dict[str, Any] = {}
+    for name in names:
+        own = max(options.windows, round(steps * SHARE.get(name, 1)))
+        told = with_windows(setting, own, options.windows, options.warmup)
+        works[name] = (fine_tune, (name, told))
+    works[MATRICES] = (matrix_rate, (options.device, DTYPES[options.precision], options.pause))
+    with contestants(works) as started:
+        check_start(started, data["trainable"])
+        answers = rounds(started, options.windows + 1)
+        ends = {name: started[name].turn() for name in names}
+    # the first window is warm-up
+    rows = {
+        name: {"start": started[name].facts, "windows": answers[name][1:], "end": ends[name]}
+        for name in names
+    }
+    rates = [answer["best"] for answer in answers[MATRICES]]
+    peak = {"median_flops_per_second": statistics.median(rates), "shapes": answers[MATRICES][-1]}
+    return rows, peak, data
+
+
+def check_start(started: Mapping[str, Contestant], trainable: int) -> None:
+    """Adapters of one size, and one loss before the first step."""
+    losses = {}
+    for name, contestant in started.items():
+        if name == MATRICES:
+            continue
+        facts = contestant.facts
+        losses[name] = facts["validation_loss"]
+        if not name.startswith("full"):
+            assert facts["trainable"] == trainable, (name, facts["trainable"], trainable)
+    first = next(iter(losses.values()))
+    # A bf16 base rounds its weights once; under autocast that is what an fp32 base does each time.
+    assert all(abs(loss / first - 1) < 0.002 for loss in losses.values()), losses
+
+
+def figures(row: Mapping[str, Any], rate: float) -> dict[str, Any]:
+    """One contestant in figures."""
+    windows, end, start = row["windows"], row["end"], row["start"]
+    total = {key: sum(window[key] for window in windows) for key in windows[0]}
+    tokens = total["source_tokens"] + total["target_tokens"]
+
+    def median(*keys: str) -> float:
+        return statistics.median(sum(w[key] for key in keys) / w["seconds"] for w in windows)
+
+    return {
+        "examples_per_second": total["examples"] / total["seconds"],
+        "examples_per_second_median": median("examples"),
+        "tokens_per_second": tokens / total["seconds"],
+        "tokens_per_second_median": median("source_tokens", "target_tokens"),
+        "target_tokens_per_second_median": median("target_tokens"),
+        "padding": total["positions"] / tokens,
+        "flops_per_example": total["flops"] / total["examples"],
+        "share_of_matrix_rate": median("flops") / rate,
+        "peak_bytes": end["peak_bytes"],
+        "loaded_bytes": start["resident_bytes"],
+        "validation_loss_before": start["validation_loss"],
+        "validation_loss": end["validation_loss"],
+        "adapters_moved": f"{end['adapters_moved']} of {end['adapters']}",
+        "trainable": start["trainable"],
+        "steps": total["steps"],
+        "examples": total["examples"],
+        "target_tokens": total["target_tokens"],
+        "threads": start["threads"],
+        "windows": [
+            {k: round(w[k], 4) for k in ("seconds", "examples", "source_tokens", "target_tokens")}
+            for w in windows
+        ],
+    }
+
+
+def compare(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of minilora to each other contestant; `median` is the median of the rounds' ratios."""
+    ours = results.get(BASE)
+    if ours is None:
+        return {}
+
+    def speed(window: Mapping[str, float]) -> float:
+        return (window["source_tokens"] + window["target_tokens"]) / window["seconds"]
+
+    return {
+        name: {
+            "speed": ours["examples_per_second"] / other["examples_per_second"],
+            "tokens_per_second_median_of_rounds": statistics.median(
+                speed(a) / speed(b) for a, b in zip(ours["windows"], other["windows"], strict=False)
+            ),
+            "memory": ours["peak_bytes"] / max(1, other["peak_bytes"]),
+            "validation_loss": ours["validation_loss"] / other["validation_loss"],
+        }
+        for name, other in results.items()
+        if name != BASE
+    }
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_argument("--size", default="base", choices=DIMENSIONS, help="BART's dimensions")
+    flags.add_argument("--precision", default="bf16", choices=DTYPES)
+    flags.add_argument("--examples", type=int, default=512, help="timed, for each contestant")
+    flags.add_argument("--validation", type=int, default=128, help="dialogues; 0: all")
+    flags.add_argument("--windows", type=int, default=8)
+    flags.add_argument("--warmup", type=int, default=2, help="steps")
+    flags.add_argument("--batch-size", type=int, default=8)
+    flags.add_argument("--learning-rate", type=float, default=1e-3)
+    flags.add_argument("--rank", type=int, default=8)
+    flags.add_argument("--dropout", type=float, default=0.05)
+    flags.add_argument("--threads", type=int, default=0, help="of each process; 0: torch's choice")
+    flags.add_argument(
+        "--contestants", nargs="+", default=DEFAULT, choices=BUILDERS, metavar="NAME"
+    )
+    flags.add_argument("--pause", type=float, default=1.0, help="seconds for a matrix shape")
+    flags.add_argument("--name", default=None, help="of the result; training_SIZE_DEVICE")
+    options = flags.parse_args()
+    require_samsum()
+    if options.small:
+        options.examples, options.validation, options.windows = 40, 16, 5
+        options.size, options.warmup, options.pause = "tiny", 1, 0.05
+    with tempfile.TemporaryDirectory() as folder:
+        rows, peak, data = measure(Path(folder), options, options.contestants)
+    rate = peak["median_flops_per_second"]
+    results = {name: figures(row, rate) for name, row in rows.items()}
+    for name, row in results.items():
+        print(
+            f"{name:32} {row['examples_per_second']:8.2f} examples/s "
+            f"{row['tokens_per_second_median']:8,.0f} tokens/s "
+            f"{row['peak_bytes'] / 2**30:6.2f} GiB "
+            f"loss {row['validation_loss_before']:.3f} -> {row['validation_loss']:.3f} "
+            f"{row['share_of_matrix_rate']:6.1%} of the matrix rate"
+        )
+    settings = {
+        **{key: value for key, value in vars(options).items() if key not in ("small", "name")},
+        "model": f"BART-{options.size} dimensions, random weights of seed 0",
+        "data": {"name": "SAMSum, stratified by length, seed 0", **data},
+        "adapter": f"rank {options.rank} on q_proj and v_proj, one start for all",
+        "learning_rate_full": options.learning_rate * 0.1,
+        "schedule": "linear to 0, one step of warm-up; gradient clipped to 1; AdamW",
+        "label_padding": "-100 for all",
+        "peak_bytes": "torch's allocator"
+        if options.device.startswith("cuda")
+        else "resident memory of the process, loading left out",
+        "flops": "model FLOPs over real tokens: see benchmarks/flops.py",
+    }
+    result = {
+        "settings": settings,
+        "matrix_products": peak,
+        "results": results,
+        "minilora_to_others": compare(results),
+    }
+    device = "" if options.device == "cpu" else f"_{torch.device(options.device).type}"
+    name = options.name or f"training_{options.size}{device}"
+    print(write_result("training" if options.small else name, result, options.small))
+
+
+if __name__ == "__main__":
+    main()
