@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := dev,plot,lessons
 
-.PHONY: train test lint format unit bench lessons docs-check clean help
+.PHONY: train test lint format unit bench figures lessons docs-check clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -30,9 +30,13 @@ docs-check: .venv/development  ## run the commands and the Python of README and 
 	$(BIN)/python docs/record.py --check
 	$(BIN)/python benchmarks/tables.py --check
 
-bench: .venv/development  ## the benchmarks; results go to benchmarks/results/
-	$(BIN)/python benchmarks/merge_latency.py
-	$(BIN)/python benchmarks/exactness.py
+bench: .venv/development  ## every benchmark, small, to see that it runs: benchmarks/results/small/
+	for name in merge_latency exactness layer training evaluation quality; do \
+		$(BIN)/python benchmarks/$$name.py --small || exit 1; done
+
+figures: .venv/development  ## the published figures: an hour of a quiet machine
+	for name in merge_latency exactness layer training evaluation quality; do \
+		$(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/tables.py
 
 lessons: .venv/development  ## execute the lessons and write them as notebooks with their outputs

@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The flags that every benchmark has: --device and --small."""
     flags = argparse.ArgumentParser(
-        description=(description or "").splitlines()[0],
+        description=(description or " ").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flags.add_argument("--device", default="cpu", help="cpu or cuda")

@@ -71,11 +71,13 @@ def predict(
     from transformers import (
         AutoModelForSeq2SeqLM,
         DataCollatorForSeq2Seq,
+        DataCollatorWithPadding,
         Seq2SeqTrainer,
         Seq2SeqTrainingArguments,
     )
 
     plain = AutoModelForSeq2SeqLM.from_pretrained(folder / "model", dtype=torch.float32)
+    plain.generation_config.max_new_tokens = None  # it would go before max_length
     tokenizer = load_tokenizer(str(folder / "model"))
     model = peft.PeftModel.from_pretrained(plain, str(folder / "adapter")).to(device).eval()
     arguments = Seq2SeqTrainingArguments(
@@ -92,7 +94,9 @@ def predict(
     trainer = Seq2SeqTrainer(
         model=model,
         args=arguments,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=plain),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=plain)
+        if batch_size is None
+        else DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
     )
     settings = {

@@ -137,7 +137,10 @@ def main() -> None:
     )
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--cycles", type=int, nargs="+", default=[1, 10, 100])
+    parser.add_argument("--small", action="store_true", help="to see that it runs")
     arguments = parser.parse_args()
+    if arguments.small:
+        arguments.size, arguments.cycles = 128, [1, 10]
     torch.manual_seed(0)
     W = 0.05 * torch.randn(arguments.size, arguments.size)  # about BART's
     results: dict[str, dict[str, Any]] = {}
@@ -157,7 +160,8 @@ def main() -> None:
         drifts = [*figures["drift"].values(), *figures["drift_other_adapters"].values()]
         assert all(d["changed"] == 0 for d in drifts), figures
     settings = {"size": arguments.size, "rank": RANK, "alpha": ALPHA}
-    print(write_result("exactness", {"settings": settings, "results": results}))
+    content = {"settings": settings, "results": results}
+    print(write_result("exactness", content, arguments.small))
 
 
 if __name__ == "__main__":

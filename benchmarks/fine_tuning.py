@@ -323,7 +323,8 @@ def _dataset(rows: Sequence[Encoded], pad: int, setting: Setting, fixed: bool) -
     def column(values: list[list[int]], width: int, filling: int) -> list[list[int]]:
         return [v + [filling] * (width - len(v)) if fixed else v for v in values]
 
-    s, t = min(MAX_SOURCE, setting.config["max_position_embeddings"]), MAX_TARGET
+    positions = setting.config["max_position_embeddings"]
+    s, t = min(MAX_SOURCE, positions), min(MAX_TARGET, positions)
     columns = {
         "input_ids": column([row.source for row in rows], s, pad),
         "attention_mask": column([[1] * len(row.source) for row in rows], s, 0),

@@ -9,13 +9,12 @@ The base runs twice, as two contestants: their ratio says how far one and the sa
 here. Random weights, since a latency does not depend on them.
 """
 
-import argparse
 import copy
 import math
 from collections.abc import Callable
 
 import torch
-from common import alternate, summary, write_result
+from common import alternate, parser, summary, write_result
 from transformers import BartConfig, BartForConditionalGeneration
 
 import minilora
@@ -65,11 +64,12 @@ def check(models: dict[str, BartForConditionalGeneration], batch: dict[str, torc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=24, help="of the forward; decoding: half")
-    parser.add_argument("--warmup", type=int, default=2)
-    options = parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("--rounds", type=int, default=24, help="of the forward; decoding: half")
+    flags.add_argument("--warmup", type=int, default=2)
+    options = flags.parse_args()
+    if options.small:
+        options.rounds, options.warmup = 2, 1
 
     models = build(options.device)
     generator = torch.Generator().manual_seed(2)
@@ -104,7 +104,8 @@ def main() -> None:
         "forward_shape": "8 x 64 source tokens, 8 x 32 target tokens",
         "decode_shape": f"1 x 64 source tokens, {NEW_TOKENS} new tokens, greedy",
     }
-    print(write_result("merge_latency", {"settings": settings, "results": result}))
+    content = {"settings": settings, "results": result}
+    print(write_result("merge_latency", content, options.small))
 
 
 if __name__ == "__main__":

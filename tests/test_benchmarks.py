@@ -1,0 +1,284 @@
+"""The benchmarks are fair: turns, one start, the same tokens, FLOPs as torch counts them."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from minilora.summarization.presets import DataOptions, GenerationOptions
+from minilora.summarization.reading import Example
+
+from .helpers import byte_level_bpe, dialogues, small_bart
+from .worker import double
+
+pytest.importorskip("peft")
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _scripts() -> Any:
+    """They import each other by bare names, which mean them here only."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
+            del sys.modules[name]
+
+
+def script(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+# Turns --------------------------------------------------------------------------------------------
+
+
+def test_contestants_have_their_own_processes_and_answer_in_rotating_turns() -> None:
+    turns = script("turns")
+    with turns.contestants({"a": (double, (0,)), "b": (double, (100,))}) as started:
+        processes = [contestant.process for contestant in started.values()]
+        pids = {contestant.facts for contestant in started.values()}
+        assert len(pids | {os.getpid()}) == 3
+        order = []
+        for name, contestant in started.items():
+            plain = contestant.turn
+            contestant.turn = lambda word, name=name, plain=plain: (
+                order.append(name),
+                plain(word),
+            )[1]
+        answers = turns.rounds(started, 3, lambda i: i + 1)
+        assert answers == {"a": [2, 4, 6], "b": [102, 104, 106]}
+        assert order == ["a", "b", "b", "a", "a", "b"]
+        with pytest.raises(RuntimeError, match=r"a failed:[^$]*ValueError: unlucky"):
+            started["a"].turn(13)
+        with pytest.raises(RuntimeError, match="b ended with exit code 3"):
+            started["b"].turn(0)
+    assert not any(process.is_alive() for process in processes)
+
+
+# FLOPs --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_the_flops_are_those_that_torch_counts(full: bool) -> None:
+    """Exactly, on one example without padding; "eager" attention is made of plain products."""
+    model = small_bart(encoder_layers=2, attn_implementation="eager").train()
+    config = json.loads(model.config.to_json_string())
+    s, t = 11, 5
+    batch = {"input_ids": torch.randint(4, 400, (1, s)), "labels": torch.randint(4, 400, (1, t))}
+    if not full:  # as with an adapter in the lowest layer: no weight trains, every input does
+        model.requires_grad_(False)
+        model.model.encoder.layernorm_embedding.requires_grad_(True)
+        model.model.decoder.layernorm_embedding.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    assert script("flops").step_flops(config, [(s, t)], full) == counter.get_total_flops()
+
+
+# One start, the same tokens -----------------------------------------------------------------------
+
+TRAIN, BATCH = 12, 3
+
+
+class Answers:
+    """`Turns` of a process that always has the word."""
+
+    def __init__(self) -> None:
+        self.all: list[Any] = []
+
+    def answer(self, value: Any) -> None:
+        self.all.append(value)
+
+    def wait(self) -> None:
+        return None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each way to fine-tune answers: one epoch of the same dialogues, in two windows."""
+    fine_tuning, workplace = script("fine_tuning"), script("workplace")
+    folder = tmp_path_factory.mktemp("workplace")
+    splits = {
+        "train": [Example(**row) for row in dialogues(TRAIN)],
+        "validation": [Example(**row) for row in dialogues(4, 100)],
+    }
+    data = workplace.furnish(
+        folder,
+        small_bart(init_std=0.1),
+        byte_level_bpe(),
+        splits,
+        DataOptions(max_source_length=64, max_target_length=64),
+        rank=2,
+        dropout=0.05,
+        seed=0,
+    )
+    setting = fine_tuning.with_windows(
+        fine_tuning.Setting(
+            folder, (), batch_size=BATCH, learning_rate=0.03, rank=2, validate_each_window=True
+        ),
+        steps=3,
+        windows=1,
+        warmup=1,
+    )
+    assert setting.windows == (1, 3)
+    found: dict[str, Any] = {"data": data}
+    for name in (
+        "minilora",
+        "PEFT + Trainer",
+        "PEFT + Trainer, best, bf16 base",
+        "PEFT + Trainer, fixed length",
+        "full fine-tuning, Trainer",
+    ):
+        turns = Answers()
+        fine_tuning.fine_tune(turns, name, setting)
+        start, first, second, end = turns.all
+        found[name] = {"start": start, "windows": [first, second], "end": end}
+    return found
+
+
+def names(trained: dict[str, Any]) -> list[str]:
+    return [name for name in trained if name != "data"]
+
+
+def test_all_start_alike(trained: dict[str, Any]) -> None:
+    """The adapters' tensors are compared by `fine_tune` itself, before the first step."""
+    losses = [trained[name]["start"]["validation_loss"] for name in names(trained)]
+    assert max(losses) / min(losses) < 1.001  # a bf16 base is rounded once, not at each call
+    adapters = [name for name in names(trained) if not name.startswith("full")]
+    assert {trained[name]["start"]["trainable"] for name in adapters} == {
+        trained["data"]["trainable"]
+    }
+
+
+def test_all_see_the_same_examples_and_tokens(trained: dict[str, Any]) -> None:
+    for name in names(trained):
+        windows = trained[name]["windows"]
+        assert [window["steps"] for window in windows] == [1, 3]
+        assert sum(window["examples"] for window in windows) == TRAIN
+        for side in ("source", "target"):
+            wanted = trained["data"][f"{side}_tokens"]["train"]
+            assert sum(window[f"{side}_tokens"] for window in windows) == wanted, name
+
+
+def test_padding_is_counted(trained: dict[str, Any]) -> None:
+    positions = {n: sum(w["positions"] for w in trained[n]["windows"]) for n in names(trained)}
+    assert positions["PEFT + Trainer, fixed length"] == TRAIN * (64 + 64)
+    assert positions["minilora"] < positions["PEFT + Trainer, fixed length"]
+
+
+def test_all_really_train(trained: dict[str, Any]) -> None:
+    for name in names(trained):
+        start, end = trained[name]["start"], trained[name]["end"]
+        assert end["validation_loss"] < start["validation_loss"], name
+        assert end["adapters_moved"] == end["adapters"] == (0 if name.startswith("full") else 6)
+        assert end["peak_bytes"] > 0
+
+
+def test_figures_and_ratios(trained: dict[str, Any]) -> None:
+    training = script("training")
+    rows = {name: trained[name] for name in names(trained)}
+    for number, row in enumerate(rows.values(), 1):
+        for window in row["windows"]:
+            window["seconds"] = float(number)
+    results = {name: training.figures(row, 1e9) for name, row in rows.items()}
+    assert results["minilora"]["examples_per_second"] == TRAIN / 2
+    ratios = training.compare(results)
+    assert ratios["PEFT + Trainer"]["speed"] == pytest.approx(2)
+    assert results["PEFT + Trainer, fixed length"]["padding"] > 2
+    table = script("tables").training(
+        {"settings": {"model": "tiny"}, "results": results, "minilora_to_others": ratios}
+    )
+    assert len({len(row) for row in table}) == 1
+    assert [row[0] for row in table[1:]] == list(results)
+
+
+# The others ---------------------------------------------------------------------------------------
+
+
+def test_a_spread_sample_is_stratified() -> None:
+    spread = script("workplace").spread
+    examples = [Example(str(i), "x" * (i % 100), "y") for i in range(1000)]
+    lengths = [len(example.dialogue) for example in examples]
+    chosen = spread(examples, lengths, 50)
+    assert len({example.id for example in chosen}) == 50
+    assert sorted(len(example.dialogue) // 10 for example in chosen) == sorted(list(range(10)) * 5)
+    assert spread(examples, lengths, 0) == examples
+
+
+def test_curves_over_time_and_to_an_equal_loss() -> None:
+    quality = script("quality")
+    windows = [{"examples": 8, "seconds": 9.0, "validation_loss": 3.0}]  # warm-up: no time
+    windows += [{"examples": 8, "seconds": 2.0, "validation_loss": v} for v in (2.0, 1.0)]
+    points = quality.curve(4.0, windows)
+    assert points[-1] == {"examples": 24.0, "seconds": 4.0, "loss": 1.0}
+    assert quality.seconds_to(1.5, points) == 3.0
+    slower = [point | {"seconds": 3 * point["seconds"]} for point in points]
+    row = quality.compare({"minilora": points, "other": slower})["other"]
+    assert row["times_minilora_to_equal_loss"] == pytest.approx(3)
+    assert row["largest_gap_at_equal_examples"] == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16 autocast"])
+def test_layers_of_all_libraries_are_one_function(precision: str) -> None:
+    """`check` inside compares their outputs; here: what each keeps for backward."""
+    layer = script("layer")
+    options = layer.parser("").parse_args([])
+    vars(options).update(rounds=1, warmup=0, repeat=1)
+    rows, _ = layer.measure(16, 32, precision, 2, options)
+    assert rows["frozen"]["saved_bytes"] == 0
+    size = 32 * 16 * (2 if precision == "bf16" else 4)
+    assert rows["PEFT, dropout"]["saved_bytes"] > 2 * size  # a copy of x for each of q and v
+
+
+def test_saved_bytes_counts_each_storage_once() -> None:
+    layer = script("layer")
+    x = torch.ones(4, 8, requires_grad=True)
+    y = torch.ones(4, 8, requires_grad=True)
+    assert layer.saved_bytes(lambda: [x * y, y * x, (x * y).exp()], set()) == 3 * 4 * 8 * 4
+    assert layer.saved_bytes(lambda: x * y, {y.untyped_storage().data_ptr()}) == 4 * 8 * 4
+
+
+def test_summaries_are_those_of_the_trainer(tmp_path: Path) -> None:
+    """Also where the checkpoint has a limit of its own, which both must leave aside."""
+    evaluation, workplace = script("evaluation"), script("workplace")
+    model = small_bart()
+    model.generation_config.max_new_tokens = 3
+    rows = [Example(**row) for row in dialogues(7)]
+    limits = DataOptions(max_source_length=64, max_target_length=64)
+    workplace.furnish(
+        tmp_path, model, byte_level_bpe(), {"test": rows}, limits, rank=2, dropout=0.0, seed=0
+    )
+    encoded = workplace.read_rows(tmp_path)["test"]
+    generation = GenerationOptions(beams=2, min_length=5, max_length=12, evaluation_batch_size=3)
+    texts = {
+        name: build(tmp_path, "cpu", "fp32", generation)(encoded)
+        for name, build in evaluation.builders(3).items()
+    }
+    ours = texts.pop("minilora")
+    assert len(set(ours)) > 1
+    assert max(len(text) for text in ours) > 3
+    assert all(theirs == ours for theirs in texts.values())
+
+
+def test_a_table_without_a_result_says_what_would_measure_it() -> None:
+    tables = script("tables")
+    text = "a\n<!-- table: training_base_cuda -->\nold\n<!-- end -->\nb"
+    if (FOLDER / "results" / "training_base_cuda.json").exists():
+        pytest.skip("measured")
+    line = "Not measured yet: `python benchmarks/training.py --size base --device cuda`."
+    assert tables.render(text) == text.replace("old", line)
+
+
+def test_the_readme_is_what_the_results_say() -> None:
+    command = [sys.executable, str(FOLDER / "tables.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
