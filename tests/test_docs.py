@@ -4,7 +4,9 @@ import ast
 import functools
 import importlib.util
 import re
+import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -88,6 +90,42 @@ def test_an_error_that_is_explained_is_one_that_is_raised(heading: str) -> None:
     pieces = [re.escape(piece) for piece in heading.split("…")]
     wanted = re.compile(".*".join(pieces), re.DOTALL)
     assert any(wanted.search(message) for message in messages())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_and_flags_within_the_text_are_there(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for command in re.findall(r"`([^`\n]+)`", text):
+        words = command.split()
+        if words[0] == "make" and len(words) > 1:
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        if words[0] == "python" and words[1].endswith(".py"):
+            assert (ROOT / words[1]).exists(), command
+        if words[0].startswith("--") and page.stem in ("README", "recipes", "troubleshooting"):
+            assert words[0] in flags(), command
+
+
+@functools.cache
+def flags() -> set[str]:
+    """Every flag of train.py, evaluate.py and the merge command."""
+    from minilora import __main__
+    from minilora.summarization import flags, presets
+
+    names = {field.name for kind in presets.GROUPS.values() for field in fields(kind)}
+    commands = __main__._parser()._subparsers
+    assert commands is not None
+    merge = commands._group_actions[0].choices["merge"]  # type: ignore[index, call-overload]
+    parsers = (flags.evaluation_parser(), merge)
+    options = {option for parser in parsers for option in parser._option_string_actions}
+    return options | {f"--{name.replace('_', '-')}" for name in names} | {"--preset"}
+
+
+def test_the_readme_shows_the_tables_of_the_results() -> None:
+    script = ROOT / "benchmarks" / "tables.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_readme_shows_the_recording() -> None:
