@@ -99,7 +99,7 @@ def test_commands_and_flags_within_the_text_are_there(page: Path) -> None:
         words = command.split()
         if words[0] == "make" and len(words) > 1:
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        if words[0] == "python" and words[1].endswith(".py"):
+        if words[0] == "python" and len(words) > 1 and words[1].endswith(".py"):
             assert (ROOT / words[1]).exists(), command
         if words[0].startswith("--") and page.stem in ("README", "recipes", "troubleshooting"):
             assert words[0] in flags(), command
@@ -114,7 +114,7 @@ def flags() -> set[str]:
     names = {field.name for kind in presets.GROUPS.values() for field in fields(kind)}
     commands = __main__._parser()._subparsers
     assert commands is not None
-    merge = commands._group_actions[0].choices["merge"]  # type: ignore[index, call-overload]
+    merge = commands._group_actions[0].choices["merge"]  # type: ignore[index]
     parsers = (flags.evaluation_parser(), merge)
     options = {option for parser in parsers for option in parser._option_string_actions}
     return options | {f"--{name.replace('_', '-')}" for name in names} | {"--preset"}
