@@ -190,7 +190,7 @@ def _run(argv: list[str], send: int, die: tuple[int, int] | None, count_lines: b
 
 @contextmanager
 def _counting(last: int | None) -> Iterator[list[int]]:
-    """Count the lines that Python executes inside the block; kill the process before line `last`."""
+    """Count the lines that Python executes inside the block; die before line number `last`."""
     count = [0]
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:

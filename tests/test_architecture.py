@@ -25,7 +25,7 @@ LIBRARY = (
 )  # fmt: skip
 TASK = (
     "presets", "lock", "reading", "data", "origin", "model", "loss", "checkpoint", "distributed",
-    "evaluation", "training", "report", "runs", "plots", "page", "flags", "cli",
+    "guards", "evaluation", "training", "report", "runs", "plots", "page", "flags", "cli",
 )  # fmt: skip
 
 # The public names of the design, and how Python spells what is not a function of the package.

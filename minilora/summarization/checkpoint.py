@@ -40,6 +40,8 @@ class Progress:
     """Best validation ROUGE-1 so far."""
     best_step: int = 0
     """The step it was reached at."""
+    rows_at_once: int = 0
+    """The most dialogues that fit into memory at once, once that was found out; 0: a batch."""
     seconds: float = 0.0
     """Time spent training, validation included."""
     log_bytes: int = 0

@@ -48,7 +48,14 @@ from minilora.summarization.report import (
     most_changed,
     opening,
 )
-from minilora.summarization.training import Session, fit, open_session, trained_path, write_config
+from minilora.summarization.training import (
+    Session,
+    fit,
+    open_session,
+    stop_requests,
+    trained_path,
+    write_config,
+)
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -114,8 +121,15 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
     for notice in session.notices:
         print(f"note: {notice}", file=sys.stderr)
     print(opening(session, output), flush=True)
-    outcome = fit(session, output)
     again = shlex.quote(str(output))
+    try:
+        outcome = fit(session, output)
+    except OSError as error:
+        raise UserError(
+            f"{output} cannot be written ({error.strerror}): all that was written before is whole; "
+            f"make room or give permission, then go on with: {_command('train.py')} --resume "
+            f"{again}"
+        ) from None
     if outcome.interrupted:
         _write_report(run, output)
         print(
@@ -125,7 +139,8 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
         return 130
     if run.output.evaluate:
         try:
-            evaluation = _final_evaluation(session, output)
+            with stop_requests() as stop, stop.at_once():
+                evaluation = _final_evaluation(session, output)
         except KeyboardInterrupt:
             _write_report(run, output)
             print(f"\ntrained, not scored; do it with: {_command('evaluate.py')} {again}")

@@ -23,6 +23,7 @@ from minilora.summarization.presets import (
 RESUME_MAY_CHANGE = {
     *("resume", "accept_changes", "device", "evaluate", "report"),
     *("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints"),
+    *("auto_batch_size", "skip_bad_batches", "evaluation_batch_size"),
 }
 RESUME_MUST_NOT_CHANGE = {"output"}
 

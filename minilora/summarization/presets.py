@@ -151,6 +151,12 @@ class TrainingOptions:
     weight_decay: float = _flag(0.0, "decoupled weight decay (AdamW)")
     batch_size: int = _flag(8, "dialogues in a batch, of all processes together")
     accumulate: int = _flag(1, "batches in an optimizer step")
+    auto_batch_size: bool = _flag(
+        False, "halve batches that memory does not suffice for, and sum over more of them"
+    )
+    skip_bad_batches: bool = _flag(
+        False, "leave out steps whose loss or gradient is not finite instead of stopping"
+    )
     clip: float = _flag(1.0, "largest norm of the gradient; 0: no clipping")
     validation_beams: int = _flag(
         1, "beams of the summaries written after each epoch, to choose the best; 1 is greedy"

@@ -81,6 +81,13 @@ def find(data: str) -> dict[str, Source]:
     return _hub(data)
 
 
+def local_files(data: str) -> list[Path]:
+    """The files that `data` is read from; none for a hub name."""
+    path = Path(embedded(data)).expanduser()
+    sources = find(data).values() if path.exists() else []
+    return [Path(source.name) for source in sources]
+
+
 def _directory(path: Path) -> dict[str, Source]:
     files = sorted(path.iterdir())
     readable = [file for file in files if file.suffix.lower() in FORMATS and not file.is_dir()]

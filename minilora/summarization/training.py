@@ -37,6 +37,16 @@ from minilora.summarization.checkpoint import (
 from minilora.summarization.data import SPLITS, Encoded, batches, by_length, collate, encode, load
 from minilora.summarization.distributed import Replica
 from minilora.summarization.evaluation import rouge, summarize
+from minilora.summarization.guards import (
+    IN_A_ROW,
+    BadBatch,
+    Stamps,
+    changed,
+    is_out_of_memory,
+    pieces,
+    stamps,
+    too_large,
+)
 from minilora.summarization.loss import summed_loss
 from minilora.summarization.model import (
     check_vocabulary,
@@ -79,6 +89,8 @@ class Session:
     notices: list[str]
     origin: dict[str, str]
     """What the run begins with and where it computes, to be compared when it goes on."""
+    stamps: Stamps
+    """Of the data's files, to be told if somebody writes to them."""
 
 
 @dataclass
@@ -105,7 +117,10 @@ def open_session(run: RunConfig) -> Session:
             f"--batch-size {run.training.batch_size} is less than the {count} processes that "
             "share each batch: raise it (and lower --accumulate), or start fewer"
         )
+    if run.training.auto_batch_size and distributed.size() > 1:
+        raise UserError("--auto-batch-size goes with one process: lower --batch-size instead")
     config = adapter_config(run) if run.model.method == "lora" else None
+    before = stamps(run.data.data)
     data, notices = load(run.data, SPLITS if run.output.evaluate else SPLITS[:2])
     tokenizer = load_tokenizer(run.model.model)
     model = load_model(run.model.model, device)
@@ -137,6 +152,7 @@ def open_session(run: RunConfig) -> Session:
         report=report,
         notices=notices,
         origin=origin,
+        stamps=before,
     )
 
 
@@ -213,6 +229,7 @@ class Trainer:
         self.log = (Log if distributed.is_main() else NoLog)(
             output / "log.jsonl", self.progress.log_bytes
         )
+        self.bad_steps = 0  # left out in a row
         self.bar = tqdm(
             total=self.last,
             initial=self.progress.step,
@@ -264,7 +281,7 @@ class Trainer:
                 break
             if distributed.anywhere(stop.requested)[0]:
                 return False
-            measures = self.step(group)
+            measures = self.step_or_skip(group)
             progress.step += 1
             progress.position += 1
             self.log.write("step", step=progress.step, epoch=progress.epoch + 1, **measures)
@@ -287,6 +304,15 @@ class Trainer:
                 scores = validate(self.session)
         except KeyboardInterrupt:
             return False
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size = self.session.run.generation.evaluation_batch_size
+            raise UserError(
+                f"out of memory while validating after step {self.progress.step}: lower "
+                f"--evaluation-batch-size, such as {max(1, size // 2)} for {size}"
+            ) from None
+        self.look_at_data()
         progress = self.progress
         better = progress.best is None or scores["rouge1"] > progress.best
         self.log.write("validation", step=progress.step, epoch=progress.epoch + 1, **scores)
@@ -322,6 +348,30 @@ class Trainer:
         )
         self.clock.mark()
 
+    def look_at_data(self) -> None:
+        """Say once which of the data's files were written to since they were read."""
+        session = self.session
+        for path in changed(session.run.data.data, session.stamps):
+            self.say(f"{path} was written to: this run goes on with what it read at its start")
+            session.stamps = {k: v for k, v in session.stamps.items() if k != path}
+
+    def say(self, notice: str) -> None:
+        self.bar.write(f"note: {notice}", file=sys.stderr)
+
+    def step_or_skip(self, group: Sequence[Sequence[Encoded]]) -> dict[str, Any]:
+        """A step, or with --skip-bad-batches the record of one that was left out."""
+        try:
+            measures = self.step(group)
+        except BadBatch as error:
+            self.bad_steps += 1
+            if not self.session.run.training.skip_bad_batches or self.bad_steps == IN_A_ROW:
+                raise
+            ids = ", ".join(error.ids)
+            self.say(f"step {self.progress.step + 1} left out, not finite on the dialogues {ids}")
+            return {"loss": math.nan, "tokens_per_second": 0.0, "skipped": error.ids}
+        self.bad_steps = 0
+        return measures
+
     def step(self, group: Sequence[Sequence[Encoded]]) -> dict[str, float]:
         """One step of AdamW on the batches of a group, of which each process takes its share.
 
@@ -335,31 +385,23 @@ class Trainer:
             gradients that each gave to the others.
 
         Raises:
-            UserError: the loss is not finite, or the gradient is not and no GradScaler sees to it.
+            BadBatch: the loss is not finite, or the gradient is not and no GradScaler sees to it.
+            UserError: out of memory, and --auto-batch-size is off or has nothing left to halve.
         """
         start, session = time.perf_counter(), self.session
         rate = learning_rate(self.progress.step, self.last, self.warmup, self.peak)
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate
         session.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
         target_tokens = sum(len(row.target) for batch in group for row in batch)
-        total, self.replica.sent_bytes = 0.0, 0
-        for number, batch in enumerate(group, 1):
-            mine = distributed.share(batch)
-            with _autocast(session):
-                loss = self.replica.loss(
-                    _tensors(session, mine) if mine else None, last=number == len(group)
-                )
-            self._require_finite("loss", loss.item(), mine)
-            total += loss.item()
-            self.scaler.scale(loss / target_tokens).backward()
-        (total,) = distributed.total(total)
+        while (total := self.backward(group, target_tokens)) is None:
+            pass  # again, with smaller batches
         self.scaler.unscale_(self.optimizer)
         limit = session.run.training.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit).item()
-        if not self.scaler.is_enabled():
-            self._require_finite("gradient's norm", norm, [row for batch in group for row in batch])
+        if not (self.scaler.is_enabled() or math.isfinite(norm)):
+            ids = [row.id for batch in group for row in batch]
+            raise BadBatch("gradient's norm", norm, self.progress.step + 1, ids)
         self.scaler.step(self.optimizer)  # skips the step if fp16 overflowed
         self.scaler.update()
         seconds = time.perf_counter() - start
@@ -374,13 +416,46 @@ class Trainer:
             **({"sent_bytes": self.replica.sent_bytes} if distributed.size() > 1 else {}),
         }
 
-    def _require_finite(self, what: str, value: float, rows: Sequence[Encoded]) -> None:
-        if not math.isfinite(value):
-            raise UserError(
-                f"the {what} is {value} in step {self.progress.step + 1}, on the dialogues "
-                f"{', '.join(row.id for row in rows)}: lower --learning-rate, or use --precision "
-                "fp32"
-            )
+    def backward(self, group: Sequence[Sequence[Encoded]], target_tokens: int) -> float | None:
+        """Sum the group's gradients and return its summed loss, or None if memory ran out.
+
+        Then the batches are half as large from now on (--auto-batch-size); no parameter has moved,
+        so that the step can be taken again.
+        """
+        session, parts = self.session, pieces(group, self.progress.rows_at_once)
+        self.optimizer.zero_grad(set_to_none=True)
+        total, self.replica.sent_bytes = 0.0, 0
+        mine: Sequence[Encoded] = ()
+        bad = list[str]()
+        try:
+            for number, batch in enumerate(parts, 1):
+                mine = distributed.share(batch)
+                with _autocast(session):
+                    loss = self.replica.loss(
+                        _tensors(session, mine) if mine else None, last=number == len(parts)
+                    )
+                total += (value := loss.item())
+                bad += [] if math.isfinite(value) else [row.id for row in mine]
+                self.scaler.scale(loss / target_tokens).backward()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if not session.run.training.auto_batch_size or len(mine) == 1:
+                raise too_large(mine, session.run.training, self.progress.step + 1) from None
+        else:
+            (total,) = distributed.total(total)
+            if not math.isfinite(total):
+                ids = [name for found in distributed.gather(bad) for name in found]
+                raise BadBatch("loss", total, self.progress.step + 1, ids)
+            return total
+        self.optimizer.zero_grad(set_to_none=True)  # after the error has let go of its frames
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.progress.rows_at_once = max(map(len, parts)) // 2
+        self.say(
+            f"out of memory: at most {self.progress.rows_at_once} dialogues at once from now on"
+        )
+        return None
 
 
 def last_step(training: TrainingOptions, rows: int) -> int:
