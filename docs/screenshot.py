@@ -3,7 +3,7 @@
     python docs/screenshot.py RUN docs/report.png
 
 Writes the page anew into a temporary directory and takes its upper part, light, 1,280 pixels wide.
-Needs the extra `browser` and an installed Chromium.
+Needs the extras `browser` and `plot` (for Pillow) and an installed Chromium.
 """
 
 import shutil
@@ -11,11 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from minilora.summarization.page import write_report
 
-WIDTH, HEIGHT = 1280, 1740
+WIDTH, HEIGHT = 1280, 2120
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 
 
@@ -31,6 +32,10 @@ def main() -> None:
         page.mouse.move(0, 0)
         page.evaluate("document.activeElement.blur()")
         page.screenshot(path=picture)
+        with Image.open(picture) as image:  # flat colours: a palette takes a third
+            image.convert("RGB").quantize(256, kmeans=2, dither=Image.Dither.NONE).save(
+                picture, optimize=True
+            )
         browser.close()
     print(f"{picture}: {picture.stat().st_size / 1000:.0f} kB")
 

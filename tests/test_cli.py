@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import minilora
 from minilora.summarization import cli
 from minilora.summarization.cli import evaluate_main, train_main
-from minilora.summarization.evaluation import MEASURES
+from minilora.summarization.evaluation import MEASURES, Summary
 from minilora.summarization.presets import ASSETS, PRESETS
 from tests.helpers import (
     SMALL,
@@ -53,6 +53,8 @@ def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in folder.iterdir():
         shutil.copytree(path, tmp_path / path.name)
     (tmp_path / "here").mkdir()
+    write(tmp_path / "blank.txt", b"\xef\xbb\xbf \n\t")
+    write(tmp_path / "latin.txt", b"Ann: caf\xe9")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
 
@@ -461,6 +463,23 @@ def test_a_text_is_summarized_without_and_with_the_fine_tuning(
     assert capfd.readouterr().err == "note: only the first 64 tokens are read\n"
 
 
+def test_a_summary_cannot_harm_a_terminal_or_fail_on_its_alphabet(
+    here: Path, capfd: Any, monkeypatch: Any
+) -> None:
+    write(here / "chat.txt", b"Ann: hello")
+    said = iter(["\x1b[2J caf\u00e9 \U0001f602", "\n "])
+
+    def summarize(*_: object) -> list[Summary]:
+        return [Summary(next(said), 3)]
+
+    monkeypatch.setattr(cli, "summarize", summarize)
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert call(evaluate_main, "../run", "--text", "chat.txt") == 0
+    out.seek(0)
+    assert out.read() == "base        (empty)\nfine-tuned  [2J caf? ?\n"
+
+
 def tamper(key: str, new: str | None) -> Callable[[Path], None]:
     """Rename one of the adapter's modules."""
 
@@ -489,6 +508,8 @@ BAD_EVALUATIONS: dict[str, tuple[list[str], list[str]]] = {
     "a text that is a directory": (["../run", "--text", "../data"], ["--text ../data: Is a dir"]),
     "a text that is none": (["../run", "--text", "../bart/model.safetensors"], ["not UTF-8"]),
     "an empty text": (["../run", "--text", "/dev/null"], ["nothing to summarize"]),
+    "a text of spaces": (["../run", "--text", "../blank.txt"], ["nothing to summarize"]),
+    "a text in Latin-1": (["../run", "--text", "../latin.txt"], ["not UTF-8 at byte 8"]),
     "a text and a file for scores": (["../run", "--text", "x", "--output", "y"], ["--output"]),
     "a negative limit": (["../run", "--limit", "-1"], ["--limit"]),
     "no such split": (["../run", "--split", "dev"], ["no split is called 'dev'"]),

@@ -1,6 +1,7 @@
 """The two doors, `train.py` and `evaluate.py`: flags in, a screen out, exit code 2 on bad input."""
 
 import argparse
+import io
 import logging
 import shlex
 import sys
@@ -47,6 +48,7 @@ from minilora.summarization.report import (
     format_examples,
     most_changed,
     opening,
+    printable,
 )
 from minilora.summarization.training import (
     Session,
@@ -71,6 +73,9 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line_errors(program: str, main: Callable[[], int]) -> int:
+    for stream in (sys.stdout, sys.stderr):  # a letter the terminal has not got becomes a ?
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # Without a network it tells of every retry; what comes of them is said in one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
@@ -301,7 +306,8 @@ def _summaries_of(
         print(f"note: only the first {run.data.max_source_length} tokens are read", file=sys.stderr)
 
     def write(which: Any) -> str:
-        return summarize(which, tokenizer, encoded, run.generation, autocast_dtype)[0].text
+        summary = summarize(which, tokenizer, encoded, run.generation, autocast_dtype)[0]
+        return printable(summary.text).strip() or "(empty)"
 
     finetuned = write(model)
     if base_model is not None:

@@ -228,10 +228,8 @@ def _facts(run: Run) -> dict[str, tuple[str, str]]:
         "time": (_duration(run.seconds), "training and validation" if run.end else "so far"),
         "peak memory": (f"{peak:,.0f} MiB" if peak else "–", ""),
         "steps": (f"{len(run.steps):,}", _epochs(run)),
-        "best epoch": (
-            (f"{best['epoch']:.0f}", f"validation ROUGE-1 {best['rouge1']:.1f}")
-            if best
-            else ("–", "")
+        "best validation": (
+            (f"epoch {best['epoch']:.0f}", f"ROUGE-1 {best['rouge1']:.1f}") if best else ("–", "")
         ),
     }
 

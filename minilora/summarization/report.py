@@ -31,7 +31,7 @@ def format_comparison(evaluation: Evaluation) -> str:
         f"{evaluation.n} dialogues, {evaluation.split} split of {evaluation.data}. ROUGE as "
         "F1 x 100, gen_len in tokens: mean [95% bootstrap interval]; the difference is paired."
     )
-    lines = [textwrap.fill(_printable(title), 100)]
+    lines = [textwrap.fill(printable(title), 100)]
     for name, *cells in table:
         right = (f"{cell:>{width}}" for cell, width in zip(cells, wide[1:], strict=True))
         lines.append("  ".join([f"{name:<{wide[0]}}", *right]))
@@ -51,7 +51,7 @@ def _format_example(evaluation: Evaluation, position: int, dialogue_lines: int) 
     if (more := len(dialogue) - dialogue_lines) > 1:  # the notice takes a line as well
         dialogue[dialogue_lines:] = [f"... {more} more lines"]
     lines = [
-        f"[{position + 1} of {evaluation.n}] {_printable(example.id)}, ROUGE-1: "
+        f"[{position + 1} of {evaluation.n}] {printable(example.id)}, ROUGE-1: "
         f"base {example.rouge1_base:.2f}, fine-tuned {example.rouge1_finetuned:.2f}"
     ]
     for label, texts in (
@@ -66,10 +66,10 @@ def _format_example(evaluation: Evaluation, position: int, dialogue_lines: int) 
 
 
 def _wrap(text: str) -> list[str]:
-    return textwrap.wrap(_printable(text), 86)
+    return textwrap.wrap(printable(text), 86)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without control characters, which a terminal obeys, and lone surrogates, which raise."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text)
 
