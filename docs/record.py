@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,8 +35,11 @@ COMMANDS = (
 
 def record() -> str:
     """Run the commands one after the other where there is nothing but them and a chat."""
-    threads = os.environ.get("OMP_NUM_THREADS", "all")
-    lines = [f"# recorded with {threads} threads"]
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count()
+    lines = [
+        f"Recorded {time.strftime('%Y-%m-%d')} with {threads} of {os.cpu_count()} threads, load "
+        f"average {os.getloadavg()[0]:.1f} before."
+    ]
     with tempfile.TemporaryDirectory() as folder:
         for door in ("train.py", "evaluate.py"):
             Path(folder, door).symlink_to(ROOT / door)
@@ -76,7 +80,11 @@ def excerpt(recording: str) -> str:
 
 def paste(readme: str, recording: str) -> str:
     """The README with the recording between its marks."""
-    body = f"<!-- recording -->\n```text\n{excerpt(recording)}\n```\n<!-- end of recording -->"
+    when, _, _ = recording.partition("\n")
+    body = (
+        f"<!-- recording -->\n```text\n{excerpt(recording)}\n```\n\n{when} All of it: "
+        "[docs/recording.txt](docs/recording.txt).\n<!-- end of recording -->"
+    )
     marks = r"<!-- recording -->\n.*?<!-- end of recording -->"
     return re.sub(marks, lambda _: body, readme, flags=re.DOTALL)
 

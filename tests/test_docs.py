@@ -132,7 +132,7 @@ def test_the_readme_shows_the_recording() -> None:
 
 def test_the_excerpt_leaves_all_dialogues_but_the_first_out() -> None:
     dialogues = "\n\n".join(f"[{i} of 9] id\n  dialogue" for i in (1, 2, 3))
-    excerpt = record.excerpt(f"# one thread\n$ train\n\n{dialogues}\n\ntable\n")
+    excerpt = record.excerpt(f"Recorded.\n$ train\n\n{dialogues}\n\ntable\n")
     assert "[1 of 9]" in excerpt
     assert "[2 of 9]" not in excerpt
     assert "2 more dialogues" in excerpt
