@@ -42,6 +42,8 @@ class Setting:
     seed: int = 0
     threads: int = 0
     validate_each_window: bool = False
+    profile: bool = False
+    """Of every window but the first: by operation. Its times are then not to be compared."""
 
     @property
     def steps(self) -> int:
@@ -74,6 +76,10 @@ class Windows:
         self.turns.wait()
         self.steps = 0
         self.batches: list[Callable[[], tuple[Lengths, int]]] = []
+        self.profiler = None
+        if self.setting.profile and len(self.left) < len(self.setting.windows):
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
         self._synchronize()
         self.start = time.perf_counter()
 
@@ -99,6 +105,7 @@ class Windows:
                 "target_tokens": sum(t for _, t in lengths),
                 "positions": sum(positions for _, positions in noted),
                 "flops": step_flops(self.config, lengths, self.full),
+                **({"profile": operations(self.profiler)} if self.profiler else {}),
                 **self.after_window(),
             }
         )
@@ -108,6 +115,16 @@ class Windows:
     def _synchronize(self) -> None:
         if self.setting.device.startswith("cuda"):
             torch.cuda.synchronize()
+
+
+def operations(profiler: torch.profiler.profile) -> dict[str, float]:
+    """Seconds of each operation itself, without what it calls: the twenty that take longest."""
+    profiler.stop()
+    times = {
+        event.key: (event.self_device_time_total or event.self_cpu_time_total) / 1e6
+        for event in profiler.key_averages()
+    }
+    return dict(sorted(times.items(), key=lambda item: -item[1])[:20])
 
 
 @dataclass

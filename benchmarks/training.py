@@ -57,6 +57,7 @@ def measure(
         rank=options.rank,
         dropout=options.dropout,
         threads=options.threads,
+        profile=options.profile,
     )
     works: dict[str, Any] = {}
     for name in names:
@@ -96,7 +97,7 @@ def check_start(started: Mapping[str, Contestant], trainable: int) -> None:
 def figures(row: Mapping[str, Any], rate: float) -> dict[str, Any]:
     """One contestant in figures."""
     windows, end, start = row["windows"], row["end"], row["start"]
-    total = {key: sum(window[key] for window in windows) for key in windows[0]}
+    total = {key: sum(w[key] for w in windows) for key in windows[0] if key != "profile"}
     tokens = total["source_tokens"] + total["target_tokens"]
 
     def median(*keys: str) -> float:
@@ -121,6 +122,7 @@ def figures(row: Mapping[str, Any], rate: float) -> dict[str, Any]:
         "examples": total["examples"],
         "target_tokens": total["target_tokens"],
         "threads": start["threads"],
+        **({"profile": windows[-1]["profile"]} if "profile" in windows[-1] else {}),
         "windows": [
             {k: round(w[k], 4) for k in ("seconds", "examples", "source_tokens", "target_tokens")}
             for w in windows
@@ -168,6 +170,9 @@ def main() -> None:
         "--contestants", nargs="+", default=DEFAULT, choices=BUILDERS, metavar="NAME"
     )
     flags.add_argument("--pause", type=float, default=1.0, help="seconds for a matrix shape")
+    flags.add_argument(
+        "--profile", action="store_true", help="seconds by operation; goes to NAME_profile.json"
+    )
     flags.add_argument("--name", default=None, help="of the result; training_SIZE_DEVICE")
     options = flags.parse_args()
     require_samsum()
@@ -179,6 +184,8 @@ def main() -> None:
     rate = peak["median_flops_per_second"]
     results = {name: figures(row, rate) for name, row in rows.items()}
     for name, row in results.items():
+        for operation, seconds in list(row.get("profile", {}).items())[:8]:
+            print(f"{'':32} {seconds:8.3f} s {operation}")
         print(
             f"{name:32} {row['examples_per_second']:8.2f} examples/s "
             f"{row['tokens_per_second_median']:8,.0f} tokens/s "
@@ -206,7 +213,8 @@ def main() -> None:
         "minilora_to_others": compare(results),
     }
     device = "" if options.device == "cpu" else f"_{torch.device(options.device).type}"
-    name = options.name or f"training_{options.size}{device}"
+    profile = "_profile" if options.profile else ""
+    name = options.name or f"training_{options.size}{device}{profile}"
     print(write_result("training" if options.small else name, result, options.small))
 
 
