@@ -104,9 +104,9 @@ def test_a_call_that_fails(
     original, calls = getattr(owner, name), [0]
 
     def fail(*arguments: Any, **more: Any) -> Any:
-        target = (
-            Path(f"/proc/self/fd/{arguments[0]}").readlink() if name == "fsync" else arguments[0]
-        )
+        target = arguments[0]
+        if name == "fsync":
+            target = Path(f"/proc/self/fd/{target}").readlink()
         if str(target).startswith(str(run)):
             calls[0] += 1
             if calls[0] > after:
