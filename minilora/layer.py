@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from minilora import bases
 from minilora.config import Init, LoRAError, check_alpha, check_dropout, check_rank, scale
-from minilora.functional import low_rank
+from minilora.functional import fused_low_rank, low_rank
 from minilora.initialization import initialize
 
 
@@ -46,6 +46,11 @@ class LoRALinear(nn.Module):
         >>> torch.equal(layer.base.weight, before)
         True
     """
+
+    fused: bool = True
+    """Train by `fused_low_rank`, with the hand-written backward: less time, less memory. False, on
+    this layer or on the class for all, trains by `low_rank`, as evaluation mode always computes:
+    bit for bit what PEFT computes, in the same order."""
 
     untouched: Tensor | None
     """While merged, the base's weight as it was: (out, in). A buffer, so that `.to()` moves it."""
@@ -92,8 +97,10 @@ class LoRALinear(nn.Module):
         y: Tensor = self.base(x)  # (..., out)
         if self.merged or not self.enabled:
             return y
-        dropout = self.dropout if self.training else 0.0
-        return low_rank(y, x, self.lora_A, self.lora_B, self.scale, dropout)
+        if not self.training:
+            return low_rank(y, x, self.lora_A, self.lora_B, self.scale)
+        branch = fused_low_rank if self.fused else low_rank
+        return branch(y, x, self.lora_A, self.lora_B, self.scale, self.dropout)
 
     @torch.no_grad()
     def delta(self) -> Tensor:

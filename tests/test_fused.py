@@ -1,0 +1,395 @@
+"""The hand-written backward against finite differences, the eager line, and PEFT's saved bytes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import minilora
+from minilora import LoRALinear, functional
+from minilora.functional import fused_low_rank, keep_mask, low_rank
+from tests.test_functional import SCALE, operands
+
+NODE = "LowRankBackward"
+
+
+def by_bernoulli(x: Tensor, p: float) -> Tensor:
+    """The mask that F.dropout would draw from the same seed on a CPU."""
+    return torch.empty(x.shape, dtype=torch.uint8).bernoulli_(1 - p)
+
+
+def grown(seed: int = 0, dropout: float = 0.0, sizes: tuple[int, int] = (6, 5)) -> LoRALinear:
+    """A training layer whose B is not zero."""
+    torch.manual_seed(seed)
+    layer = LoRALinear(nn.Linear(*sizes), rank=3, alpha=7, dropout=dropout).train()
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def gradients(function: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    output = function(*leaves)
+    (output * torch.arange(1, output.numel() + 1).view(output.shape)).sum().backward()
+    return output.detach(), [leaf.grad for leaf in leaves]
+
+
+# The backward -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,)])
+def test_the_gradients_are_those_of_finite_differences(
+    batch: tuple[int, ...], dropout: float
+) -> None:
+    def seeded(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        output = fused_low_rank(*tensors, SCALE, dropout)
+        assert output.grad_fn.name() == NODE
+        return output
+
+    arguments = [tensor.requires_grad_() for tensor in operands(*batch)]
+    assert torch.autograd.gradcheck(seeded, arguments)
+
+
+@given(
+    st.lists(st.integers(0, 3), max_size=3),
+    *(st.integers(1, high) for high in (9, 9, 4)),
+    st.sampled_from([0.0, 0.3]),
+)
+def test_it_is_the_eager_line_in_value_and_gradients(
+    batch: list[int], out: int, in_: int, rank: int, dropout: float
+) -> None:
+    tensors = operands(*batch, out=out, in_=in_, rank=rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "keep_mask", by_bernoulli)
+        results = []
+        for function in (low_rank, fused_low_rank):
+            torch.manual_seed(5)
+            results.append(gradients(lambda *t, f=function: f(*t, SCALE, dropout), *tensors))
+    # float64: the same sums in another order, of at most 81 products of order 100
+    torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("frozen", range(4), ids=["y", "x", "A", "B"])
+def test_no_gradient_is_computed_where_none_is_needed(frozen: int) -> None:
+    tensors = [t.requires_grad_(i != frozen) for i, t in enumerate(operands(4))]
+    whole = [t.detach().clone().requires_grad_() for t in tensors]
+    products = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None):
+            products.append(op) if op is torch.ops.aten.mm.default else None
+            return op(*args, **kwargs or {})
+
+    counts = []
+    for arguments in (whole, tensors):
+        output = fused_low_rank(*arguments, SCALE)
+        with Count():
+            output.sum().backward()
+        counts.append(len(products))
+        products.clear()
+    assert counts == [4, 4 if frozen == 0 else 3]
+    assert tensors[frozen].grad is None
+    for i in {0, 1, 2, 3} - {frozen}:
+        assert torch.equal(tensors[i].grad, whole[i].grad)
+
+
+def test_a_y_of_another_dtype_is_added_to_as_the_eager_line_does() -> None:
+    y, x, A, B = operands(4)
+    mixed = fused_low_rank(y.float(), x, A, B.requires_grad_(), SCALE)
+    assert torch.equal(mixed, low_rank(y.float(), x, A, B, SCALE))
+    assert mixed.dtype == torch.float64
+    assert mixed.grad_fn.name() != NODE
+
+
+@pytest.mark.parametrize("no_gradients", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_draws_the_same_mask(no_gradients: Any) -> None:
+    layer, outputs = grown(dropout=0.5), []
+    for context in (no_gradients, torch.enable_grad):
+        torch.manual_seed(1)
+        with context(), torch.autocast("cpu", torch.bfloat16):
+            outputs.append(layer(torch.ones(4, 6)))
+    assert torch.equal(*outputs)
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    tensors = [tensor.requires_grad_() for tensor in operands(4)]
+    output = fused_low_rank(*tensors, SCALE).square().sum()
+    first = torch.autograd.grad(output, tensors[1], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+# The mask -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.1, 0.5, 0.999])
+def test_the_mask_drops_the_right_share_each_element_for_itself(p: float) -> None:
+    torch.manual_seed(0)
+    kept = keep_mask(torch.empty(1000, 401), p).double()
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    deviation = (p * (1 - p)) ** 0.5
+    # 401,000 draws: five standard deviations and the 1/131,072 by which p may be rounded
+    assert kept.mean().item() == pytest.approx(1 - p, abs=5 * deviation / 401_000**0.5 + 1e-5)
+    for one, other in ((kept[1:], kept[:-1]), (kept[:, 1:], kept[:, :-1])):  # neighbours
+        together = (one * other).mean().item()
+        assert together == pytest.approx((1 - p) ** 2, abs=8 * deviation / 400_000**0.5 + 2e-5)
+
+
+def test_the_mask_repeats_with_the_seed_in_any_shape() -> None:
+    for shape in ((), (0,), (1,), (7,), (3, 5), (2, 0, 3)):
+        torch.manual_seed(1)
+        first, second = keep_mask(torch.empty(shape), 0.5), keep_mask(torch.empty(shape), 0.5)
+        torch.manual_seed(1)
+        assert torch.equal(keep_mask(torch.empty(shape), 0.5), first)
+        assert first.shape == second.shape == shape
+    assert not torch.equal(keep_mask(torch.empty(99), 0.5), keep_mask(torch.empty(99), 0.5))
+
+
+def test_the_expectation_stays() -> None:
+    torch.manual_seed(0)
+    x, A, B = torch.ones(20_000, 4), torch.eye(4), torch.eye(4, requires_grad=True)
+    branch = fused_low_rank(torch.zeros(20_000, 4), x, A, B, 1.0, 0.3).detach()
+    assert branch.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert branch.mean().item() == pytest.approx(1, abs=0.0093)  # four standard deviations
+
+
+# The layer ----------------------------------------------------------------------------------------
+
+
+def test_training_is_fused_evaluation_is_not_and_there_is_a_switch() -> None:
+    layer, x = grown(), torch.randn(2, 3, 6)
+    assert layer(x).grad_fn.name() == NODE
+    torch.testing.assert_close(layer(x), layer.eval()(x))
+    assert layer(x).grad_fn.name() != NODE
+    layer.train().fused = False
+    assert layer(x).grad_fn.name() != NODE
+    assert torch.equal(layer(x), layer.eval()(x))
+
+
+def model(dropout: float, fused: bool) -> nn.Sequential:
+    layers = [grown(seed, dropout, (24, 24)) for seed in range(3)]
+    for layer in layers:
+        layer.fused = fused
+    return nn.Sequential(layers[0], nn.Tanh(), nn.LayerNorm(24), layers[1], nn.Tanh(), layers[2])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float32, 2e-5),  # 50 steps of rounding at 6e-8 a sum, amplified by Adam
+        (torch.bfloat16, 2e-2),  # a rounding is 4e-3
+    ],
+)
+def test_fifty_steps_lose_as_the_eager_path_does(
+    dtype: torch.dtype, tolerance: float, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "keep_mask", by_bernoulli)  # the same masks
+    losses: dict[bool, list[float]] = {}
+    for fused in (False, True):
+        network = model(dropout, fused)
+        optimizer = torch.optim.AdamW(minilora.trainable_parameters(network), lr=1e-3)
+        draw = torch.Generator().manual_seed(1)
+        x = torch.randn(4, 8, 24, generator=draw)
+        target = torch.randn(4, 8, 24, generator=draw)
+        torch.manual_seed(2)
+        losses[fused] = []
+        for _ in range(50):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                output = network(x)
+            assert (output.grad_fn.name() == NODE) is fused
+            loss = nn.functional.mse_loss(output.float(), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[fused].append(loss.item())
+    assert losses[True][-1] < 0.8 * losses[True][0]  # it learns
+    assert losses[True] == pytest.approx(losses[False], rel=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_it_computes_in_its_dtype_and_trains_in_float32(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 5, 6)
+    found: list[tuple[Tensor, ...]] = []
+    for fused in (True, False):
+        layer, leaf = grown(), x.clone().requires_grad_()
+        layer.fused = fused
+        with torch.autocast("cpu", dtype):
+            output = layer(leaf)
+        assert output.dtype == dtype
+        output.float().square().sum().backward()
+        found.append((output.float(), leaf.grad, layer.lora_A.grad, layer.lora_B.grad))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == torch.float32
+        # a rounding of bf16 is 4e-3 of the largest number that takes part in a sum
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * other.abs().max().item())
+
+
+def test_a_backward_inside_autocast_computes_as_the_forward_did() -> None:
+    results = []
+    for inside in (False, True):
+        layer = grown()
+        loss = layer(torch.ones(3, 6)).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            loss.backward()
+        results.append(layer.lora_B.grad)
+    assert torch.equal(*results)
+
+
+# What is saved ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def saved_bytes(skip: nn.Module) -> Iterator[Callable[[], int]]:
+    """Bytes that autograd keeps for a backward, each storage once, without parameters."""
+    storages: dict[int, tuple[int, Tensor]] = {}
+    known = {p.untyped_storage().data_ptr() for p in skip.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(size for size, _ in storages.values())
+
+
+class Attention(nn.Module):
+    """Only what reads x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x) + self.v_proj(x)
+
+
+def bytes_of(attention: nn.Module, dtype: torch.dtype) -> int:
+    x = torch.randn(4, 32, 64, dtype=dtype, requires_grad=True)
+    with saved_bytes(attention) as count, torch.autocast("cpu", torch.bfloat16):
+        attention.train()(x)
+        return count()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_q_and_v_save_at_most_two_fifths_of_what_peft_saves(dtype: torch.dtype) -> None:
+    names = ["q_proj", "v_proj"]
+    theirs = bytes_of(
+        peft.get_peft_model(
+            Attention().bfloat16(), peft.LoraConfig(r=4, target_modules=names, lora_dropout=0.1)
+        ),
+        dtype,
+    )
+    ours = {}
+    for dropout in (0.1, 0.0):
+        attention = Attention().bfloat16()
+        minilora.inject(attention, minilora.LoRAConfig(rank=4, targets=names, dropout=dropout))
+        ours[dropout] = bytes_of(attention, dtype)
+    elements, small = 4 * 32 * 64, 2 * (4 * 32 * 4 + 2 * 4 * 64) * 2  # h, A and B, twice, in bf16
+    assert theirs >= 12 * elements  # fp32 noise and a bf16 copy, for each of the two
+    assert ours == {0.1: (2 + 1 + 1) * elements + small, 0.0: 2 * elements + small}
+    assert ours[0.1] <= 0.4 * theirs
+
+
+def test_readers_of_one_input_share_its_cast_until_it_changes() -> None:
+    q, v, x = grown(0), grown(1), torch.randn(4, 6)
+
+    def cast(layer: LoRALinear) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x).grad_fn.saved_tensors[0]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        one = q(x)
+    assert cast(v).data_ptr() == one.grad_fn.saved_tensors[0].data_ptr()
+    with torch.autocast("cpu", torch.float16):
+        assert v(x).grad_fn.saved_tensors[0].dtype == torch.float16
+    x.add_(1)
+    assert torch.equal(cast(v), x.bfloat16())
+    del one
+    assert x._minilora_cast[1]() is None  # kept for no longer than a backward needs it
+
+
+# Company ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(reentrant: bool) -> None:
+    results = []
+    for again in (False, True):
+        network, x = model(0.1, True), torch.randn(3, 24, generator=torch.manual_seed(4))
+        x.requires_grad_()
+        torch.manual_seed(5)
+        output = checkpoint(network, x, use_reentrant=reentrant) if again else network(x)
+        output.square().sum().backward()
+        results.append([x.grad, *(p.grad for p in minilora.trainable_parameters(network))])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_compiler_takes_it_whole(dropout: float) -> None:
+    """`fullgraph`: a graph break would raise. What Inductor makes of the graph is its affair."""
+    network, x = model(dropout, True), torch.randn(2, 3, 24)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        output = compiled(x)
+    output.float().square().sum().backward()
+    found = [p.grad.clone() for p in minilora.trainable_parameters(network)]
+    assert all(gradient.any() for gradient in found)
+    if not dropout:
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            network(x).float().square().sum().backward()
+        for one, parameter in zip(found, minilora.trainable_parameters(network), strict=True):
+            torch.testing.assert_close(one, parameter.grad, rtol=0.02, atol=0.2)
+
+
+def test_under_ddp_the_gradients_are_the_same(tmp_path: Path) -> None:
+    network, x = model(0.0, True), torch.randn(2, 24)
+    network(x).square().sum().backward()
+    alone = [p.grad.clone() for p in minilora.trainable_parameters(network)]
+    network.zero_grad()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        nn.parallel.DistributedDataParallel(network)(x).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(map(torch.equal, alone, (p.grad for p in minilora.trainable_parameters(network))))
+
+
+class Fourfold(nn.Module):
+    """A base of another kind, whose dense weight exists only while it computes."""
+
+    in_features, out_features, mergeable = 24, 24, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        codes = torch.randint(-8, 8, (24, 24), dtype=torch.int8, generator=torch.manual_seed(0))
+        self.register_buffer("codes", codes)
+
+    def dense_weight(self) -> Tensor:
+        return self.codes / 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x @ self.dense_weight().to(x.dtype).T
+
+
+def test_any_base_serves_and_nothing_of_it_is_saved() -> None:
+    layer = LoRALinear(Fourfold(), rank=3, dropout=0.1).train()
+    output = layer(torch.randn(5, 24))
+    assert output.grad_fn.name() == NODE
+    shapes = sorted(tuple(tensor.shape) for tensor in output.grad_fn.saved_tensors)
+    assert shapes == [(3, 24), (5, 3), (5, 24), (5, 24), (24, 3)]  # A, h, x, mask, B
