@@ -131,10 +131,8 @@ def _cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
 
     x remembers its cast for as long as some backward still needs it, and no longer.
     """
-    if (
-        x.dtype == dtype or x.is_inference() or torch.compiler.is_compiling()
-    ):  # which sees it itself
-        return x.to(dtype)
+    if x.dtype == dtype or torch.compiler.is_compiling() or x.is_inference():
+        return x.to(dtype)  # a compiler sees it for itself
     version, reference = getattr(x, "_minilora_cast", (0, lambda: None))
     cast: Tensor | None = reference()
     if cast is None or version != x._version or cast.dtype != dtype:
