@@ -6,6 +6,7 @@ itself does is tested with torchrun.
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -206,6 +207,16 @@ def test_full_fine_tuning_as_well(folder: Path) -> None:
     assert set(by_step(two, "sent_bytes")) == {4 * trainable}
 
 
+def test_layers_that_each_process_drops_by_itself(folder: Path) -> None:
+    """LayerDrop: nobody waits for the gradients of a layer that nobody else left out."""
+    save_bart(folder / "layers", encoder_layers=2, encoder_layerdrop=0.5)
+    run = folder / "layers-2"
+    argv = flags(folder, "--no-evaluate", model="layers", data="short")
+    assert train(2, argv, run) == [0, 0], printed(run)
+    sent = set(by_step(run, "sent_bytes"))
+    assert sent == {4 * records(run)[0]["trainable"]}
+
+
 # Stop and resume ----------------------------------------------------------------------------------
 
 
@@ -312,6 +323,15 @@ def test_a_process_that_dies_ends_the_job_and_is_named(folder: Path, tmp_path: P
     assert "train.py: process 0 of 2 waits in vain for another, which is gone" in said
     assert "Signal 9 (SIGKILL)" in said  # torchrun's own report
     assert "[rank0]" not in said  # no traceback of those who are left over
+
+
+def test_the_main_process_may_die_as_well(folder: Path) -> None:
+    run = folder / "beheaded"
+    codes = train(4, flags(folder, data="short"), run, signalled_at(2, 0, signal.SIGKILL))
+    assert codes == [-signal.SIGKILL, 1, 1, 1]
+    said = "".join(printed(run))
+    assert said.count("of 4 waits in vain for another, which is gone") == 1
+    assert "Traceback" not in said
 
 
 def test_sigterm_to_torchrun_saves_once(folder: Path) -> None:
@@ -422,6 +442,13 @@ def test_evaluate_shares_the_work_and_prints_once(runs: dict[int, Path], folder:
     main, other = printed(folder / "evaluated")
     assert "difference" in main
     assert other == ""
+
+
+def test_the_page_about_scaling_prints_what_the_script_computes() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    table = runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"))["table"]()
+    assert table in page
+    assert "1,179,648" in table  # the 72 modules of bart-large-cnn, as minilora.inject reports them
 
 
 # The calls ----------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def _one_line_errors(program: str, main: Callable[[], int]) -> int:
 
 def _command(door: str) -> str:
     """What a person types to come through `train.py` or `evaluate.py` again."""
-    if distributed.active():
+    if distributed.active() and door == "train.py":  # one process is enough for the other
         return f"torchrun {distributed.launch_options()} {door}"
     called = Path(sys.argv[0])
     if called.parts[-2:] == ("minilora", "__main__.py"):
@@ -163,7 +163,7 @@ def _write_report(run: RunConfig, output: Path) -> Path | None:
     """report.html, if wanted. The run is safe by now: a page that fails is only told of."""
     page = output / "report.html"
     try:
-        if run.output.report:
+        if run.output.report and distributed.is_main():
             write_report([output], page)
             return page
     except (UserError, LoRAError, OSError) as error:

@@ -87,20 +87,18 @@ def own_device(device: torch.device) -> torch.device:
     Raises:
         UserError: a GPU would have to serve two processes.
     """
-    if not active() or device.type == "cpu":
-        return device
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
-    if device.type != "cuda" or device.index is not None:
-        if here == 1:
-            return device
-        raise UserError(f"--device {device} is one device for {here} processes: say cuda or cpu")
-    if (found := torch.cuda.device_count()) < here:
-        raise UserError(
-            f"--device cuda: {here} processes on this machine, but {found} GPU"
-            f"{'s'[: found != 1]}: start torchrun with --nproc-per-node {max(found, 1)}"
-        )
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size())) if active() else 1
+    if device.type != "cpu" and here > 1:
+        if device.type != "cuda" or device.index is not None:
+            raise UserError(f"--device {device} is one device for {here} processes: say cuda")
+        if (found := torch.cuda.device_count()) < here:
+            raise UserError(
+                f"--device cuda: {here} processes on this machine, but {found} GPU"
+                f"{'s'[: found != 1]}: start torchrun with --nproc-per-node {max(found, 1)}"
+            )
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # random states and peak memory are those of "the" GPU
     return device
 
 

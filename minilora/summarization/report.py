@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from minilora.summarization import distributed
 from minilora.summarization.evaluation import MEASURES, Evaluation
 from minilora.summarization.training import Outcome, Session, trained_path
 
@@ -77,11 +78,13 @@ def printable(text: str) -> str:
 def opening(session: Session, output: Path) -> str:
     """What is about to be trained, on what, and where it goes."""
     run, train, validation = session.run, session.splits["train"], session.splits["validation"]
+    count = distributed.size()
+    shared = f", {count} processes that share each batch" if count > 1 else ""
     precision = str(session.autocast_dtype or "float32").removeprefix("torch.")
     return "\n".join(
         [
             f"{run.model.model} on {run.data.data}: {len(train):,} dialogues to train, "
-            f"{len(validation):,} to validate; {session.device.type}, {precision}",
+            f"{len(validation):,} to validate; {session.device.type}, {precision}{shared}",
             f"{run.model.method}: {_trained(session)}",
             f"run: {output}",
         ]
