@@ -616,6 +616,10 @@ def stop_requests() -> Iterator[StopRequest]:
         before = {}
     try:
         yield stop
+    except BaseException:
+        if distributed.active():  # torchrun's SIGTERM may not cut off what the process has to say
+            before = {}
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
