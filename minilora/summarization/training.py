@@ -440,7 +440,8 @@ class Trainer:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if not session.run.training.auto_batch_size or len(mine) == 1:
+            alone = distributed.size() == 1  # others wait for gradients of this very batch
+            if not (session.run.training.auto_batch_size and alone) or len(mine) == 1:
                 raise too_large(mine, session.run.training, self.progress.step + 1) from None
         else:
             (total,) = distributed.total(total)
