@@ -1,0 +1,23 @@
+"""Lesson 8: the whole run. Texts in; words are what `text.lower().split()` gives."""
+
+
+def rouge1(summary: str, reference: str) -> tuple[float, float, float]:
+    """Precision, recall and F1, each in [0, 1]; 0 where a text has no word.
+
+    A word that one text has twice and the other three times is shared twice.
+    """
+    raise NotImplementedError
+
+
+def lead(dialogue: str, turns: int) -> str:
+    """What is said in the first turns (lines "Name: words"), without names, joined by spaces."""
+    raise NotImplementedError
+
+
+def invented_numbers(summary: str, dialogue: str) -> list[str]:
+    """Numbers of the summary, in digits ("45") or as words ("two" to "twelve"), not said.
+
+    "two" is said where the dialogue has "2", and the other way round. In the summary's order and
+    as it writes them.
+    """
+    raise NotImplementedError
