@@ -9,6 +9,7 @@ ids) is left out, so that rendering again gives small diffs.
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
@@ -16,6 +17,10 @@ from nbclient import NotebookClient
 
 LESSONS = Path(__file__).resolve().parent
 LARGEST = 150_000  # bytes of a notebook: images stay small
+
+
+def is_shown(output: dict[str, Any]) -> bool:
+    return output["output_type"] == "display_data" or output.get("name") == "stdout"
 
 
 def render(path: Path) -> Path:
@@ -32,6 +37,12 @@ def render(path: Path) -> Path:
         resources={"metadata": {"path": str(LESSONS)}},
     )
     client.execute()
+    for (
+        cell
+    ) in notebook.cells:  # what was printed and drawn; not warnings, nor values with addresses
+        cell["outputs"] = [output for output in cell.get("outputs", []) if is_shown(output)]
+        if cell.cell_type != "code":
+            del cell["outputs"]
     notebook.metadata = nbformat.from_dict(
         {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     )
