@@ -1,7 +1,6 @@
 """Writing files so that a reader, or a crash, never meets half of one.
 
-What is not finished has a name that begins with a dot and ends in .partial; `sweep` removes what a
-crash left of it.
+What is not finished has a name that begins with a dot and ends in .partial.
 """
 
 import os
@@ -45,24 +44,7 @@ def write_directory(directory: Path, contents: Mapping[str, bytes]) -> None:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    sync_directory(directory.parent)
-
-
-def remove_directory(directory: Path) -> None:
-    """Remove a directory so that a crash leaves it whole or gone: it is renamed first."""
-    beside = directory.with_name(f".{directory.name}{PARTIAL}")
-    shutil.rmtree(beside, ignore_errors=True)
-    directory.rename(beside)
-    shutil.rmtree(beside, ignore_errors=True)
-
-
-def sweep(directory: Path) -> None:
-    """Remove what writers that were killed left below a directory. No other may be writing."""
-    for path in sorted(directory.rglob(f".*{PARTIAL}")):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    sync(directory.parent)
 
 
 def _replace(contents: Mapping[Path, bytes]) -> None:
@@ -87,7 +69,7 @@ def _replace(contents: Mapping[Path, bytes]) -> None:
             beside.unlink(missing_ok=True)
         raise
     for directory in {path.parent for path in contents}:
-        sync_directory(directory)
+        sync(directory)
 
 
 def _holds(path: Path, content: bytes) -> bool:
@@ -97,10 +79,10 @@ def _holds(path: Path, content: bytes) -> bool:
         return False
 
 
-def sync_directory(directory: Path) -> None:
-    """Flush a directory's entries, so that a rename survives a power cut (POSIX only)."""
+def sync(path: Path) -> None:
+    """Flush a file, or a directory's entries: a rename survives a power cut then (POSIX only)."""
     if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

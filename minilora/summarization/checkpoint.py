@@ -20,7 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from minilora.files import remove_directory, write_directory
+from minilora.files import write_directory
+from minilora.summarization.directories import remove_directory
 from minilora.summarization.presets import UserError
 
 TENSORS, STATE, SUMS = "state.safetensors", "state.json", "SHA256SUMS"

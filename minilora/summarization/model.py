@@ -17,7 +17,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from minilora.files import PARTIAL
 from minilora.summarization.data import Encoded
+from minilora.summarization.directories import put_directory
 from minilora.summarization.presets import RunConfig, UserError, embedded
 
 
@@ -87,17 +89,12 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     Raises:
         OSError: it cannot be written; a model that was there before is untouched.
     """
-    new = directory.with_name(f".{directory.name}.new")
-    old = directory.with_name(f".{directory.name}.old")
+    new = directory.with_name(f".{directory.name}{PARTIAL}")
     shutil.rmtree(new, ignore_errors=True)
     with _quiet():
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    new.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+    put_directory(new, directory)
 
 
 def adapter_directory(name: str) -> Path:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import minilora
 from minilora import InjectReport, LoRAConfig
-from minilora.files import sweep, write_file
+from minilora.files import write_file
 from minilora.summarization import distributed
 from minilora.summarization.checkpoint import (
     Progress,
@@ -35,6 +35,7 @@ from minilora.summarization.checkpoint import (
     save_checkpoint,
 )
 from minilora.summarization.data import SPLITS, Encoded, batches, by_length, collate, encode, load
+from minilora.summarization.directories import sweep
 from minilora.summarization.distributed import Replica
 from minilora.summarization.evaluation import rouge, summarize
 from minilora.summarization.guards import (
