@@ -24,8 +24,9 @@ LIBRARY = (
     "optim",
 )  # fmt: skip
 TASK = (
-    "presets", "directories", "lock", "reading", "data", "origin", "model", "loss", "checkpoint",
-    "distributed", "guards", "evaluation", "training", "report", "runs", "plots", "page", "flags", "cli",
+    "presets", "directories", "lock", "reading", "data", "origin", "model", "speed", "loss",
+    "checkpoint", "distributed", "guards", "evaluation", "training", "report", "runs", "plots",
+    "page", "flags", "cli",
 )  # fmt: skip
 
 # The public names of the design, and how Python spells what is not a function of the package.

@@ -186,3 +186,54 @@ def test_the_hook_goes_also_after_an_error() -> None:
         summed_loss(model, rows)
     assert not head._forward_pre_hooks
     assert model(**batch(), use_cache=False).logits.shape == (3, 7, VOCABULARY)
+
+
+FROZEN = [n for n in MODELS if "t5gemma" not in n]
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * VOCABULARY, 2**20])
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_frozen_head_in_chunks_gives_the_same_loss_and_gradients(
+    name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = make(name), batch()
+    model.get_output_embeddings().requires_grad_(False)
+    own = model(**rows, use_cache=False).loss
+    own.backward()
+    wanted = gradients(model)
+    monkeypatch.setattr("minilora.summarization.loss.CHUNK", chunk)
+    loss, count = summed_loss(model, rows)
+    assert loss.grad_fn.name() == "FrozenHeadLossBackward"
+    (loss / count).backward()
+    found = gradients(model)
+    torch.testing.assert_close(loss / count, own, rtol=2e-6, atol=1e-6)
+    assert found.keys() == wanted.keys()
+    assert max(gradient.abs().max().item() for gradient in wanted.values()) > 1e-3
+    for key, gradient in wanted.items():
+        # T5's random logits are so large that either way is off by 5e-5 of the largest entry
+        atol = 2e-6 + 2e-4 * gradient.abs().max().item()
+        torch.testing.assert_close(found[key], gradient, rtol=0, atol=atol, msg=key)
+    with torch.no_grad():
+        torch.testing.assert_close(summed_loss(model, rows)[0], loss)
+
+
+def test_in_chunks_the_logits_are_never_there_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = make("bart"), []
+    model.get_output_embeddings().requires_grad_(False)
+    monkeypatch.setattr("minilora.summarization.loss.CHUNK", 2 * VOCABULARY)
+    softmax = Tensor.log_softmax
+    monkeypatch.setattr(
+        Tensor, "log_softmax", lambda z, **more: sizes.append(tuple(z.shape)) or softmax(z, **more)
+    )
+    _, count = summed_loss(model, batch())
+    assert sizes == [(2, VOCABULARY)] * (count // 2) + [(1, VOCABULARY)]
+
+
+def test_what_is_done_to_logits_after_the_head_is_not_lost() -> None:
+    """T5Gemma caps them: its head, though frozen, is called by the model for all rows."""
+    model, rows = make("t5gemma, whose head lies in a module of its own"), batch()
+    model.config.final_logit_softcapping = 0.5
+    model.get_output_embeddings().requires_grad_(False)
+    own = model(**rows, use_cache=False).loss
+    loss, count = summed_loss(model, rows)
+    torch.testing.assert_close(loss / count, own)

@@ -181,8 +181,9 @@ def batches(
 ) -> list[list[int]]:
     """Batches of indexes into `lengths` for one epoch: random, but of like length within a batch.
 
-    `lengths` are (source, target) in tokens. Shuffled examples are sorted by length in chunks of
-    100 batches, cut, and the batches shuffled: little padding, and as good as random to the model.
+    `lengths` are (source, target) in tokens. Shuffled examples are sorted in chunks of 100 batches,
+    by target among sources that differ by less than 8, cut, and the batches shuffled: little
+    padding on either side, and as good as random to the model.
     A pure function of its arguments: to go on in mid-epoch takes nothing but the position.
     """
     generator = random.Random(f"{seed} {epoch}")  # of its own: the global state stays as it is
@@ -191,7 +192,8 @@ def batches(
     found: list[list[int]] = []
     for start in range(0, len(order), 100 * batch_size):
         chunk = order[start : start + 100 * batch_size]
-        found += _slices(sorted(chunk, key=lengths.__getitem__), batch_size)
+        chunk.sort(key=lambda i: (lengths[i][0] // 8, lengths[i][1]))
+        found += _slices(chunk, batch_size)
     generator.shuffle(found)
     return found
 

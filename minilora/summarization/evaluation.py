@@ -27,6 +27,7 @@ from minilora.summarization import distributed
 from minilora.summarization.data import Encoded, by_length, collate
 from minilora.summarization.presets import GenerationOptions, UserError
 from minilora.summarization.reading import Example
+from minilora.summarization.speed import uncompiled
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 MEASURES = (*METRICS, "gen_len")
@@ -190,7 +191,7 @@ def _write(
     total = sum(map(len, batches))
     bar = tqdm(total=total, desc=progress, unit="dialogue", disable=progress is None)
     autocast = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
-    with bar, _evaluation_mode(model), autocast:
+    with bar, _evaluation_mode(model), uncompiled(model), autocast:
         for chosen in batches:
             batch = collate([encoded[i] for i in chosen], pad)
             output = cast(Any, model).generate(  # without gradients: `generate` sees to it

@@ -2,11 +2,17 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minilora.summarization.data import IGNORED
+
+# Their logits are the head's output and, if there is one, `final_logits_bias`; others scale or cap
+# them afterwards.
+PLAIN_HEADS = {"bart", "blenderbot", "m2m_100", "marian", "mbart", "t5"}
+CHUNK = 2**23  # logits in memory at a time: 166 rows of BART's vocabulary, 34 MB in float32
 
 
 def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
@@ -14,7 +20,8 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tenso
 
     A batch of targets (b, t) padded with -100 is up to half padding, and the head is the largest
     product of a small model: hidden states (b, t, d) times the vocabulary (d, v). So the padding
-    is dropped before it: only the n real rows (n, d) reach the head.
+    is dropped before it: only the n real rows (n, d) reach the head. A frozen head sees them in
+    chunks, so that the logits (n, v) are never there as a whole.
 
     Args:
         model: an encoder-decoder of transformers; its head is `get_output_embeddings()`. A head
@@ -28,13 +35,17 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tenso
     labels = batch["labels"]  # (b, t)
     real = labels != IGNORED  # (b, t)
 
+    rows: list[Tensor] = []  # the n real hidden states (n, d)
+    head = model.get_output_embeddings()
+    chunked = _is_plain_and_frozen(model, head)
+
     def keep_real(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         hidden, *others = inputs
         if hidden.shape[:-1] != real.shape:  # such as ProphetNet's (b, n-gram, t, d)
             return None
-        return (hidden[real], *others)  # (b, t, d) -> (n, d)
+        rows.append(hidden[real])  # (b, t, d) -> (n, d)
+        return (rows[0][:0] if chunked else rows[0], *others)
 
-    head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(keep_real) if isinstance(head, nn.Module) else None
     try:
         logits: Tensor = model(
@@ -42,14 +53,67 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tenso
             attention_mask=batch["attention_mask"],
             decoder_input_ids=decoder_inputs(model, labels),
             use_cache=False,
-        ).logits  # (n, v)
+        ).logits  # (n, v); (0, v) if chunked
     finally:
         if hook is not None:
             hook.remove()
+    targets = labels[real]  # (n,)
+    if chunked and rows:
+        assert isinstance(head, nn.Linear)
+        biases = [
+            b for b in (head.bias, getattr(model, "final_logits_bias", None)) if b is not None
+        ]
+        loss: Tensor = FrozenHeadLoss.apply(rows[0], head.weight, biases, targets)  # type: ignore[no-untyped-call]
+        return loss, targets.numel()
     if logits.dim() == 3:
         logits = logits[real]  # (b, t, v) -> (n, v)
-    targets = labels[real]  # (n,)
     return F.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
+
+
+def _is_plain_and_frozen(model: PreTrainedModel, head: Any) -> bool:
+    return (
+        type(head) is nn.Linear
+        and model.config.model_type in PLAIN_HEADS
+        and not any(parameter.requires_grad for parameter in head.parameters())
+    )
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """L = sum_i (log sum_j exp z_ij - z_i,t(i)), z = H W^T + b, for a W that does not train.
+
+    H is (n, d), W (v, d), t (n,). As dL/dz = softmax(z) - onehot(t) needs nothing from above but a
+    factor, dL/dH = dL/dz W is formed at once, chunk by chunk, while z is there: what is saved is
+    (n, d) instead of (n, v), and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, H: Tensor, W: Tensor, biases: list[Tensor | None], targets: Tensor
+    ) -> Tensor:
+        kind = H.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else H.dtype
+        with torch.autocast(kind, enabled=False):
+            W, narrow = W.to(dtype), H.to(dtype)
+            loss = torch.zeros((), device=H.device)
+            gradient = torch.empty_like(H) if ctx.needs_input_grad[0] else None
+            size = max(1, CHUNK // len(W))
+            for start in range(0, len(H), size):
+                part = slice(start, start + size)
+                z = (narrow[part] @ W.T).float()  # (c, v)
+                for bias in filter(torch.is_tensor, biases):
+                    z += bias
+                t, log_p = targets[part, None], z.log_softmax(dim=1)  # (c, 1), (c, v)
+                loss -= log_p.gather(1, t).sum()
+                if gradient is not None:
+                    dz = log_p.exp_().scatter_add_(1, t, loss.new_full(t.shape, -1))
+                    gradient[part] = dz.to(dtype) @ W  # (c, v) (v, d) -> (c, d)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return G * gradient, None, None, None
 
 
 def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:

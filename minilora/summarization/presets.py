@@ -157,6 +157,12 @@ class TrainingOptions:
     skip_bad_batches: bool = _flag(
         False, "leave out steps whose loss or gradient is not finite instead of stopping"
     )
+    compile: bool = _flag(
+        False, "torch.compile the layers: faster steps after some minutes, other last bits"
+    )
+    checkpoint_activations: bool = _flag(
+        False, "save only the layers' inputs and compute the rest twice: less memory, slower"
+    )
     clip: float = _flag(1.0, "largest norm of the gradient; 0: no clipping")
     validation_beams: int = _flag(
         1, "beams of the summaries written after each epoch, to choose the best; 1 is greedy"

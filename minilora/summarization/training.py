@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import minilora
 from minilora import InjectReport, LoRAConfig
 from minilora.files import write_file
-from minilora.summarization import distributed
+from minilora.summarization import distributed, speed
 from minilora.summarization.checkpoint import (
     Progress,
     load_checkpoint,
@@ -140,6 +140,7 @@ def open_session(run: RunConfig) -> Session:
     origin = fingerprints(data, encoded_splits, model) | where
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
     report = minilora.inject(model, config) if config else _report_of_all(model)
+    prepare(model, run, device, autocast_dtype)
     began = {"start": distributed.checksum(model), "settings": run.to_dict()}
     distributed.require_same({n: v for n, v in origin.items() if n not in PLACES} | began)
     distributed.seed_apart(run.model.seed)
@@ -155,6 +156,18 @@ def open_session(run: RunConfig) -> Session:
         origin=origin,
         stamps=before,
     )
+
+
+def prepare(
+    model: PreTrainedModel, run: RunConfig, device: torch.device, autocast_dtype: torch.dtype | None
+) -> None:
+    """Make the steps cheap that the model is about to take; see `speed`."""
+    speed.hold_frozen_linears(model, autocast_dtype)
+    speed.choose_attention(model, device)
+    if run.training.checkpoint_activations:
+        speed.checkpoint_activations(model)
+    if run.training.compile:
+        speed.compile_layers(model)
 
 
 def _report_of_all(model: nn.Module) -> InjectReport:
@@ -395,8 +408,12 @@ class Trainer:
             settings["lr"] = rate
         session.model.train()
         target_tokens = sum(len(row.target) for batch in group for row in batch)
-        while (total := self.backward(group, target_tokens)) is None:
-            pass  # again, with smaller batches
+        options = session.run.training  # compiled, dropout is cheap already
+        plain = options.compile or options.checkpoint_activations
+        cheap = session.device.type == "cpu" and not plain
+        with speed.CheapDropout() if cheap else nullcontext():
+            while (total := self.backward(group, target_tokens)) is None:
+                pass  # again, with smaller batches
         self.scaler.unscale_(self.optimizer)
         limit = session.run.training.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit).item()

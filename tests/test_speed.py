@@ -1,0 +1,166 @@
+"""Steps made cheaper compute what they computed before."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import BartForConditionalGeneration
+
+import minilora
+from minilora.summarization import speed
+from minilora.summarization.cli import train_main
+from minilora.summarization.loss import summed_loss
+from minilora.summarization.presets import UserError
+from minilora.summarization.speed import CheapDropout
+from tests.helpers import SMALL, records, save_bart, save_data, small_bart
+from tests.test_loss import batch
+
+
+def adapted(**changes: Any) -> BartForConditionalGeneration:
+    model = small_bart(**changes)
+    minilora.inject(model, minilora.LoRAConfig(rank=3, targets=["q_proj", "v_proj"]))
+    draw = torch.Generator().manual_seed(1)
+    for parameter in minilora.trainable_parameters(model):
+        parameter.data.normal_(0, 0.3, generator=draw)
+    return model
+
+
+def results(model: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = summed_loss(model, batch())
+    loss.backward()
+    found = [p.grad.clone() for p in minilora.trainable_parameters(model)]
+    model.zero_grad()
+    return loss.detach(), found
+
+
+def test_frozen_linears_in_autocasts_dtype_give_the_same_bits() -> None:
+    model = adapted()
+    before = results(model)
+    speed.hold_frozen_linears(model, None)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    speed.hold_frozen_linears(model, torch.bfloat16)
+    linears = [m for m in model.modules() if type(m) is nn.Linear]
+    narrow = {id(p) for m in linears for p in m.parameters()}
+    assert len(linears) == 6 + 10 + 1
+    for parameter in model.parameters():
+        assert parameter.dtype == (torch.bfloat16 if id(parameter) in narrow else torch.float32)
+    after = results(model)
+    assert torch.equal(before[0], after[0])
+    assert all(map(torch.equal, before[1], after[1]))
+
+
+def test_what_trains_stays_in_float32() -> None:
+    model = small_bart()
+    speed.hold_frozen_linears(model, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.lm_head.weight is model.model.shared.weight
+
+
+def test_below_the_lowest_adapted_layer_nothing_is_kept_for_a_backward() -> None:
+    model = small_bart(decoder_layers=2)
+    config = minilora.LoRAConfig(rank=3, targets=r".*decoder.layers.1.*\.(q_proj|v_proj)")
+    minilora.inject(model, config)
+    wanted: dict[str, bool] = {}
+    for name, module in model.named_modules():
+        if name.startswith("model."):
+
+            def look(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                first = output[0] if isinstance(output, tuple) else output
+                if isinstance(first, torch.Tensor):
+                    wanted[name] = first.requires_grad
+
+            module.register_forward_hook(look)
+    model.train()
+    summed_loss(model, batch())[0].backward()
+    assert wanted["model.decoder.layers.1"]
+    below = {name for name in wanted if "encoder.l" in name or "decoder.layers.0" in name}
+    assert len(below) > 20
+    assert not any(wanted[name] for name in below)
+
+
+def test_cheap_dropout_drops_the_right_share_and_passes_its_gradient() -> None:
+    x = torch.ones(300, 400, requires_grad=True)
+    torch.manual_seed(0)
+    with CheapDropout():
+        y = F.dropout(x, 0.2)
+        assert F.dropout(x, 0.2, training=False) is x
+        assert torch.equal(F.dropout(x, 1.0), torch.zeros_like(x))
+        assert nn.Dropout(0.2)(x).grad_fn.name() == y.grad_fn.name() == "_DropoutBackward"
+    assert set(y.unique().tolist()) == {0.0, 1.25}
+    assert y.mean().item() == pytest.approx(1, abs=0.006)  # 120,000 draws: four deviations
+    (2 * y).sum().backward()
+    assert torch.equal(x.grad, 2 * y.detach())
+    assert F.dropout(x, 0.2).grad_fn.name() != "_DropoutBackward"
+
+
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.1])
+def test_eager_attention_only_where_it_drops_out_on_a_cpu(attention_dropout: float) -> None:
+    model = small_bart(attention_dropout=attention_dropout)
+    chosen = model.config._attn_implementation
+    speed.choose_attention(model, torch.device("cuda"))
+    assert model.config._attn_implementation == chosen
+    speed.choose_attention(model, torch.device("cpu"))
+    wanted = "eager" if attention_dropout else chosen
+    assert model.config._attn_implementation == wanted
+
+
+def test_checkpointed_activations_give_the_same_gradients_with_the_same_dropout() -> None:
+    model = adapted().train()
+    before = results(model)
+    speed.checkpoint_activations(model)
+    calls: list[int] = []
+    model.model.encoder.layers[0].fc1.register_forward_hook(lambda *_: calls.append(1))
+    after = results(model)
+    assert len(calls) == 2  # computed again in the backward pass
+    assert torch.equal(before[0], after[0])
+    assert all(map(torch.equal, before[1], after[1]))
+    assert all(gradient.any() for gradient in after[1])
+
+
+def test_compiled_layers_compute_the_same_and_keep_their_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = adapted()  # without dropout, which the compiler draws in another way
+    before, names = results(model), list(model.state_dict())
+    original = nn.Module.compile  # Inductor would take a minute
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda m, **more: original(m, backend="eager", **more)
+    )
+    speed.compile_layers(model)
+    after = results(model)
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(after[0], before[0], rtol=1e-2, atol=0)
+    for one, other in zip(after[1], before[1], strict=True):
+        # bf16 rounds at 4e-3 of the largest
+        torch.testing.assert_close(one, other, rtol=0, atol=0.05 * other.abs().max().item())
+    with speed.uncompiled(model), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(summed_loss(model, batch())[0], before[0])
+
+
+def test_a_model_without_layers_cannot_be_compiled() -> None:
+    with pytest.raises(UserError, match="--compile: found no layers"):
+        speed.compile_layers(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint-activations", "--compile"])
+def test_a_run_with_the_flag_ends_as_one_without(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []  # that the compiler computes the same is tested above
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compiled.append(module))
+    save_bart(tmp_path / "bart", dropout=0.0, attention_dropout=0.0)
+    save_data(tmp_path / "data", train=7)
+    argv = ["--model", str(tmp_path / "bart"), "--data", str(tmp_path / "data"), *SMALL]
+    argv += ["--rank", "3", "--epochs", "1", "--no-evaluate", "--output"]
+    losses = []
+    for more in ([], [flag]):
+        run = tmp_path / f"run{len(more)}"
+        assert train_main([*argv, str(run), "--dropout", "0", *more]) == 0
+        losses.append([r["loss"] for r in records(run) if r["kind"] in ("step", "validation")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(compiled) == (2 if flag == "--compile" else 0)  # an encoder and a decoder layer
