@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := dev,plot,lessons
 
-.PHONY: train test lint format unit bench figures lessons docs-check clean help
+.PHONY: train test lint format unit bench figures lessons docs-check faults clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -41,6 +41,10 @@ figures: .venv/development  ## the published figures: an hour of a quiet machine
 
 lessons: .venv/development  ## execute the lessons and write them as notebooks with their outputs
 	$(BIN)/python lessons/render.py
+
+faults: .venv/development  ## kill fifty runs and resume them; memory and files over 2,000 steps
+	$(BIN)/python -m tests.faults --kills 50
+	$(BIN)/python -m tests.soak --steps 2000
 
 clean:  ## remove the environment and what tools leave behind
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

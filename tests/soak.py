@@ -128,12 +128,8 @@ def main() -> int:
 
     print(write_result("soak", result))
     plot(RESULTS / "soak.svg", memory, files)
-    return (
-        0
-        if result["growth_per_1000_steps_in_percent"] < 0.1
-        and min(files[after:]) == max(files[after:])
-        else 1
-    )
+    flat = result["growth_per_1000_steps_in_percent"] < 0.1
+    return 0 if flat and min(files[after:]) == max(files[after:]) else 1
 
 
 if __name__ == "__main__":
