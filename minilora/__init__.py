@@ -41,6 +41,7 @@ from minilora.config import LoRAConfig, LoRAError
 from minilora.inject import InjectReport, config_of, inject, trainable_parameters, unwrap
 from minilora.layer import LoRALinear
 from minilora.merge import MergeReport, disabled, merge, unmerge
+from minilora.quantize import NF4Linear, QuantizeReport, quantize
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,8 @@ __all__ = [
     "LoRALinear",
     "LoadReport",
     "MergeReport",
+    "NF4Linear",
+    "QuantizeReport",
     "combine",
     "config_of",
     "disabled",
@@ -60,6 +63,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "quantize",
     "read_adapter",
     "save_adapter",
     "trainable_parameters",

@@ -9,7 +9,7 @@ error that names it, raised before the model is touched.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -368,10 +368,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     found = _check_fit(model, adapter)
     kept = injection.kept.live if injection is not None else {}
     swapped = _fits(layers, adapter) and set(kept) == set(adapter.extras)
-    if swapped:
-        assert injection is not None
-        injection.config = adapter.config
-    else:
+    if not swapped:
         if wrapped is not model:  # data-parallel copies would never learn of the new parameters
             raise LoRAError(
                 "load an adapter of other shapes before torch.compile or DistributedDataParallel, "
@@ -379,7 +376,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
             )
         remove(model, restore=True)
         ranks = {name: adapter.pair(name)[0].shape[0] for name in found}
-        wrap(model, found, adapter.config, ranks)
+        wrap(model, found, replace(adapter.config, init="kaiming"), ranks)  # only for a moment
     _fill(model, adapter, inference)
     notice = _compare_base(adapter.base_model, _base_model_name(model))
     return LoadReport(report(model).modules, swapped, adapter.base_model, notice)
@@ -395,6 +392,7 @@ def _fill(model: nn.Module, adapter: Adapter, inference: bool) -> None:
             getattr(layer, attribute).copy_(tensor).requires_grad_(not inference)
     injection = injection_of(model)
     assert injection is not None
+    injection.config = adapter.config
     state = extras.tensors(model) if injection.kept.live else {}
     for name, key in injection.kept.live.items():
         state[key].copy_(adapter.extras[name])
@@ -422,6 +420,8 @@ def _check_fit(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
                 f"{name} is {out} x {in_} (out, in), but lora_A is {tuple(A.shape)} "
                 f"and lora_B {tuple(B.shape)}"
             )
+        if adapter.config.init == "loftq" and bases.is_mergeable(module):
+            problems.append(f"{name} must be in 4 bits, by minilora.quantize: LoftQ started it so")
     if not problems:
         problems = _compare_targets(adapter, known) + _compare_extras(model, adapter)
     _raise("the adapter does not fit the model", problems)

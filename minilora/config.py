@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
-Init = Literal["kaiming", "gaussian", "random"]
+Init = Literal["kaiming", "gaussian", "random", "loftq"]
 Bias = Literal["none", "lora_only", "all"]
 ALL_LINEAR = "all-linear"
 T = TypeVar("T")
@@ -60,8 +60,9 @@ class LoRAConfig:
         lora_bias: give B a bias of its own. Not with `dora`.
         also_train: modules that train whole, such as a new "classifier": ends of their names. Never
             adapted themselves, nor what lies inside.
-        init: "kaiming" (A Kaiming-uniform, B zero), "gaussian" (A normal, B zero), or "random"
-            (both Kaiming-uniform: the model's output changes at once; for tests).
+        init: "kaiming" (A Kaiming-uniform, B zero), "gaussian" (A normal, B zero), "random"
+            (both Kaiming-uniform: the model's output changes at once; for tests), or "loftq" (the
+            base is quantized to NF4, and s B A starts as what that rounded away).
         task_type: PEFT's word for the kind of model, such as "SEQ_2_SEQ_LM"; only written down.
 
     Raises:
@@ -126,7 +127,7 @@ class LoRAConfig:
             raise LoRAError(f"task_type must be a string, not {self.task_type!r}")
         if self.lora_bias and self.dora:
             raise LoRAError("lora_bias does not go with dora: a bias has no direction")
-        if self.lora_bias and self.init == "gaussian":
+        if self.lora_bias and self.init not in ("kaiming", "random"):
             raise LoRAError("lora_bias goes with init 'kaiming' or 'random', as in PEFT")
 
     def _set(self, name: str, value: Any) -> None:
@@ -149,6 +150,17 @@ def scale(alpha: float, rank: int, rslora: bool = False) -> float:
 def first_match(patterns: Mapping[str, T], module: str, default: T) -> T:
     """The value of the first pattern that matches the end of the module's name."""
     return next((value for key, value in patterns.items() if matches_end(key, module)), default)
+
+
+def matches(names: str | tuple[str, ...], module: str) -> bool:
+    """Whether a dotted module name is meant by `names`.
+
+    A string is a regular expression for the whole name; in a sequence each entry is the exact name
+    or its end after a dot.
+    """
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def matches_end(key: str, module: str) -> bool:

@@ -2,10 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -14,6 +15,7 @@ from minilora.biased import BiasedLoRALinear
 from minilora.config import LoRAConfig, LoRAError
 from minilora.dora import DoRALinear
 from minilora.layer import LoRALinear, refuse_when_merged
+from minilora.quantize import DequantizeReport, count_weights, dequantize_model
 from minilora.targets import select
 
 
@@ -133,13 +135,18 @@ def report(model: nn.Module) -> InjectReport:
     """Count the modules and parameters of an injected model."""
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters)
+    total = sum(p.numel() for p in parameters) + count_weights(model)
     injection = injection_of(model)
     also = tuple(injection.kept.live) if injection is not None else ()
     return InjectReport(tuple(lora_layers(model)), trainable, total, also)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(
+    model: nn.Module,
+    dequantize: bool = False,
+    dtype: torch.dtype = torch.float32,
+    report: Callable[[DequantizeReport], object] = print,
+) -> nn.Module:
     """Merge the adapter for good and put the original modules back under their original names.
 
     Afterwards inference costs what the base costs: the modules are the very same ones (Hu et al.
@@ -147,6 +154,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Args:
         model: as `inject` or `load_adapter` left it, merged or not.
+        dequantize: turn a 4-bit base into plain linears: W + s B A with the W that its codes mean.
+        dtype: theirs; the sum is rounded to it once. Only with `dequantize`.
+        report: called with what that rounding cost.
 
     Returns:
         The same model, with the module types, state-dict keys and trainability it had before.
@@ -162,6 +172,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     model = plain_model(model)
     layers = lora_layers(model)
+    if dequantize:
+        report(dequantize_model(model, dtype, lambda: merge_all(layers)))
     merge_all(layers)
     remove(model)
     return model

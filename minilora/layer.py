@@ -10,6 +10,7 @@ from minilora import bases
 from minilora.config import Init, LoRAError, check_alpha, check_dropout, check_rank, scale
 from minilora.functional import fused_low_rank, low_rank
 from minilora.initialization import initialize
+from minilora.quantize import loftq
 
 
 class LoRALinear(nn.Module):
@@ -84,6 +85,8 @@ class LoRALinear(nn.Module):
         self.register_state_dict_post_hook(_write_untouched_weight)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(refuse_when_merged)  # type: ignore[no-untyped-call]
         initialize(self.lora_A.data, self.lora_B.data, init)
+        if init == "loftq":
+            self.base = loftq(base, self.lora_A.data, self.lora_B.data, self.scale)
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ FIELDS: dict[str, tuple[str, Any]] = {
 MAY_BE_EMPTY = (
     "exclude", "layers", "layers_pattern", "rank_pattern", "alpha_pattern", "also_train"
 )  # fmt: skip
-INITS = {"kaiming": True, "gaussian": "gaussian", "random": False}
+INITS = {"kaiming": True, "gaussian": "gaussian", "random": False, "loftq": "loftq"}
+LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # after one step the base is NF4 of the weight
 # Other starts of A and B that leave the base alone: once trained, nothing tells them apart.
 HARMLESS_INITS = ("eva", "orthogonal", "mica")
 
@@ -84,6 +85,8 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
             raise LoRAError(f"{CONFIG_FILE}: {key} is {value!r}: {advice}")
     values = {ours: entries.get(peft, default) for ours, (peft, default) in FIELDS.items()}
     values["init"] = _init_from_peft(values["init"])
+    if values["init"] == "loftq" and (entries.get("loftq_config") or LOFTQ) != LOFTQ:
+        raise LoRAError(f"{CONFIG_FILE}: loftq_config must be {LOFTQ}: the base is NF4 after it")
     values["targets"] = values["targets"] or modules
     for name in MAY_BE_EMPTY:
         if values[name] in (None, [], {}, ""):
@@ -109,6 +112,8 @@ def config_to_peft(config: LoRAConfig, modules: tuple[str, ...]) -> dict[str, An
     for newer in ("exclude_modules", "lora_bias"):
         if not entries[newer]:
             del entries[newer]
+    if config.init == "loftq":  # PEFT quantizes the base again when it loads such a file
+        entries["loftq_config"] = LOFTQ
     return entries | {"peft_type": "LORA", "inference_mode": True}
 
 

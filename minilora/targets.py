@@ -7,22 +7,11 @@ from difflib import get_close_matches
 from torch import Tensor, nn
 
 from minilora import bases
-from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches_end
+from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches, matches_end
 
 # These read the weights of their linears behind the linears' backs: an adapter in there would be
 # trained by nobody and heard by nobody.
 BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-
-
-def matches(names: str | tuple[str, ...], module: str) -> bool:
-    """Whether a dotted module name is meant by `names`.
-
-    A string is a regular expression for the whole name; in a sequence each entry is the exact name
-    or its end after a dot.
-    """
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def layer_index(module: str, patterns: tuple[str, ...] = ()) -> int | None:
