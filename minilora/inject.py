@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from minilora.biased import BiasedLoRALinear
 from minilora.config import LoRAConfig, LoRAError
 from minilora.dora import DoRALinear
 from minilora.layer import LoRALinear, refuse_when_merged
-from minilora.quantize import DequantizeReport, count_weights, dequantize_model
+from minilora.quantize import check_linear, count_weights, dequantize_model
 from minilora.targets import select
 
 
@@ -97,6 +97,8 @@ def inject(model: nn.Module, config: LoRAConfig) -> InjectReport:
         rank, side = config.rank_of(name), min(bases.shape(module))
         if rank > side:
             raise LoRAError(f"rank {rank} is above the smaller side of {name}, {side}")
+        if config.init == "loftq":
+            check_linear(name, module)
     return wrap(model, found, config, {name: config.rank_of(name) for name in found})
 
 
@@ -142,10 +144,7 @@ def report(model: nn.Module) -> InjectReport:
 
 
 def unwrap(
-    model: nn.Module,
-    dequantize: bool = False,
-    dtype: torch.dtype = torch.float32,
-    report: Callable[[DequantizeReport], object] = print,
+    model: nn.Module, dequantize: bool = False, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """Merge the adapter for good and put the original modules back under their original names.
 
@@ -154,9 +153,9 @@ def unwrap(
 
     Args:
         model: as `inject` or `load_adapter` left it, merged or not.
-        dequantize: turn a 4-bit base into plain linears: W + s B A with the W that its codes mean.
-        dtype: theirs; the sum is rounded to it once. Only with `dequantize`.
-        report: called with what that rounding cost.
+        dequantize: turn a 4-bit base into plain linears, W + s B A with the W that its codes mean,
+            and print what rounding that cost.
+        dtype: theirs, float32 or bfloat16; the sum is rounded to it once. Only with `dequantize`.
 
     Returns:
         The same model, with the module types, state-dict keys and trainability it had before.
@@ -173,7 +172,7 @@ def unwrap(
     model = plain_model(model)
     layers = lora_layers(model)
     if dequantize:
-        report(dequantize_model(model, dtype, lambda: merge_all(layers)))
+        print(dequantize_model(model, dtype, lambda: merge_all(layers)))
     merge_all(layers)
     remove(model)
     return model

@@ -35,7 +35,8 @@ MAY_BE_EMPTY = (
     "exclude", "layers", "layers_pattern", "rank_pattern", "alpha_pattern", "also_train"
 )  # fmt: skip
 INITS = {"kaiming": True, "gaussian": "gaussian", "random": False, "loftq": "loftq"}
-LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}  # after one step the base is NF4 of the weight
+# PEFT quantizes the base again when it loads such a file. After one step it is NF4 of the weight.
+LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
 # Other starts of A and B that leave the base alone: once trained, nothing tells them apart.
 HARMLESS_INITS = ("eva", "orthogonal", "mica")
 
@@ -112,8 +113,7 @@ def config_to_peft(config: LoRAConfig, modules: tuple[str, ...]) -> dict[str, An
     for newer in ("exclude_modules", "lora_bias"):
         if not entries[newer]:
             del entries[newer]
-    if config.init == "loftq":  # PEFT quantizes the base again when it loads such a file
-        entries["loftq_config"] = LOFTQ
+    entries |= {"loftq_config": LOFTQ} if config.init == "loftq" else {}
     return entries | {"peft_type": "LORA", "inference_mode": True}
 
 

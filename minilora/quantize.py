@@ -11,7 +11,7 @@ Codes, scales and values are those of bitsandbytes, bit for bit (`tests/test_nf4
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -180,13 +180,13 @@ def _to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
             code += scaled > midpoint
         code = code.view(-1, 2)
         codes[rows.start * half : rows.stop * half] = (code[:, 0] << 4) | code[:, 1]
-    return codes[: -(-size // 2)], absmax
+    count = -(-size // 2)
+    return codes if count == codes.numel() else codes[:count].clone(), absmax
 
 
 def _pack_scales(codes: Tensor, absmax: Tensor) -> NF4:
     """Double quantization: the scales, less their mean, in 8 bits."""
-    # The mean's last bit depends on the number of threads, here as in bitsandbytes.
-    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    offset = _mean(absmax)
     groups = -(-absmax.numel() // SCALES_BLOCK)
     centered = F.pad(absmax - offset, (0, groups * SCALES_BLOCK - absmax.numel()))
     centered = centered.view(-1, SCALES_BLOCK)
@@ -194,8 +194,19 @@ def _pack_scales(codes: Tensor, absmax: Tensor) -> NF4:
     scaled = (centered * scales[:, None].reciprocal()).clamp(-1, 1)
     scaled = scaled.nan_to_num(-1)  # 0 * (1 / 0): any code will do, bitsandbytes takes the first
     bins = ((scaled + 1) * 0.5 * BINS + 0.5).int()
-    codes8 = _table("nearest", absmax.device).index_select(0, bins.view(-1))
-    return NF4(codes, codes8[: absmax.numel()], scales, offset)
+    bins = bins.view(-1)[: absmax.numel()]
+    codes8 = _table("nearest", absmax.device).index_select(0, bins)
+    return NF4(codes, codes8, scales, offset)
+
+
+def _mean(absmax: Tensor) -> Tensor:
+    """By one thread: the last bit of a sum depends on how many there are, and a base must not."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        return absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _unpack_scales(codes8: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
@@ -330,6 +341,46 @@ def _empty(weight: Tensor, double: bool) -> NF4:
     return NF4(codes, absmax, scales, weight.new_empty((), dtype=torch.float32))
 
 
+# LoftQ -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def loftq(base: nn.Module, A: Tensor, B: Tensor, scale: float, steps: int = 1) -> NF4Linear:
+    """Quantize the base so that Q + s B A is near its W (Li et al. 2023, arXiv:2310.08659).
+
+    Algorithm 1 alternates: Q <- NF4(W - s B A), then s B A <- the best rank-r approximation of
+    W - Q, from its singular value decomposition. After one step, PEFT's default and ours, Q is
+    NF4(W) itself: whoever has W can make the very base again that the adapter belongs to. Further
+    steps come a little nearer to W, but their Q is known to nobody who has not repeated them.
+
+    Args:
+        base: holds W (out, in); not changed.
+        A: (r, in), filled here. B: (out, r), filled here; both with the square root of the
+            singular values.
+        scale: s, which PEFT leaves out: its start is right for s = 1 only.
+        steps: alternations.
+
+    Returns:
+        The quantized base Q.
+
+    Raises:
+        LoRAError: the base is no plain linear, such as one that is quantized already, or its weight
+            is not finite.
+    """
+    base = check_linear("init 'loftq'", base)
+    weight = base.weight.detach().float()  # (out, in)
+    update = torch.zeros_like(weight)
+    for _ in range(steps):
+        quantized = NF4Linear(base, weight=weight - update)
+        residual = weight - quantized.dense_weight(torch.float32)
+        U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
+        root = (S[: len(A)] / scale).sqrt()  # (r,)
+        A.copy_(root[:, None] * Vh[: len(A)])
+        B.copy_(U[:, : len(A)] * root)
+        update = scale * B @ A
+    return quantized
+
+
 # A model ------------------------------------------------------------------------------------------
 
 
@@ -381,21 +432,27 @@ def quantize(
     """
     if any(hasattr(module, "lora_A") for module in model.modules()):
         raise LoRAError("the model carries an adapter already: quantize it before inject")
-    found = _select(model, targets, exclude)
-    names = tuple(found)
-    weights = before = after = 0
-    for name in names:
+    found = select_linears(model, targets, exclude)
+    for name in list(found):
         linear = found.pop(name)  # so that its weight is let go at once
-        quantized = NF4Linear(linear, double)
-        _replace(model, linear, quantized)
-        weights, before = weights + linear.weight.numel(), before + linear.weight.nbytes
-        after += sum(tensor.nbytes for tensor in quantized.packed if tensor is not None)
-    return QuantizeReport(names, weights, before, after)
+        _replace(model, linear, NF4Linear(linear, double))
+    return quantize_report(model)
 
 
-def _select(
-    model: nn.Module, targets: str | tuple[str, ...], exclude: str | tuple[str, ...]
+def quantize_report(model: nn.Module) -> QuantizeReport:
+    """Which linears of a model are in four bits, and what that saves."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
+    after = sum(t.nbytes for m in found.values() for t in m.packed if t is not None)
+    before = sum(m.weight.nbytes for m in found.values())
+    return QuantizeReport(tuple(found), count_weights(model), before, after)
+
+
+def select_linears(
+    model: nn.Module,
+    targets: str | tuple[str, ...] = ALL_LINEAR,
+    exclude: str | tuple[str, ...] = ("lm_head",),
 ) -> dict[str, nn.Linear]:
+    """The linears that `quantize` would replace, by dotted name, all checked."""
     named = [(n.replace("_orig_mod.", ""), m) for n, m in model.named_modules() if n]
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
@@ -412,7 +469,7 @@ def _select(
         else:
             wanted = matches(targets, name)
         if wanted:
-            found[name] = _check(name, module, owners)
+            found[name] = check_linear(name, module, owners)
     for entry in (targets,) if isinstance(targets, str) else targets:
         as_given = entry if isinstance(targets, str) else (entry,)
         if entry != ALL_LINEAR and not any(matches(as_given, name) for name, _ in named):
@@ -422,7 +479,7 @@ def _select(
     return found
 
 
-def _check(name: str, module: nn.Module, owners: dict[int, list[str]]) -> nn.Linear:
+def check_linear(name: str, module: nn.Module, owners: Mapping[int, list[str]] = {}) -> nn.Linear:
     """The module, if it can be quantized."""
     kind = type(module).__name__
     if isinstance(module, NonDynamicallyQuantizableLinear) or not isinstance(module, nn.Linear):
@@ -432,7 +489,7 @@ def _check(name: str, module: nn.Module, owners: dict[int, list[str]]) -> nn.Lin
         raise LoRAError(f"quantize: {name}: its weight is computed anew at every call; exclude it")
     if not weight.is_floating_point():
         raise LoRAError(f"quantize: {name} is quantized already: its weight is {weight.dtype}")
-    others = [other for other in owners[id(weight)] if other != f"{name}.weight"]
+    others = [other for other in owners.get(id(weight), []) if other != f"{name}.weight"]
     if others:
         raise LoRAError(f"quantize: {name} shares its weight with {', '.join(others)}; exclude it")
     if not weight.is_meta and not weight.isfinite().all():

@@ -24,7 +24,8 @@ LIBRARY = (
     "optim",
 )  # fmt: skip
 TASK = (
-    "presets", "directories", "lock", "reading", "data", "origin", "model", "speed", "loss",
+    "presets", "directories", "lock", "reading", "data", "origin", "four_bits",
+    "model", "speed", "loss",
     "checkpoint", "distributed", "guards", "evaluation", "training", "report", "runs", "plots",
     "page", "flags", "cli",
 )  # fmt: skip

@@ -53,6 +53,7 @@ from minilora.summarization.report import (
 from minilora.summarization.training import (
     Session,
     fit,
+    four_bits,
     open_session,
     stop_requests,
     trained_path,
@@ -271,7 +272,7 @@ def _load_trained(
     directory: Path, run: RunConfig, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedModel | None]:
     """The fine-tuned model, and after a full fine-tune the base beside it."""
-    base = load_model(run.model.model, device)
+    base = load_model(run.model.model, device, four_bits(run))
     if run.model.method == "full":
         return load_model(str(trained_path(directory, run).resolve()), device), base
     bare = (directory / CONFIG_FILE).exists()

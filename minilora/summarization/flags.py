@@ -157,6 +157,8 @@ def _check(run: RunConfig) -> None:
             raise UserError(f"{flag} must be 0 or more, not {number}")
     if run.model.seed >= 2**63:
         raise UserError(f"--seed must be below 2^63, not {run.model.seed}")
+    if run.adapter.init == "loftq" and run.model.method != "qlora":
+        raise UserError("--init loftq repairs what quantization broke: it goes with --method qlora")
     if not 0 <= training.warmup < 1:
         raise UserError(
             f"--warmup is a share of the steps, from 0 to below 1, not {training.warmup}"
@@ -173,7 +175,7 @@ def output_directory(run: RunConfig) -> Path:
             raise UserError(f"--output {output} is a file")
         check_free(output)
         return output
-    rank = f"-r{run.adapter.rank}" if run.model.method == "lora" else ""
+    rank = f"-r{run.adapter.rank}" if run.model.method != "full" else ""
     name = f"{run.preset}-{run.model.method}{rank}"
     names = (name, *(f"{name}-{i}" for i in range(2, 10000)))
     return next(path for path in (Path("runs") / name for name in names) if not path.exists())

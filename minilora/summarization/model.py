@@ -20,21 +20,25 @@ from transformers.utils import logging
 from minilora.files import PARTIAL
 from minilora.summarization.data import Encoded
 from minilora.summarization.directories import put_directory
+from minilora.summarization.four_bits import FourBits, forget, refusals
 from minilora.summarization.presets import RunConfig, UserError, embedded
 
 
-def load_model(name: str, device: torch.device) -> PreTrainedModel:
+def load_model(
+    name: str, device: torch.device, four_bits: FourBits | None = None
+) -> PreTrainedModel:
     """An encoder-decoder in float32, in evaluation mode. Safetensors only, never remote code.
 
     Args:
         name: a directory that `save_pretrained` wrote, a hub name, or pocket-bart.
         device: where to put it.
+        four_bits: read the weights of its linears into four bits, all but the output head's.
 
     Raises:
         UserError: there is no such model, its weights are missing, incomplete or damaged, or it is
             no encoder-decoder.
     """
-    with _transformers(name) as source:
+    with refusals(four_bits, name), _transformers(name) as source:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if not config.is_encoder_decoder:
             raise UserError(
@@ -49,7 +53,9 @@ def load_model(name: str, device: torch.device) -> PreTrainedModel:
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # to be told which they are
             output_loading_info=True,
+            quantization_config=four_bits,
         )
+        forget(model)
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"model {name}: its weights lack {len(missing)} tensors ({missing[0]}, ...): "

@@ -64,11 +64,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 # The peak learning rate of each method: what suits LoRA is about ten times what suits a full
 # fine-tune, so neither may borrow the other's.
 LEARNING_RATES: dict[str, dict[str, float]] = {
-    "pocket": {"lora": 3e-3, "full": 5e-4},
-    "bart-large-cnn-samsum": {"lora": 2e-4, "full": 2e-5},
-    "bart-large-xsum-samsum": {"lora": 2e-4, "full": 2e-5},
-    "bart-base-samsum": {"lora": 5e-4, "full": 5e-5},
-    "notebook": {"lora": 1e-5, "full": 1e-5},
+    "pocket": {"lora": 3e-3, "qlora": 3e-3, "full": 5e-4},
+    "bart-large-cnn-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
+    "bart-large-xsum-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
+    "bart-base-samsum": {"lora": 5e-4, "qlora": 5e-4, "full": 5e-5},
+    "notebook": {"lora": 1e-5, "qlora": 1e-5, "full": 1e-5},
 }
 
 
@@ -94,8 +94,9 @@ class ModelOptions:
     model: str = _flag(
         "pocket-bart", "directory or hub name of the base model; pocket-bart is embedded"
     )
-    method: Literal["lora", "full"] = _flag(
-        "lora", "lora trains the adapter only, full every parameter"
+    method: Literal["lora", "qlora", "full"] = _flag(
+        "lora",
+        "lora trains the adapter only, qlora the same on a base in 4 bits, full every parameter",
     )
     device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag(
@@ -135,7 +136,10 @@ class AdapterOptions:
     )
     exclude: list[str] = _flag([], "names among the targets to leave alone")
     rslora: bool = _flag(False, "scale s = alpha / sqrt(r) (Kalajdzievski 2023)")
-    init: Literal["kaiming", "gaussian"] = _flag("kaiming", "how A starts; B starts at zero")
+    init: Literal["kaiming", "gaussian", "loftq"] = _flag(
+        "kaiming",
+        "how A starts, B at zero; loftq: A and B hold what qlora's 4 bits rounded away",
+    )
 
 
 @dataclass

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from minilora.quantize import quantize_report
 from minilora.summarization import distributed
 from minilora.summarization.evaluation import MEASURES, Evaluation
 from minilora.summarization.training import Outcome, Session, trained_path
@@ -86,6 +87,7 @@ def opening(session: Session, output: Path) -> str:
             f"{run.model.model} on {run.data.data}: {len(train):,} dialogues to train, "
             f"{len(validation):,} to validate; {session.device.type}, {precision}{shared}",
             f"{run.model.method}: {_trained(session)}",
+            *([str(quantize_report(session.model))] if run.model.method == "qlora" else []),
             f"run: {output}",
         ]
     )

@@ -38,6 +38,7 @@ from minilora.summarization.data import SPLITS, Encoded, batches, by_length, col
 from minilora.summarization.directories import sweep
 from minilora.summarization.distributed import Replica
 from minilora.summarization.evaluation import rouge, summarize
+from minilora.summarization.four_bits import FourBits
 from minilora.summarization.guards import (
     IN_A_ROW,
     BadBatch,
@@ -120,11 +121,11 @@ def open_session(run: RunConfig) -> Session:
         )
     if run.training.auto_batch_size and distributed.size() > 1:
         raise UserError("--auto-batch-size goes with one process: lower --batch-size instead")
-    config = adapter_config(run) if run.model.method == "lora" else None
+    config = adapter_config(run) if run.model.method != "full" else None
     before = stamps(run.data.data)
     data, notices = load(run.data, SPLITS if run.output.evaluate else SPLITS[:2])
     tokenizer = load_tokenizer(run.model.model)
-    model = load_model(run.model.model, device)
+    model = load_model(run.model.model, device, four_bits(run, start=True))
     run = limit_lengths(run, model)
     summarize(model, tokenizer, [], run.generation)  # refuses impossible settings
     splits = {}
@@ -188,6 +189,19 @@ def adapter_config(run: RunConfig) -> LoRAConfig:
         init=options.init,
         task_type="SEQ_2_SEQ_LM",
     )
+
+
+def four_bits(run: RunConfig, start: bool = False) -> FourBits | None:
+    """How the base is read: in four bits for QLoRA.
+
+    Args:
+        run: its settings.
+        start: an adapter is to be injected, which LoftQ starts with the targets' whole weights.
+            The base is the same afterwards.
+    """
+    if run.model.method != "qlora":
+        return None
+    return FourBits(adapter_config(run) if start and run.adapter.init == "loftq" else None)
 
 
 def write_config(run: RunConfig, output: Path) -> None:
@@ -524,7 +538,7 @@ def _summed_losses(session: Session, split: Split) -> tuple[float, int]:
 def save_trained(session: Session, output: Path) -> None:
     """Write the adapter (or, after a full fine-tune, the model), whole or not at all."""
     path = trained_path(output, session.run)
-    if session.run.model.method == "lora":
+    if session.run.model.method != "full":
         minilora.save_adapter(session.model, path)
     else:
         save_model(session.model, session.tokenizer, path)
@@ -532,7 +546,7 @@ def save_trained(session: Session, output: Path) -> None:
 
 def trained_path(output: Path, run: RunConfig) -> Path:
     """Where a run keeps what it trained."""
-    return output / ("adapter" if run.model.method == "lora" else "model")
+    return output / ("model" if run.model.method == "full" else "adapter")
 
 
 class Log:

@@ -1,0 +1,148 @@
+"""QLoRA from the command line, and a base that is quantized as it is read."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import minilora
+from minilora import LoRAConfig, NF4Linear
+from minilora.summarization import cli, model
+from minilora.summarization.four_bits import FourBits
+from minilora.summarization.presets import LEARNING_RATES, PRESETS, UserError
+from minilora.summarization.training import Trainer
+from tests.helpers import SMALL, records, save_bart, save_data
+
+CPU = torch.device("cpu")
+
+
+def equal_states(left: nn.Module, right: nn.Module) -> bool:
+    a, b = left.state_dict(), right.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_model_read_into_four_bits_is_the_one_quantized_afterwards() -> None:
+    read = model.load_model("pocket-bart", CPU, FourBits())
+    whole = model.load_model("pocket-bart", CPU)
+    report = minilora.quantize(whole)
+    assert len(report.modules) == 48
+    assert equal_states(read, whole)
+    assert not read.training
+    assert not getattr(read, "is_quantized", False)
+    assert not hasattr(read.config, "quantization_config")
+    assert read.lm_head.weight is read.model.shared.weight
+
+
+def test_what_loftq_quantizes_later_is_read_whole() -> None:
+    config = LoRAConfig(rank=4, targets=("q_proj", "v_proj"), init="loftq")
+    read = model.load_model("pocket-bart", CPU, FourBits(config))
+    assert isinstance(read.model.encoder.layers[0].self_attn.q_proj, nn.Linear)
+    assert isinstance(read.model.encoder.layers[0].self_attn.k_proj, NF4Linear)
+    minilora.inject(read, config)
+    plain = model.load_model("pocket-bart", CPU, FourBits())
+    base = {k.replace(".base.", "."): v for k, v in read.state_dict().items() if "lora_" not in k}
+    state = plain.state_dict()
+    assert base.keys() == state.keys()
+    assert all(torch.equal(base[key], state[key]) for key in base)
+
+
+def edit(directory: Path, change: dict[str, torch.Tensor | None]) -> None:
+    path = directory / "model.safetensors"
+    tensors = safetensors.torch.load_file(path) | change
+    kept = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+    safetensors.torch.save_file(kept, path, metadata={"format": "pt"})
+
+
+FC1 = "model.encoder.layers.0.fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({FC1: torch.full((24, 16), math.nan)}, r"layers\.0\.fc1.*not finite"),
+        ({FC1: torch.ones(16, 16)}, r"layers\.0\.fc1\.weight is \(16, 16\)"),
+        ({FC1: None}, r"lack 1 tensors .*fc1"),
+    ],
+)
+def test_a_damaged_weight_is_named(
+    tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    save_bart(tmp_path)
+    shape = safetensors.torch.load_file(tmp_path / "model.safetensors")[FC1].shape
+    tensor = change[FC1]
+    if tensor is not None and tensor.isnan().any():
+        change = {FC1: torch.full(shape, math.nan)}
+    edit(tmp_path, change)
+    with pytest.raises(UserError, match=message):
+        model.load_model(str(tmp_path), CPU, FourBits())
+
+
+def train(directory: Path, *flags: str) -> int:
+    data = (
+        save_data(directory / "data") if not (directory / "data").exists() else directory / "data"
+    )
+    base = directory / "base"
+    if not base.exists():
+        save_bart(base)
+    arguments = ["--model", str(base), "--data", str(data), "--method", "qlora", "--rank", "2"]
+    return cli.train_main([*arguments, *SMALL, *flags])
+
+
+@pytest.mark.parametrize("init", ["kaiming", "loftq"])
+def test_qlora_trains_saves_resumes_and_is_evaluated(
+    tmp_path: Path,
+    init: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert train(tmp_path, "--init", init, "--output", str(whole)) == 0
+    out = capsys.readouterr().out
+    assert "qlora: " in out
+    assert "linears in 4 bits" in out
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["method"], config["init"]) == ("qlora", init)
+    entries = json.loads((whole / "adapter" / "adapter_config.json").read_text())
+    assert entries["init_lora_weights"] == ("loftq" if init == "loftq" else True)
+
+    # A run that was interrupted ends as the other did, on the same base quantized again.
+    step = Trainer.step
+
+    def interrupted(trainer: Trainer, group: Any) -> Any:
+        if trainer.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        assert train(tmp_path, "--init", init, "--output", str(stopped)) == 130
+    assert cli.train_main(["--resume", str(stopped)]) == 0
+    assert records(stopped) == records(whole)
+    weights = [run / "adapter" / "adapter_model.safetensors" for run in (stopped, whole)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    capsys.readouterr()
+
+    # Scored by itself, the base quantized again, the run gets the scores that it ended with.
+    scores = tmp_path / "scores.json"
+    assert cli.evaluate_main([str(whole), "--output", str(scores)]) == 0
+    again, ended = (json.loads(p.read_text()) for p in (scores, whole / "evaluation.json"))
+    assert again["finetuned"] == ended["finetuned"]
+    assert again["base"] == ended["base"]
+    assert [r["kind"] for r in records(whole)][-1] == "end"
+
+
+def test_every_preset_has_a_learning_rate_for_qlora() -> None:
+    assert all("qlora" in LEARNING_RATES[preset] for preset in PRESETS)
+
+
+def test_loftq_goes_with_qlora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.train_main(["--init", "loftq", "--output", str(tmp_path / "run")]) == 2
+    assert "it goes with --method qlora" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
