@@ -31,11 +31,11 @@ docs-check: .venv/development  ## run the commands and the Python of README and 
 	$(BIN)/python benchmarks/tables.py --check
 
 bench: .venv/development  ## every benchmark, small, to see that it runs: benchmarks/results/small/
-	for name in merge_latency exactness layer training evaluation quality; do \
+	for name in merge_latency exactness layer training evaluation quality qlora; do \
 		$(BIN)/python benchmarks/$$name.py --small || exit 1; done
 
 figures: .venv/development  ## the published figures: an hour of a quiet machine
-	for name in merge_latency exactness layer training evaluation quality; do \
+	for name in merge_latency exactness layer training evaluation quality qlora qlora_quality; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/tables.py
 

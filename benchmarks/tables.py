@@ -113,6 +113,41 @@ def quality(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def qlora(result: dict[str, Any]) -> Rows:
+    """Speed, size and error of a base in four bits, one figure a row."""
+    rows = [["a base in NF4, double quantization", "", "beside"]]
+    for task in ("quantize", "dequantize"):
+        ratios = [figures[task]["minilora"]["ratio"] for figures in result["conversion"].values()]
+        cell = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        rows.append([f"time to {task}", cell, "bitsandbytes, BART-large's shapes"])
+    ratios = [figures["QLoRA"]["ratio"] for figures in result["step"].values()]
+    tokens = f"LoRA on a bf16 base, {result['settings']['tokens']:,} tokens"
+    rows.append(["training step of a layer", f"{min(ratios):.2f} to {max(ratios):.2f}", tokens])
+    rows.append(["bits a weight", f"{result['bits']['double']:.3f}", "32"])
+    mean = result["error"]["mean"]
+    others = f"int4 {mean['int4']:.3f}, int8 {mean['int8']:.4f}"
+    rows.append(["error, of a weight's norm", f"{mean['NF4, double quantization']:.3f}", others])
+    if loading := result.get("loading"):
+        read, whole = loading["layer by layer"], loading["whole"]
+        sizes = [f"{read[key] / 1e6:,.0f} MB" for key in ("after", "tensor_bytes", "peak_bytes")]
+        rows.append(["BART-large's linears", sizes[0], f"{read['before'] / 1e6:,.0f} MB in fp32"])
+        rows.append(["the whole model", sizes[1], f"{whole['tensor_bytes'] / 1e6:,.0f} MB in fp32"])
+        rows.append(["peak while it is read", sizes[2], f"{whole['peak_bytes'] / 1e6:,.0f} MB"])
+    return rows
+
+
+def qlora_quality(result: dict[str, Any]) -> Rows:
+    """One row a method: test scores over the seeds."""
+    count = len(result["seeds"])
+    rows = [[f"mean of {count} seeds", "ROUGE-1", "±", "ROUGE-2", "ROUGE-L", "minutes", "peak"]]
+    for name, figures in result["means"].items():
+        scores = figures["finetuned"]
+        row = [name, f"{scores['rouge1']:.2f}", f"{figures['rouge1_deviation']:.2f}"]
+        row += [f"{scores['rouge2']:.2f}", f"{scores['rougeL']:.2f}"]
+        rows.append([*row, f"{figures['minutes']:.1f}", f"{figures['peak_bytes'] / 1e6:,.0f} MB"])
+    return rows
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "merge_latency": merge_latency,
     "exactness": exactness,
@@ -126,6 +161,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "evaluation": evaluation,
     "evaluation_cuda": evaluation,
     "quality": quality,
+    "qlora": qlora,
+    "qlora_quality": qlora_quality,
 }
 
 

@@ -8,7 +8,8 @@ and B train (Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3).
     base and adapter        merge, unmerge, disabled
     PEFT's files            save_adapter, load_adapter
     adapters as values      read_adapter, write_adapter, Adapter, combine, extract, Fitted
-    what was done           InjectReport, MergeReport, LoadReport; all of them print
+    a base in four bits     quantize, NF4Linear; inject afterwards is QLoRA
+    what was done           InjectReport, MergeReport, LoadReport, QuantizeReport; all of them print
     what was wrong          LoRAError, a ValueError: one line with what, where and what to do
 
 Models are changed in place and return a report; nothing is changed when an error is raised.

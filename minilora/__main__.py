@@ -162,15 +162,19 @@ def _merge(parsed: argparse.Namespace) -> None:
         raise LoRAError(f"{out} exists and is not an empty directory: name another")
     directory = _directory(parsed.adapter)
     adapter = minilora.read_adapter(directory)
-    name = parsed.model or _base_of(directory) or adapter.base_model
+    name = parsed.model or _setting(directory, "model") or adapter.base_model
     if name is None:
         raise LoRAError(f"{parsed.adapter} does not name its base model: say --model")
     model, stored = _load(name)
+    # The adapter of a base in four bits belongs to what those mean, not to the weights before.
+    if four_bits := _setting(directory, "method") == "qlora" or adapter.config.init == "loftq":
+        print(minilora.quantize(model))
     before_adapter = _logits(model)
     print(apply_adapter(model, adapter, inference=True))
     before = _logits(model)
-    print(minilora.merge(model))
-    minilora.unwrap(model)
+    if not four_bits:
+        print(minilora.merge(model))
+    minilora.unwrap(model, dequantize=four_bits)
 
     dtype = DTYPES[parsed.dtype] if parsed.dtype else stored
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -198,13 +202,15 @@ def _merge(parsed: argparse.Namespace) -> None:
     print(f"written to {out}")
 
 
-def _base_of(run: Path) -> str | None:
-    """The model in a run's config.json."""
-    try:
-        model = json.loads((run / "config.json").read_bytes())["model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return model if isinstance(model, str) else None
+def _setting(run: Path, name: str) -> str | None:
+    """A value in a run's config.json, which may be asked for the adapter directory inside it."""
+    for directory in (run, run.parent) if run.name == "adapter" else (run,):
+        try:
+            value = json.loads((directory / "config.json").read_bytes())[name]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return value if isinstance(value, str) else None
+    return None
 
 
 def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":

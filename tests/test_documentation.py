@@ -18,7 +18,8 @@ CLASSES = [n for n in minilora.__all__ if inspect.isclass(getattr(minilora, n))]
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Example")
 RAISES_NOTHING = {"config_of", "trainable_parameters", "LoRAError"}
 NO_EXAMPLE = {"Fitted", "LoadReport", "MergeReport"}  # made by functions that show one
-REPORTS = {"InjectReport", "LoadReport", "MergeReport"}  # made by the library, never by a person
+# Made by the library, never by a person.
+REPORTS = {"InjectReport", "LoadReport", "MergeReport", "QuantizeReport"}
 
 
 def sections(name: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch import nn
 
 import minilora
 from minilora import LoRAConfig, NF4Linear
+from minilora.__main__ import main
 from minilora.summarization import cli, model
 from minilora.summarization.four_bits import FourBits
 from minilora.summarization.presets import LEARNING_RATES, PRESETS, UserError
@@ -146,3 +147,19 @@ def test_loftq_goes_with_qlora(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.train_main(["--init", "loftq", "--output", str(tmp_path / "run")]) == 2
     assert "it goes with --method qlora" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_merged_checkpoint_of_qlora_is_that_of_the_four_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "merged"
+    assert train(tmp_path, "--init", "loftq", "--no-evaluate", "--output", str(run)) == 0
+    assert main(["merge", str(run / "adapter"), str(out), "--dtype", "fp32"]) == 0
+    assert "linears dequantized" in capsys.readouterr().out
+    trained = model.load_model(str(tmp_path / "base"), CPU, FourBits())
+    minilora.load_adapter(trained, run / "adapter")
+    merged = model.load_model(str(out), CPU)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        logits = [m(input_ids=ids, decoder_input_ids=ids).logits for m in (trained, merged)]
+    assert torch.allclose(*logits, rtol=0, atol=1e-4 * logits[0].abs().max().item())

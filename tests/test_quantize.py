@@ -528,3 +528,23 @@ def test_an_adapter_that_loftq_started_says_that_its_base_is_another(tmp_path: P
     (tmp_path / "adapter_config.json").write_text(json.dumps(entries))
     with pytest.raises(LoRAError, match="loftq_config must be"):
         minilora.read_adapter(tmp_path)
+
+
+def test_peft_reads_the_file_and_means_the_same_by_loftq(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from peft.utils.loftq_utils import _low_rank_decomposition
+
+    model = tiny_bart(d_model=32)
+    minilora.quantize(model, exclude=("lm_head", *MIXED))
+    # PEFT leaves the scale out of the start: it means what minilora means at s = 1 only.
+    minilora.inject(model, LoRAConfig(rank=3, alpha=3, targets=MIXED, init="loftq"))
+    minilora.save_adapter(model, tmp_path)
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    assert config.init_lora_weights == "loftq"
+    assert (config.loftq_config["loftq_bits"], config.loftq_config["loftq_iter"]) == (4, 1)
+    # One step, as their `loftq_init` does it (which wants CUDA): quantize, then the residual's SVD.
+    layer = model.model.encoder.layers[0].fc1
+    weight = tiny_bart(d_model=32).model.encoder.layers[0].fc1.weight.detach()
+    parts = _low_rank_decomposition(weight - layer.base.dense_weight(), reduced_rank=3)
+    assert torch.allclose(layer.delta(), parts["L"] @ parts["R"], rtol=0, atol=1e-5)
+    assert layer.delta().abs().max() > 1e-3

@@ -1,0 +1,87 @@
+"""What does a 4-bit base cost in ROUGE? LoRA, QLoRA and QLoRA with LoftQ's start, seed by seed.
+
+    python benchmarks/qlora_quality.py [--seeds 0 1 2] [flags of train.py]
+
+Every row is `python train.py` as a whole process, one after another: test scores, minutes, memory.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, write_result
+
+METHODS = {
+    "LoRA": ["--method", "lora"],
+    "QLoRA": ["--method", "qlora"],
+    "QLoRA, LoftQ": ["--method", "qlora", "--init", "loftq"],
+}
+
+
+def run(method: str, seed: int, flags: list[str]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "run"
+        command = [sys.executable, str(ROOT / "train.py"), "--rank", "8", *METHODS[method]]
+        start = time.monotonic()
+        subprocess.run(
+            [*command, "--seed", str(seed), *flags, "--output", str(output)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        seconds = time.monotonic() - start
+        evaluation = json.loads((output / "evaluation.json").read_bytes())
+        records = [json.loads(line) for line in (output / "log.jsonl").read_bytes().splitlines()]
+    end = next(record for record in records if record["kind"] == "end")
+    row = {
+        "method": method,
+        "seed": seed,
+        "finetuned": evaluation["finetuned"],
+        "base": evaluation["base"],  # of QLoRA the quantized one
+        "minutes": round(seconds / 60, 2),
+        "training_minutes": round(end["seconds"] / 60, 2),
+        "peak_bytes": end["peak_bytes"],
+    }
+    print(
+        f"{method}, seed {seed}: ROUGE-1 {row['finetuned']['rouge1']:.2f} (base "
+        f"{row['base']['rouge1']:.2f}), {row['minutes']} minutes",
+        flush=True,
+    )
+    return row
+
+
+def means(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over the seeds: the mean scores, and the standard deviation of ROUGE-1."""
+    found = {}
+    for method in METHODS:
+        mine = [row for row in rows if row["method"] == method]
+        rouge1 = [row["finetuned"]["rouge1"] for row in mine]
+        found[method] = {
+            "finetuned": {
+                name: statistics.mean(row["finetuned"][name] for row in mine)
+                for name in mine[0]["finetuned"]
+            },
+            "base_rouge1": statistics.mean(row["base"]["rouge1"] for row in mine),
+            "rouge1_deviation": statistics.stdev(rouge1) if len(mine) > 1 else 0.0,
+            "minutes": statistics.mean(row["minutes"] for row in mine),
+            "peak_bytes": max(row["peak_bytes"] for row in mine),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options, flags = parser.parse_known_args()
+    rows = [run(method, seed, flags) for seed in options.seeds for method in METHODS]
+    result = {"flags": flags, "seeds": options.seeds, "rows": rows, "means": means(rows)}
+    print(write_result("qlora_quality", result))
+
+
+if __name__ == "__main__":
+    main()
