@@ -530,7 +530,9 @@ def test_an_adapter_that_loftq_started_says_that_its_base_is_another(tmp_path: P
         minilora.read_adapter(tmp_path)
 
 
-def test_peft_reads_the_file_and_means_the_same_by_loftq(tmp_path: Path) -> None:
+def test_peft_reads_the_file_and_means_the_same_by_loftq(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     peft = pytest.importorskip("peft")
     from peft.utils.loftq_utils import _low_rank_decomposition
 
@@ -539,7 +541,10 @@ def test_peft_reads_the_file_and_means_the_same_by_loftq(tmp_path: Path) -> None
     # PEFT leaves the scale out of the start: it means what minilora means at s = 1 only.
     minilora.inject(model, LoRAConfig(rank=3, alpha=3, targets=MIXED, init="loftq"))
     minilora.save_adapter(model, tmp_path)
+    # PEFT asks whether scipy is installed, which its start in four bits does not use.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     config = peft.LoraConfig.from_pretrained(tmp_path)
+    monkeypatch.undo()
     assert config.init_lora_weights == "loftq"
     assert (config.loftq_config["loftq_bits"], config.loftq_config["loftq_iter"]) == (4, 1)
     # One step, as their `loftq_init` does it (which wants CUDA): quantize, then the residual's SVD.
