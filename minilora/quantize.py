@@ -407,8 +407,8 @@ class QuantizeReport:
         after: the same in four bits, scales included.
 
     Example:
-        >>> quantize(nn.Sequential(nn.Linear(1024, 1024))).bits
-        4.127197265625
+        >>> round(quantize(nn.Sequential(nn.Linear(1024, 1024))).bits, 3)
+        4.127
     """
 
     modules: tuple[str, ...]
