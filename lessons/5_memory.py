@@ -1,0 +1,249 @@
+# %% [markdown]
+# # 5 · Memory
+#
+# **Question.** Where do the bytes go in fine-tuning, and which of them does LoRA save?
+#
+# ## The math
+#
+# Four things must be in memory when the backward pass begins. For a model of $P$ parameters of which
+# $T$ train, in float32 with AdamW:
+#
+# | | bytes | LoRA ($T \ll P$) | QLoRA |
+# | --- | --- | --- | --- |
+# | weights | $4P$ | $4(P + T)$ | a bit over $\tfrac{1}{2}$ byte for each weight of a linear layer |
+# | gradients | $4T$ | almost nothing | as LoRA |
+# | optimizer: two moments | $8T$ | almost nothing | as LoRA |
+# | activations | what the backward pass needs again | **hardly less** | as LoRA |
+#
+# Why hardly less? To find $\partial L / \partial W = G^\top x$, a trained linear layer keeps its input
+# $x$; a frozen one does not. But the gradient has to pass *through* the frozen layers to reach the
+# adapters below, so every GELU, LayerNorm and softmax keeps what it kept before.
+
+# %%
+import copy
+import warnings
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+import workshop
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from transformers import BartConfig, BartForConditionalGeneration
+
+import minilora
+from minilora import LoRAConfig, LoRALinear
+
+torch.manual_seed(0)
+
+# %% [markdown]
+# ## Count the bytes
+#
+# PyTorch tells: `saved_tensors_hooks` is called with every tensor that the backward pass will need.
+# Weights are among them, and one storage may be kept by several operations, so count each storage
+# once and leave the model's own out.
+
+
+# %%
+def activations(model: nn.Module, batch: int, source: int, target: int) -> int:
+    """Bytes kept between the forward and the backward pass of one training step."""
+    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def see(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held here, so that its number is not given away again
+        return tensor
+
+    device = next(model.parameters()).device
+    ids = torch.full((batch, source), 5, device=device)  # (b, s)
+    labels = torch.full((batch, target), 5, device=device)  # (b, t)
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        logits = model(input_ids=ids, decoder_input_ids=labels, use_cache=False).logits
+        F.cross_entropy(logits.flatten(0, 1), labels.flatten())  # (b t, v), (b t,)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def account(model: nn.Module, batch: int, source: int, target: int) -> dict[str, int]:
+    """Bytes of a training step by what they are for."""
+    trained = sum(p.nbytes for p in minilora.trainable_parameters(model))
+    own = {t.untyped_storage()._cdata: t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    return {
+        "weights": sum(own.values()),
+        "gradients": trained,
+        "optimizer": 2 * trained,
+        "activations": activations(model.train(), batch, source, target),
+    }
+
+
+# %% [markdown]
+# ## pocket-bart, five ways
+#
+# Rank 8 on `q_proj` and `v_proj`, a batch of 8 dialogues of 160 tokens with summaries of 40.
+# (Attention is computed plainly here: fused kernels keep less of it, in all alike.) LoRA is counted
+# without dropout, with dropout on the adapter's input, and with the same dropout when the backward is
+# left to autograd.
+
+# %%
+LORA = LoRAConfig(rank=8, alpha=32, targets=("q_proj", "v_proj"))
+DROPOUT = LoRAConfig(rank=8, alpha=32, targets=("q_proj", "v_proj"), dropout=0.05)
+base, _ = workshop.pocket()
+base.set_attn_implementation("eager")
+
+
+def by_autograd(model: nn.Module) -> nn.Module:
+    """The adapter's backward as autograd would have it, not as the library writes it."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.fused = False
+    return model
+
+
+def adapted(config: LoRAConfig, four_bits: bool = False) -> nn.Module:
+    model = copy.deepcopy(base)
+    if four_bits:
+        minilora.quantize(model)
+    minilora.inject(model, config)
+    return model
+
+
+models = {
+    "full": copy.deepcopy(base).requires_grad_(True),
+    "LoRA": adapted(LORA),
+    "dropout": adapted(DROPOUT),
+    "by autograd": by_autograd(adapted(DROPOUT)),
+    "QLoRA": adapted(LORA, four_bits=True),
+}
+pocket = {name: account(model, 8, 160, 40) for name, model in models.items()}
+
+# %% [markdown]
+# The two moments of AdamW were assumed above. Take a step and count them:
+
+
+# %%
+def moments(model: nn.Module) -> int:
+    """Bytes that AdamW keeps, its step counters left out."""
+    optimizer = torch.optim.AdamW(minilora.trainable_parameters(model))
+    ids = torch.full((1, 8), 5)
+    model(input_ids=ids, decoder_input_ids=ids).logits.sum().backward()
+    optimizer.step()
+    states = (state for entry in optimizer.state.values() for state in entry.values())
+    return sum(state.nbytes for state in states if state.dim() > 0)
+
+
+counted = {name: moments(models[name]) for name in ("full", "LoRA")}
+assert all(counted[name] == pocket[name]["optimizer"] for name in counted)
+
+# %% [markdown]
+# ## BART-large, without owning the memory
+#
+# In PyTorch's `FakeTensorMode` tensors have shapes and no numbers: a model of any size can be built
+# and run forward, and the hooks see the same shapes. First check that this is true, on pocket-bart;
+# then count BART-large. (Four-bit codes cannot be computed of numbers that are not there: QLoRA's
+# weights are counted as 4.127 bits a weight of a linear layer, the figure of lesson 6.)
+
+
+# %%
+# `inject` looks where tensors lie, to find tied ones; these lie nowhere, of which PyTorch warns.
+warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+
+
+def in_shapes(
+    config: BartConfig, batch: tuple[int, int, int], lora: LoRAConfig | None, fused: bool = True
+) -> dict[str, int]:
+    """`account` of a model that never exists; without `lora`, of its full fine-tuning."""
+    config._attn_implementation = "eager"
+    with FakeTensorMode():
+        model = BartForConditionalGeneration(config)
+        if lora is not None:
+            minilora.inject(model, lora)
+        return account(model if fused else by_autograd(model), *batch)
+
+
+assert in_shapes(base.config, (8, 160, 40), None) == pocket["full"]  # to the byte
+assert in_shapes(base.config, (8, 160, 40), DROPOUT) == pocket["dropout"]
+
+LARGE = BartConfig()  # the defaults are BART-large: 12 + 12 layers, width 1,024
+BATCH = (8, 256, 64)  # dialogues, source tokens, target tokens
+totals = {
+    "full": in_shapes(LARGE, BATCH, None),
+    "LoRA": in_shapes(LARGE, BATCH, LORA),
+    "dropout": in_shapes(LARGE, BATCH, DROPOUT),
+    "by autograd": in_shapes(LARGE, BATCH, DROPOUT, fused=False),
+}
+with torch.device("meta"):
+    large = BartForConditionalGeneration(LARGE)
+linear = sum(m.weight.nbytes for n, m in large.named_modules()
+             if isinstance(m, nn.Linear) and n != "lm_head")  # fmt: skip
+saved = linear - round(linear / 4 * 4.127 / 8)
+totals["QLoRA"] = totals["LoRA"] | {"weights": totals["LoRA"]["weights"] - saved}
+
+for title, unit, table in (("pocket-bart", 2**20, pocket), ("BART-large", 2**30, totals)):
+    print(f"{title:14}" + "".join(f"{part:>13}" for part in [*table["full"], "sum"]))
+    for name, parts in table.items():
+        figures = [*parts.values(), sum(parts.values())]
+        print(f"{name:14}" + "".join(f"{figure / unit:13.2f}" for figure in figures))
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, sharey=False)
+for axis, table, unit, label, title in (
+    (left, pocket, 2**20, "MiB", "pocket-bart, 8 × (160 + 40) tokens"),
+    (right, totals, 2**30, "GiB", "BART-large, 8 × (256 + 64) tokens"),
+):
+    bottom = torch.zeros(len(table))
+    for part in ("weights", "gradients", "optimizer", "activations"):
+        heights = torch.tensor([table[name][part] / unit for name in table])
+        axis.bar(list(table), heights, bottom=bottom, label=part)
+        bottom += heights
+    axis.set(xlabel="method", ylabel=f"memory of a step ({label})", title=title)
+    axis.tick_params(axis="x", labelsize=9)
+right.legend(fontsize=9)
+plt.show()
+
+# %% [markdown]
+# **What to see.** LoRA takes away two of the four colours, gradients and optimizer, to a line too
+# thin to see, and QLoRA takes most of a third, the weights. The tallest is touched by neither: the
+# activations shrink somewhat, because frozen linears keep no inputs, and that is all. They grow with
+# the batch, so a larger batch soon costs more than LoRA saved; against them help shorter sequences,
+# less padding, recomputation (gradient checkpointing) and fused attention. Dropout on the adapter's
+# input need not cost much: a mask of one byte an element suffices. Left to autograd, it keeps
+# another copy of $x$ for every adapted layer.
+#
+# ## The claim
+#
+# LoRA's gradients and moments are under 2% of full fine-tuning's, but its activations are over half
+# of them; dropout adds activations, and more if left to autograd; four bits make the linears' weights
+# at least seven times smaller. (That shapes and memory give the same count was asserted above.)
+
+
+# %%
+def claim(table: dict[str, dict[str, int]]) -> None:
+    full, lora = table["full"], table["LoRA"]
+    trained = (lora["gradients"] + lora["optimizer"]) / (full["gradients"] + full["optimizer"])
+    assert trained < 0.02, f"gradients and moments are {trained:.0%} of full fine-tuning's"
+    share = lora["activations"] / full["activations"]
+    assert 0.5 < share < 1, f"activations are {share:.0%} of full fine-tuning's"
+    kept = [table[name]["activations"] for name in ("LoRA", "dropout", "by autograd")]
+    assert kept[0] < kept[1] < kept[2], "dropout costs nothing, or by autograd no more"
+    four = lora["weights"] - table["QLoRA"]["weights"]
+    assert four > 0, "four bits save nothing"
+
+
+claim(pocket)
+claim(totals)
+report = minilora.quantize(copy.deepcopy(base))
+assert report.before / report.after > 7
+
+workshop.must_fail(lambda: claim(totals | {"LoRA": totals["full"]}), "LoRA is full fine-tuning")
+workshop.must_fail(lambda: claim(pocket | {"dropout": pocket["LoRA"]}), "dropout is off")
+
+# %% [markdown]
+# ## Exercises
+#
+# Fill the gaps in [`exercises/lesson_5.py`](exercises/lesson_5.py), then ask
+# `python -m pytest lessons/exercises/test_lesson_5.py`:
+#
+# 1. `training_bytes`: weights, gradients and moments of a model of $P$ parameters of which $T$ train.
+# 2. `kept_bytes`: write the counting hook yourself, for any function of any tensors.
+# 3. `frozen_linear`: a frozen layer as an `autograd.Function` that keeps nothing but its weight.

@@ -1,0 +1,26 @@
+"""Lesson 5: memory. Float32 takes four bytes a number."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def training_bytes(parameters: int, trained: int) -> dict[str, int]:
+    """Bytes of "weights", "gradients" and "optimizer" (AdamW), float32, trained included."""
+    raise NotImplementedError
+
+
+def kept_bytes(function: Callable[..., Tensor], *inputs: Tensor) -> int:
+    """Bytes that `function(*inputs)` keeps for its backward pass, each storage counted once.
+
+    The storages of the inputs themselves do not count: they are there anyway.
+    """
+    raise NotImplementedError
+
+
+def frozen_linear(x: Tensor, W: Tensor) -> Tensor:
+    """The product x W^T, (n, out), for a frozen W (out, in): keeps nothing but W.
+
+    Write a torch.autograd.Function whose backward gives dL/dx = G W, and apply it here.
+    """
+    raise NotImplementedError
