@@ -115,7 +115,8 @@ def committed() -> tuple[str, Result] | None:
             continue
         result = json.loads(path.read_text())
         if "per_dialogue" in result:  # written by benchmarks/pocket.py
-            method = result["rows"][-1]["name"]
+            methods = [row["name"] for row in result["rows"]]
+            method = [name for name in methods if name.startswith("LoRA")][-1]
             sides = {"base": "base", "finetuned": method}
             return f"{title}, {method}", {k: result["per_dialogue"][v] for k, v in sides.items()}
         hallucinated = result.get("hallucinated_names", {})
