@@ -2,16 +2,19 @@
 
     python benchmarks/qlora_quality.py [--seeds 0 1 2] [flags of train.py]
 
-Every row is `python train.py` as a whole process, one after another: test scores, minutes, memory.
+Every row is `python train.py` as a whole process: test scores, minutes, memory. With --jobs 2 two
+of them run side by side on one core each: minutes are those of one core.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,10 @@ METHODS = {
 }
 
 
-def run(method: str, seed: int, flags: list[str]) -> dict[str, Any]:
+def run(method: str, seed: int, jobs: int, flags: list[str]) -> dict[str, Any]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if jobs > 1:
+        environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "run"
         command = [sys.executable, str(ROOT / "train.py"), "--rank", "8", *METHODS[method]]
@@ -32,6 +38,7 @@ def run(method: str, seed: int, flags: list[str]) -> dict[str, Any]:
         subprocess.run(
             [*command, "--seed", str(seed), *flags, "--output", str(output)],
             check=True,
+            env=environment,
             stdout=subprocess.DEVNULL,
         )
         seconds = time.monotonic() - start
@@ -77,9 +84,13 @@ def means(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2)
     options, flags = parser.parse_known_args()
-    rows = [run(method, seed, flags) for seed in options.seeds for method in METHODS]
-    result = {"flags": flags, "seeds": options.seeds, "rows": rows, "means": means(rows)}
+    grid = [(method, seed) for seed in options.seeds for method in METHODS]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(lambda row: run(*row, options.jobs, flags), grid))
+    result = {"flags": flags, "jobs": options.jobs, "seeds": options.seeds}
+    result |= {"rows": rows, "means": means(rows)}
     print(write_result("qlora_quality", result))
 
 
