@@ -64,12 +64,17 @@ def test_flags_beat_the_preset(preset: str) -> None:
             assert parse_run(argv).to_dict()[name] == value
 
 
+def usual() -> dict[str, Any]:
+    """The settings of a run without flags."""
+    return RunConfig().to_dict() | PRESETS["pocket"]
+
+
 @pytest.mark.parametrize(("group", "field"), FIELDS, ids=NAMES)
 def test_every_field_is_a_flag_with_hyphens_and_underscores(
     group: str, field: "Field[Any]", tmp_path: Path
 ) -> None:
     if field.name == "resume":  # it must name a run
-        (tmp_path / "config.json").write_text(json.dumps(RunConfig().to_dict()))
+        (tmp_path / "config.json").write_text(json.dumps(usual()))
         typed, value = ["--resume", str(tmp_path)], str(tmp_path)
     else:
         typed, value = other_value(field)
@@ -77,7 +82,7 @@ def test_every_field_is_a_flag_with_hyphens_and_underscores(
         run = parse_run([flag, *typed[1:]])
         assert getattr(getattr(run, group), field.name) == value
         others = {k: v for k, v in run.to_dict().items() if k not in (field.name, "learning_rate")}
-        assert others.items() <= RunConfig().to_dict().items()
+        assert others.items() <= usual().items()
 
 
 def test_no_two_groups_share_a_field() -> None:
@@ -93,8 +98,11 @@ def test_help_groups_the_flags_and_explains_every_one(capsys: Any) -> None:
         assert f"\n{kind._argument_group_name}:" in text
     flat = " ".join(text.split())
     for _, field in FIELDS:
-        if field.name == "evaluate":  # what a run does anyway: only the way out is shown
-            assert "--no-evaluate do not score the test split" in flat
+        if field.name in (
+            "evaluate",
+            "report",
+        ):  # what a run does anyway: only the way out is shown
+            assert f"--no-{field.name} do not" in flat
             continue
         assert f"--{field.name.replace('_', '-')}" in flat
         assert " ".join(field.metadata["help"].split()[:3]) in flat
