@@ -129,7 +129,8 @@ def save_data(directory: Path, train: int = 20, validation: int = 3, test: int =
 
 SMALL = [  # flags of a run that takes a second
     *("--batch-size", "3", "--accumulate", "2", "--epochs", "2", "--learning-rate", "0.02"),
-    *("--dropout", "0.1", "--precision", "fp32", "--device", "cpu"),
+    *("--targets", "q_proj", "v_proj", "--dropout", "0.1"),
+    *("--precision", "fp32", "--device", "cpu"),
     *("--beams", "1", "--min-length", "0", "--max-length", "12"),
 ]
 

@@ -431,13 +431,22 @@ def test_starts_that_leave_the_base_alone_are_accepted(init: object, tmp_path: P
     assert torch.equal(logits(load_in_ours(case, directory)), expected)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"])
 def test_starts_that_rewrote_the_base_are_refused(init: str, tmp_path: Path) -> None:
     directory = peft_directory(CASES["list"], tmp_path)
     path = directory / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
     with pytest.raises(minilora.LoRAError, match=f"{init}.*path_initial_model_for_weight_conv"):
         minilora.read_adapter(directory)
+
+
+def test_loftq_belongs_to_a_quantized_base(tmp_path: Path) -> None:
+    directory = peft_directory(CASES["list"], tmp_path)
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "loftq"}))
+    assert minilora.read_adapter(directory).config.init == "loftq"
+    with pytest.raises(minilora.LoRAError, match="quantize"):
+        load_in_ours(CASES["list"], directory)
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_a_run_writes_what_it_says(whole: Path) -> None:
     validation = next(record for record in found if record["kind"] == "validation")
     assert validation.keys() >= {"loss", "rouge1", "rouge2", "rougeL", "rougeLsum", "step", "epoch"}
     assert sorted(path.name for path in whole.iterdir()) == [
-        *("adapter", "checkpoints", "config.json", "evaluation.json", "log.jsonl"),
+        *("adapter", "checkpoints", "config.json", "evaluation.json", "log.jsonl", "report.html"),
     ]
     assert json.loads((whole / "config.json").read_text())["learning_rate"] == 0.02
 
