@@ -24,7 +24,7 @@ from minilora.summarization.presets import embedded
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- table: benchmarks/scaling.py -->\n", "<!-- end of the table -->\n"
-RANK, TARGETS = 8, ("q_proj", "v_proj")  # the presets' adapter
+RANK, TARGETS = 8, ("q_proj", "v_proj")  # the adapter of the presets for hub models
 
 
 def shapes() -> dict[str, BartConfig]:
