@@ -31,6 +31,8 @@ class LoRALinear(nn.Module):
         base: the wrapped layer.
         lora_A: parameter (r, in). lora_B: parameter (out, r). Float32 (float64 on a float64 base).
         scale: s.
+        fused: whether training takes the hand-written backward, True at first.
+        enabled: False computes the base alone.
 
     Raises:
         LoRAError: the base cannot be adapted, or a number is out of range.

@@ -257,7 +257,8 @@ class _Product(torch.autograd.Function):
 class NF4Linear(nn.Module):
     """A frozen linear layer with its weight in four bits. Computes in the dtype of its input.
 
-    The weight is dequantized for each product and thrown away: between forward and backward only
+    y = x W^T + b for x (..., in) and y (..., out), where W (out, in) is what the codes mean, c_k v_q
+    (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, equation 5). The weight is dequantized for each product and thrown away: between forward and backward only
     the four-bit state is kept. `.to(dtype)` moves the bias, and leaves the state as it is.
 
     Args:
@@ -267,7 +268,8 @@ class NF4Linear(nn.Module):
         weight: (out, in), quantized instead of the linear's own.
 
     Attributes:
-        codes, absmax, scales, offset: buffers, see `NF4`.
+        codes, absmax, scales, offset: buffers, their shapes are in `NF4`.
+        bias: (out,), or None.
         dtype: what the weight was in, and what `dense_weight` gives.
 
     Raises:
@@ -436,7 +438,8 @@ def quantize(
 ) -> QuantizeReport:
     """Replace linears by `NF4Linear`, in place; `minilora.inject` afterwards makes it QLoRA.
 
-    Everything else, embeddings and norms, stays as it is. A quantized model is saved by
+    Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3. Of W (out, in) are kept
+    ceil(out in / 2) bytes of codes and one scale for every 64 values along its rows. Everything else, embeddings and norms, stays as it is. A quantized model is saved by
     `safetensors.torch.save_model`, and loaded into a model that was quantized alike.
 
     Args:

@@ -18,6 +18,8 @@ CLASSES = [n for n in minilora.__all__ if inspect.isclass(getattr(minilora, n))]
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Example")
 RAISES_NOTHING = {"config_of", "trainable_parameters", "LoRAError"}
 NO_EXAMPLE = {"Fitted", "LoadReport", "MergeReport"}  # made by functions that show one
+# What comes from a paper.
+PAPERS = ["LoRAConfig", "LoRALinear", "NF4Linear", "inject", "unwrap", "extract", "quantize"]
 # Made by the library, never by a person.
 REPORTS = {"InjectReport", "LoadReport", "MergeReport", "QuantizeReport"}
 
@@ -75,7 +77,12 @@ def test_the_shapes_of_a_and_b_are_given(name: str) -> None:
     assert "(out, r)" in text
 
 
-@pytest.mark.parametrize("name", ["LoRAConfig", "LoRALinear", "inject", "unwrap", "extract"])
+@pytest.mark.parametrize("name", ["NF4Linear", "quantize"])
+def test_the_shape_of_a_weight_is_given(name: str) -> None:
+    assert "(out, in)" in (inspect.getdoc(getattr(minilora, name)) or "")
+
+
+@pytest.mark.parametrize("name", PAPERS)
 def test_what_comes_from_a_paper_names_it(name: str) -> None:
     assert re.search(r"(19|20)\d\d", inspect.getdoc(getattr(minilora, name)) or "")
 
