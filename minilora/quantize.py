@@ -257,9 +257,10 @@ class _Product(torch.autograd.Function):
 class NF4Linear(nn.Module):
     """A frozen linear layer with its weight in four bits. Computes in the dtype of its input.
 
-    y = x W^T + b for x (..., in) and y (..., out), where W (out, in) is what the codes mean, c_k v_q
-    (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, equation 5). The weight is dequantized for each product and thrown away: between forward and backward only
-    the four-bit state is kept. `.to(dtype)` moves the bias, and leaves the state as it is.
+    y = x W^T + b for x (..., in) and y (..., out), where W (out, in) is what the codes mean
+    (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, equations 5 and 6). W is dequantized
+    for each product and thrown away: between forward and backward only the four-bit state is kept.
+    `.to(dtype)` moves the bias, and leaves the state as it is.
 
     Args:
         linear: the layer to quantize; its bias is kept as it is. On the meta device the state is
@@ -438,8 +439,9 @@ def quantize(
 ) -> QuantizeReport:
     """Replace linears by `NF4Linear`, in place; `minilora.inject` afterwards makes it QLoRA.
 
-    Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3. Of W (out, in) are kept
-    ceil(out in / 2) bytes of codes and one scale for every 64 values along its rows. Everything else, embeddings and norms, stays as it is. A quantized model is saved by
+    Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3. Of each W (out, in) half a
+    byte a value is kept, and a scale for every 64 values along its rows. Everything else,
+    embeddings and norms, stays as it is. A quantized model is saved by
     `safetensors.torch.save_model`, and loaded into a model that was quantized alike.
 
     Args:
