@@ -144,8 +144,10 @@ class Prepared:
 def minilora_loop(setting: Setting, **settings: Any) -> Prepared:
     """What `train.py` does, from its flags on: minilora's session and its loop."""
     import minilora
-    from minilora.summarization import training
     from minilora.summarization.presets import RunConfig
+    from minilora.summarization.session import open_session
+    from minilora.summarization.stopping import stop_requests
+    from minilora.summarization.training import Trainer
 
     flat = {
         "model": str(setting.folder / "model"),
@@ -169,11 +171,11 @@ def minilora_loop(setting: Setting, **settings: Any) -> Prepared:
         "evaluate": False,
         **settings,
     }
-    session = training.open_session(RunConfig.from_dict(flat))
+    session = open_session(RunConfig.from_dict(flat))
     minilora.load_adapter(session.model, setting.folder / "adapter")
 
     def train(windows: Windows) -> None:
-        class Paused(training.Trainer):
+        class Paused(Trainer):
             def step(self, group: Any) -> dict[str, float]:
                 measures = super().step(group)
                 for batch in group:
@@ -184,7 +186,7 @@ def minilora_loop(setting: Setting, **settings: Any) -> Prepared:
                 return measures
 
         trainer = Paused(session, setting.folder / f"run-{time.time_ns()}")
-        with trainer.log, trainer.bar, training.stop_requests() as stop:
+        with trainer.log, trainer.bar, stop_requests() as stop:
             windows.open()
             while trainer.progress.step < trainer.last:
                 trainer.train_epoch(stop)

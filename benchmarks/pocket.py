@@ -47,7 +47,8 @@ def work(name: str, seed: int, more: Sequence[str], directory: Path) -> None:
     """One run, in a process of its own; base's and fine-tuned scores of every test dialogue."""
     from minilora.summarization.evaluation import rouge, summarize
     from minilora.summarization.flags import parse_run
-    from minilora.summarization.training import fit, open_session
+    from minilora.summarization.session import open_session
+    from minilora.summarization.training import fit
 
     base = name == "base"
     flags = ["--seed", str(seed), "--output", str(directory / "run"), *more]
@@ -90,7 +91,7 @@ def reload_best(session: Any, output: Path) -> None:
     """The weights of the best epoch instead of the last."""
     import minilora
     from minilora.summarization.model import load_model
-    from minilora.summarization.training import trained_path
+    from minilora.summarization.session import trained_path
 
     path = trained_path(output, session.run)
     if session.run.model.method == "full":

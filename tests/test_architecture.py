@@ -26,7 +26,8 @@ LIBRARY = (
 TASK = (
     "presets", "directories", "lock", "reading", "data", "origin", "four_bits",
     "model", "speed", "loss",
-    "checkpoint", "distributed", "guards", "evaluation", "training", "report", "runs", "plots",
+    "checkpoint", "distributed", "guards", "evaluation", "log",
+    "stopping", "session", "training", "report", "runs", "plots",
     "page", "flags", "cli",
 )  # fmt: skip
 

@@ -13,7 +13,8 @@ from minilora.summarization import report
 from minilora.summarization.checkpoint import Progress
 from minilora.summarization.presets import RunConfig
 from minilora.summarization.reading import Example
-from minilora.summarization.training import Outcome, Session, Split
+from minilora.summarization.session import Session, Split
+from minilora.summarization.training import Outcome
 from tests.helpers import BASE, EXAMPLES, TUNED
 
 

@@ -14,21 +14,15 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
 import minilora
-from minilora.summarization import training
+from minilora.summarization import evaluation, training
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.data import Encoded
 from minilora.summarization.flags import parse_run
+from minilora.summarization.log import Log
 from minilora.summarization.presets import UserError
-from minilora.summarization.training import (
-    Log,
-    Session,
-    Trainer,
-    fit,
-    last_step,
-    learning_rate,
-    open_session,
-    stop_requests,
-)
+from minilora.summarization.session import Session, open_session
+from minilora.summarization.stopping import stop_requests
+from minilora.summarization.training import Trainer, fit, last_step, learning_rate
 from tests.helpers import SMALL, records, save_bart, save_data, small_bart
 
 
@@ -102,7 +96,7 @@ def test_the_gradient_is_that_of_transformers_mean_loss(folder: Path, tmp_path: 
     reference = trainer_for(folder, tmp_path / "other").session.model
     loss, found = gradients_of(trainer, [rows[:3], rows[3:]])
     randomize(reference)
-    own = reference.eval()(**training._tensors(trainer.session, rows), use_cache=False).loss
+    own = reference.eval()(**trainer.session.tensors(rows), use_cache=False).loss
     own.backward()
     assert own.item() == pytest.approx(loss, rel=1e-6)
     # training sums in another order than evaluation, 6e-8 a rounding, in all layers above
@@ -340,7 +334,7 @@ def test_validation_decodes_with_its_own_beams(
         used.append(arguments[3].beams)
         return original(*arguments)
 
-    original = training.summarize
+    original = evaluation.summarize
     monkeypatch.setattr(training, "summarize", summarize)
     training.validate(session)
     assert used == [2]

@@ -50,15 +50,15 @@ from minilora.summarization.report import (
     opening,
     printable,
 )
-from minilora.summarization.training import (
+from minilora.summarization.session import (
     Session,
-    fit,
     four_bits,
     open_session,
-    stop_requests,
     trained_path,
     write_config,
 )
+from minilora.summarization.stopping import stop_requests
+from minilora.summarization.training import fit
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ import minilora
 from minilora.files import write_file
 from minilora.summarization import distributed
 from minilora.summarization.data import Encoded, by_length, collate
+from minilora.summarization.model import autocast
 from minilora.summarization.presets import GenerationOptions, UserError
 from minilora.summarization.reading import Example
 from minilora.summarization.speed import uncompiled
@@ -167,7 +168,7 @@ def summarize(
     Raises:
         UserError: settings that contradict each other or go beyond the model's positions.
     """
-    settings = _settings(model, generation)
+    settings = generate_arguments(model, generation)
     batches = distributed.share(by_length(encoded, generation.evaluation_batch_size))
     written = distributed.together(
         lambda: list(_write(model, tokenizer, encoded, batches, settings, autocast_dtype, progress))
@@ -190,8 +191,7 @@ def _write(
     pad = cast(int, tokenizer.pad_token_id)
     total = sum(map(len, batches))
     bar = tqdm(total=total, desc=progress, unit="dialogue", disable=progress is None)
-    autocast = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
-    with bar, _evaluation_mode(model), uncompiled(model), autocast:
+    with bar, _evaluation_mode(model), uncompiled(model), autocast(device, autocast_dtype):
         for chosen in batches:
             batch = collate([encoded[i] for i in chosen], pad)
             output = cast(Any, model).generate(  # without gradients: `generate` sees to it
@@ -207,8 +207,12 @@ def _write(
             bar.update(len(chosen))
 
 
-def _settings(model: PreTrainedModel, options: GenerationOptions) -> dict[str, Any]:
-    """`generate`'s arguments: what is named here goes before the checkpoint's generation config."""
+def generate_arguments(model: PreTrainedModel, options: GenerationOptions) -> dict[str, Any]:
+    """`generate`'s arguments: what is named here goes before the checkpoint's generation config.
+
+    Raises:
+        UserError: settings that contradict each other or go beyond the model's positions.
+    """
     positions = getattr(model.config, "max_position_embeddings", None) or options.max_length
     if min(options.beams, options.evaluation_batch_size) < 1:
         raise UserError("beams and evaluation_batch_size must be at least 1")

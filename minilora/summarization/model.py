@@ -205,6 +205,11 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
     return None
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Mixed precision in `dtype` on the device; None: none."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def _cpu_multiplies_bf16() -> bool:
     capability = torch.backends.cpu.get_cpu_capability()
     flags = Path("/proc/cpuinfo")

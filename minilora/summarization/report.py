@@ -9,7 +9,8 @@ from pathlib import Path
 from minilora.quantize import quantize_report
 from minilora.summarization import distributed
 from minilora.summarization.evaluation import MEASURES, Evaluation
-from minilora.summarization.training import Outcome, Session, trained_path
+from minilora.summarization.session import Session, trained_path
+from minilora.summarization.training import Outcome
 
 
 def first(evaluation: Evaluation, k: int = 3) -> list[int]:

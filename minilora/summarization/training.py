@@ -7,26 +7,20 @@ output/
     checkpoints/     what --resume needs
 """
 
-import json
 import math
-import os
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import minilora
-from minilora import InjectReport, LoRAConfig
-from minilora.files import write_file
 from minilora.summarization import distributed, speed
 from minilora.summarization.checkpoint import (
     Progress,
@@ -34,65 +28,24 @@ from minilora.summarization.checkpoint import (
     random_states,
     save_checkpoint,
 )
-from minilora.summarization.data import SPLITS, Encoded, batches, by_length, collate, encode, load
+from minilora.summarization.data import Encoded, batches, by_length
 from minilora.summarization.directories import sweep
 from minilora.summarization.distributed import Replica
 from minilora.summarization.evaluation import rouge, summarize
-from minilora.summarization.four_bits import FourBits
 from minilora.summarization.guards import (
     IN_A_ROW,
     BadBatch,
-    Stamps,
     changed,
     is_out_of_memory,
     pieces,
-    stamps,
     too_large,
 )
+from minilora.summarization.log import Clock, Log, NoLog
 from minilora.summarization.loss import summed_loss
-from minilora.summarization.model import (
-    check_vocabulary,
-    choose_device,
-    choose_precision,
-    limit_lengths,
-    load_model,
-    load_tokenizer,
-    save_model,
-)
-from minilora.summarization.origin import PLACES, differences, fingerprints, place
-from minilora.summarization.presets import RunConfig, TrainingOptions, UserError
-from minilora.summarization.reading import Example
-
-
-@dataclass
-class Split:
-    """Dialogues as they are and as token ids, in the same order."""
-
-    examples: list[Example]
-    encoded: list[Encoded]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-
-@dataclass
-class Session:
-    """What a run works with, checked and in memory, before anything is written."""
-
-    run: RunConfig
-    """With lengths that the model has positions for."""
-    device: torch.device
-    autocast_dtype: torch.dtype | None
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    splits: dict[str, Split]
-    """train and validation; test if the run ends with an evaluation."""
-    report: InjectReport
-    notices: list[str]
-    origin: dict[str, str]
-    """What the run begins with and where it computes, to be compared when it goes on."""
-    stamps: Stamps
-    """Of the data's files, to be told if somebody writes to them."""
+from minilora.summarization.origin import differences
+from minilora.summarization.presets import TrainingOptions, UserError
+from minilora.summarization.session import Session, Split, save_trained, write_config
+from minilora.summarization.stopping import StopRequest, stop_requests
 
 
 @dataclass
@@ -102,112 +55,6 @@ class Outcome:
     progress: Progress
     interrupted: bool
     peak_bytes: int
-
-
-def open_session(run: RunConfig) -> Session:
-    """Load data, model and tokenizer and make the model ready to train.
-
-    Whatever can be wrong with a run's input is found here, not after an hour of training.
-
-    Raises:
-        UserError: data or model are missing, malformed, or do not fit each other or the settings.
-        LoRAError: the adapter's settings do not fit the model.
-    """
-    device = distributed.own_device(choose_device(run.model.device))
-    if (count := distributed.size()) > run.training.batch_size:
-        raise UserError(
-            f"--batch-size {run.training.batch_size} is less than the {count} processes that "
-            "share each batch: raise it (and lower --accumulate), or start fewer"
-        )
-    if run.training.auto_batch_size and distributed.size() > 1:
-        raise UserError("--auto-batch-size goes with one process: lower --batch-size instead")
-    config = adapter_config(run) if run.model.method != "full" else None
-    before = stamps(run.data.data)
-    data, notices = load(run.data, SPLITS if run.output.evaluate else SPLITS[:2])
-    tokenizer = load_tokenizer(run.model.model)
-    model = load_model(run.model.model, device, four_bits(run, start=True))
-    run = limit_lengths(run, model)
-    summarize(model, tokenizer, [], run.generation)  # refuses impossible settings
-    splits = {}
-    for name, examples in data.items():
-        encoded, truncation = encode(examples, tokenizer, run.data)
-        check_vocabulary(model, encoded, run.model.model)
-        splits[name] = Split(examples, encoded)
-        if truncation.sources or truncation.targets:
-            notices.append(f"{name}: {truncation}")
-    autocast_dtype = choose_precision(run.model.precision, device)
-    encoded_splits = {name: split.encoded for name, split in splits.items()}
-    where = place(device, autocast_dtype, distributed.size())
-    origin = fingerprints(data, encoded_splits, model) | where
-    torch.manual_seed(run.model.seed)  # the start of A, then dropout
-    report = minilora.inject(model, config) if config else _report_of_all(model)
-    prepare(model, run, device, autocast_dtype)
-    began = {"start": distributed.checksum(model), "settings": run.to_dict()}
-    distributed.require_same({n: v for n, v in origin.items() if n not in PLACES} | began)
-    distributed.seed_apart(run.model.seed)
-    return Session(
-        run=run,
-        device=device,
-        autocast_dtype=autocast_dtype,
-        model=model,
-        tokenizer=tokenizer,
-        splits=splits,
-        report=report,
-        notices=notices,
-        origin=origin,
-        stamps=before,
-    )
-
-
-def prepare(
-    model: PreTrainedModel, run: RunConfig, device: torch.device, autocast_dtype: torch.dtype | None
-) -> None:
-    """Make the steps cheap that the model is about to take; see `speed`."""
-    speed.hold_frozen_linears(model, autocast_dtype)
-    speed.choose_attention(model, device)
-    if run.training.checkpoint_activations:
-        speed.checkpoint_activations(model)
-    if run.training.compile:
-        speed.compile_layers(model)
-
-
-def _report_of_all(model: nn.Module) -> InjectReport:
-    trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
-    return InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
-
-
-def adapter_config(run: RunConfig) -> LoRAConfig:
-    """The library's configuration for a run's settings."""
-    options = run.adapter
-    return LoRAConfig(
-        rank=options.rank,
-        alpha=options.alpha,
-        dropout=options.dropout,
-        targets=_targets(options.targets),
-        exclude=_targets(options.exclude) if options.exclude else (),
-        rslora=options.rslora,
-        init=options.init,
-        task_type="SEQ_2_SEQ_LM",
-    )
-
-
-def four_bits(run: RunConfig, start: bool = False) -> FourBits | None:
-    """How the base is read: in four bits for QLoRA.
-
-    Args:
-        run: its settings.
-        start: an adapter is to be injected, which LoftQ starts with the targets' whole weights.
-            The base is the same afterwards.
-    """
-    if run.model.method != "qlora":
-        return None
-    return FourBits(adapter_config(run) if start and run.adapter.init == "loftq" else None)
-
-
-def write_config(run: RunConfig, output: Path) -> None:
-    """config.json: every setting that a resumed run takes over."""
-    settings = run.to_dict() | {"resume": None, "accept_changes": False}
-    write_file(output / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
 
 
 def fit(session: Session, output: Path) -> Outcome:
@@ -283,7 +130,7 @@ class Trainer:
             notices.append(f"the run began elsewhere, the last bits may differ: {', '.join(where)}")
         return notices
 
-    def run(self, stop: "StopRequest") -> bool:
+    def run(self, stop: StopRequest) -> bool:
         """Train to the end. False if stopped before: a checkpoint and an adapter are there."""
         progress = self.progress
         if progress.log_bytes == 0:
@@ -301,7 +148,7 @@ class Trainer:
         self.log.write("end", seconds=round(progress.seconds, 1), peak_bytes=peak)
         return True
 
-    def train_epoch(self, stop: "StopRequest") -> bool:
+    def train_epoch(self, stop: StopRequest) -> bool:
         """The optimizer steps of this epoch that are left. False if stopped before its end."""
         progress = self.progress
         for group in epoch_groups(self.session, progress.epoch)[progress.position :]:
@@ -321,7 +168,7 @@ class Trainer:
                 self.checkpoint()
         return True
 
-    def end_epoch(self, stop: "StopRequest") -> bool:
+    def end_epoch(self, stop: StopRequest) -> bool:
         """Validate, save what was trained if it is the best so far, and turn to the next epoch.
 
         False if stopped before: summaries take long, nothing of them is kept, and so nobody waits
@@ -462,9 +309,9 @@ class Trainer:
         try:
             for number, batch in enumerate(parts, 1):
                 mine = distributed.share(batch)
-                with _autocast(session):
+                with session.autocast():
                     loss = self.replica.loss(
-                        _tensors(session, mine) if mine else None, last=number == len(parts)
+                        session.tensors(mine) if mine else None, last=number == len(parts)
                     )
                 total += (value := loss.item())
                 bad += [] if math.isfinite(value) else [row.id for row in mine]
@@ -528,134 +375,11 @@ def _summed_losses(session: Session, split: Split) -> tuple[float, int]:
     for chosen in distributed.share(
         by_length(split.encoded, session.run.generation.evaluation_batch_size)
     ):
-        with _autocast(session):
-            batch = _tensors(session, [split.encoded[i] for i in chosen])
+        with session.autocast():
+            batch = session.tensors([split.encoded[i] for i in chosen])
             summed, count = summed_loss(session.model, batch)
         loss, tokens = loss + summed.item(), tokens + count
     return loss, tokens
-
-
-def save_trained(session: Session, output: Path) -> None:
-    """Write the adapter (or, after a full fine-tune, the model), whole or not at all."""
-    path = trained_path(output, session.run)
-    if session.run.model.method != "full":
-        minilora.save_adapter(session.model, path)
-    else:
-        save_model(session.model, session.tokenizer, path)
-
-
-def trained_path(output: Path, run: RunConfig) -> Path:
-    """Where a run keeps what it trained."""
-    return output / ("model" if run.model.method == "full" else "adapter")
-
-
-class Log:
-    """log.jsonl: appended to, and on resuming cut back to what the checkpoint had seen."""
-
-    def __init__(self, path: Path, keep_bytes: int) -> None:
-        content = path.read_bytes()[:keep_bytes] if path.exists() else b""
-        if len(content) < keep_bytes:
-            missing = keep_bytes - len(content)
-            print(f"note: {path} lacks {missing:,} bytes that were written", file=sys.stderr)
-        write_file(path, content)
-        self.file = path.open("ab")
-
-    def write(self, kind: str, **values: Any) -> None:
-        """One record. JSON has no word for infinity or NaN: they become null."""
-        record = {"kind": kind} | {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
-
-    def flush(self) -> int:
-        """The length of the log in bytes, all of it on the disk."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.file.tell()
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-
-class NoLog(Log):
-    """That of the processes which do not write."""
-
-    def __init__(self, path: Path, keep_bytes: int) -> None:
-        self.file = Path(os.devnull).open("wb")  # noqa: SIM115
-
-    def flush(self) -> int:
-        return 0
-
-
-class Clock:
-    """Seconds of training, those before a resume included."""
-
-    def __init__(self, before: float) -> None:
-        self.start = time.monotonic() - before
-        self.mark()
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
-    def mark(self) -> None:
-        self.marked = time.monotonic()
-
-    def minutes_since_mark(self) -> float:
-        return (time.monotonic() - self.marked) / 60
-
-
-class StopRequest:
-    """Whether Ctrl-C or SIGTERM came. A second one stops at once.
-
-    With several processes all stop at the same step or none, and a second signal says nothing new:
-    a terminal's Ctrl-C reaches each of them twice, once through torchrun.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.raises = False
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Inside the block a request, also one made before, raises KeyboardInterrupt."""
-        self.raises = True
-        try:
-            if self.requested:
-                distributed.interrupt()
-            yield
-        finally:
-            self.raises = False
-            distributed.forget_interrupt()
-
-    def on_signal(self, number: int, frame: object) -> None:
-        second, self.requested = self.requested, True
-        if self.raises or (second and distributed.size() == 1):
-            distributed.interrupt()
-
-
-@contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request to stop after the step under way."""
-    stop = StopRequest()
-    handled = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = {number: signal.signal(number, stop.on_signal) for number in handled}
-    except ValueError:  # not in the main thread: nobody sends signals here
-        before = {}
-    try:
-        yield stop
-    except BaseException:
-        if distributed.active():  # torchrun's SIGTERM may not cut off what the process has to say
-            before = {}
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -677,24 +401,6 @@ def epoch_groups(session: Session, epoch: int) -> list[list[list[Encoded]]]:
     order = batches(lengths, training.batch_size, session.run.model.seed, epoch)
     rows = [[train[i] for i in chosen] for chosen in order]
     return [rows[i : i + training.accumulate] for i in range(0, len(rows), training.accumulate)]
-
-
-def _tensors(session: Session, batch: Sequence[Encoded]) -> dict[str, Tensor]:
-    pad = session.tokenizer.pad_token_id
-    assert isinstance(pad, int)
-    return {key: t.to(session.device) for key, t in collate(batch, pad).items()}
-
-
-def _autocast(session: Session) -> torch.autocast:
-    dtype = session.autocast_dtype
-    return torch.autocast(session.device.type, dtype, enabled=dtype is not None)
-
-
-def _targets(values: list[str]) -> str | tuple[str, ...]:
-    """A single value with a character that no module name has is a regular expression."""
-    if len(values) == 1 and not values[0].replace("_", "").replace(".", "").isalnum():
-        return values[0]
-    return tuple(values)
 
 
 def _epoch_line(progress: Progress, epochs: int, scores: dict[str, float], better: bool) -> str:
