@@ -62,7 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# The peak learning rate of each method: what suits LoRA is about ten times what suits a full
+# The peak learning rate of each method: what suits LoRA is four to ten times what suits a full
 # fine-tune, so neither may borrow the other's.
 LEARNING_RATES: dict[str, dict[str, float]] = {
     "pocket": {"lora": 2e-3, "qlora": 2e-3, "full": 5e-4},  # benchmarks/results/grid.json
