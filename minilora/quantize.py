@@ -148,22 +148,24 @@ def unpack(packed: NF4, shape: tuple[int, ...], dtype: torch.dtype = torch.float
         absmax = _unpack_scales(absmax, scales, offset)
     size = shape[0] * shape[1] if len(shape) == 2 else torch.Size(shape).numel()
     blocks, half = absmax.numel(), BLOCK // 2
-    codes = F.pad(codes, (0, blocks * half - codes.numel()))  # the last block may be ragged
+    if missing := blocks * half - codes.numel():  # the last block is ragged
+        codes = F.pad(codes, (0, missing))  # copies, even where there is nothing to add
     out = torch.empty(blocks, BLOCK, dtype=dtype, device=codes.device)
-    pairs, chunks = _table("pairs", codes.device), _chunks(blocks, codes.device)
+    pairs = _table("pairs", codes.device)
     # Written anew for each chunk, in the same memory: asking for it each time costs as much again.
-    longest = half * max((rows.stop - rows.start for rows in chunks), default=0)
-    indices = codes.new_empty(longest, dtype=torch.int32)
-    both = codes.new_empty(longest, dtype=torch.int64)
-    for rows in chunks:
-        count = half * (rows.stop - rows.start)
-        index = indices[:count].copy_(codes[rows.start * half : rows.stop * half])
-        torch.index_select(pairs, 0, index, out=both[:count])
-        values = both[:count].view(torch.float32).view(-1, BLOCK)
-        if dtype == torch.float32:
-            torch.mul(values, absmax[rows, None], out=out[rows])
-        else:
-            out[rows] = values.mul_(absmax[rows, None])
+    step = 2 * CHUNK if out.device.type == "cpu" else max(blocks, 1)
+    indices = codes.new_empty(min(step, blocks) * half, dtype=torch.int32)
+    exact = None if dtype == torch.float32 else indices.new_empty(len(indices), dtype=torch.int64)
+    chunks = zip(
+        codes.split(step * half), absmax[:, None].split(step), out.split(step), strict=True
+    )
+    for bytes_, scale, rounded in chunks:
+        index = indices[: len(bytes_)].copy_(bytes_)
+        both = rounded.view(-1).view(torch.int64) if exact is None else exact[: len(index)]
+        torch.index_select(pairs, 0, index, out=both)
+        values = both.view(torch.float32).view(-1, BLOCK).mul_(scale)
+        if exact is not None:
+            rounded.copy_(values)
     return out.view(-1)[:size].view(shape)
 
 
