@@ -148,6 +148,19 @@ def qlora_quality(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def nf4_parity(result: dict[str, Any]) -> Rows:
+    """One row a dtype: how many values were compared, and how many numbers differ."""
+    names = ["codes", "absmax", "dequantized", "forward", "input_gradient"]
+    other = f"differing from bitsandbytes {result['bitsandbytes']}"
+    rows = [[f"{other}, BART-large's shapes", "values", *(n.replace("_", " ") for n in names)]]
+    for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
+        found = [row for row in result["rows"] if row["dtype"] == dtype]
+        counts = (sum(row["differing"].get(name, 0) for row in found) for name in names)
+        values = sum(row["values"] for row in found)
+        rows.append([dtype, f"{values:,}", *(f"{count:,}" for count in counts)])
+    return rows
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "merge_latency": merge_latency,
     "exactness": exactness,
@@ -161,6 +174,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "evaluation": evaluation,
     "evaluation_cuda": evaluation,
     "quality": quality,
+    "nf4_parity": nf4_parity,
     "qlora": qlora,
     "qlora_quality": qlora_quality,
 }

@@ -35,10 +35,9 @@ def fused_low_rank(
     """`low_rank` with the backward of `LowRank`: the same function of the same arguments.
 
     Equal up to the rounding of another order of the same sums. Where y has another dtype than the
-    branch computes in, it is `low_rank` itself.
+    branch computes in, and on the meta device, which knows no autocast, it is `low_rank` itself.
     """
-    dtype = _compute_dtype(x)
-    if y.dtype != dtype:
+    if x.is_meta or y.dtype != (dtype := _compute_dtype(x)):
         return low_rank(y, x, A, B, scale, dropout)
     # also without gradients: a reentrant checkpoint's first pass must draw what its second draws
     result: Tensor = LowRank.apply(y, x, A, B, scale, dropout, dtype)  # type: ignore[no-untyped-call]

@@ -336,6 +336,24 @@ def test_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_model_on_the_meta_device_trains_in_shapes(dropout: float, quantized: bool) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 8))
+    if quantized:
+        minilora.quantize(model)
+    config = minilora.LoRAConfig(rank=2, alpha=4, dropout=dropout, targets="all-linear")
+    minilora.inject(model, config)
+    x = torch.empty(3, 64, device="meta", requires_grad=True)
+    y = model.train()(x)
+    assert y.is_meta and y.shape == (3, 8)
+    y.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 4 and all(p.grad.shape == p.shape for p in trained)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_compiler_takes_it_whole(dropout: float) -> None:
     """`fullgraph`: a graph break would raise. What Inductor makes of the graph is its affair."""
