@@ -347,11 +347,14 @@ def test_a_model_on_the_meta_device_trains_in_shapes(dropout: float, quantized: 
     minilora.inject(model, config)
     x = torch.empty(3, 64, device="meta", requires_grad=True)
     y = model.train()(x)
-    assert y.is_meta and y.shape == (3, 8)
+    assert y.is_meta
+    assert y.shape == (3, 8)
     y.sum().backward()
-    assert x.grad is not None and x.grad.shape == x.shape
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert len(trained) == 4 and all(p.grad.shape == p.shape for p in trained)
+    assert len(trained) == 4
+    assert all(p.grad.shape == p.shape for p in trained)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
