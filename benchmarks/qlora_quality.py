@@ -12,7 +12,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,12 +26,12 @@ METHODS = {
 }
 
 
-def run(method: str, seed: int, jobs: int, flags: list[str]) -> dict[str, Any]:
+def run(method: str, seed: int, jobs: int, keep: Path, flags: list[str]) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if jobs > 1:
         environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "run"
+    output = keep / f"{method.replace(', ', '-')}-{seed}"
+    if not (output / "evaluation.json").exists():
         command = [sys.executable, str(ROOT / "train.py"), "--rank", "8", *METHODS[method]]
         start = time.monotonic()
         subprocess.run(
@@ -40,17 +39,18 @@ def run(method: str, seed: int, jobs: int, flags: list[str]) -> dict[str, Any]:
             check=True,
             env=environment,
             stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        seconds = time.monotonic() - start
-        evaluation = json.loads((output / "evaluation.json").read_bytes())
-        records = [json.loads(line) for line in (output / "log.jsonl").read_bytes().splitlines()]
+        (output / "minutes.txt").write_text(str((time.monotonic() - start) / 60))
+    evaluation = json.loads((output / "evaluation.json").read_bytes())
+    records = [json.loads(line) for line in (output / "log.jsonl").read_bytes().splitlines()]
     end = next(record for record in records if record["kind"] == "end")
     row = {
         "method": method,
         "seed": seed,
         "finetuned": evaluation["finetuned"],
         "base": evaluation["base"],  # of QLoRA the quantized one
-        "minutes": round(seconds / 60, 2),
+        "minutes": round(float((output / "minutes.txt").read_text()), 2),
         "training_minutes": round(end["seconds"] / 60, 2),
         "peak_bytes": end["peak_bytes"],
     }
@@ -85,10 +85,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--keep", type=Path, default=ROOT / "build" / "qlora", help="finished runs")
     options, flags = parser.parse_known_args()
     grid = [(method, seed) for seed in options.seeds for method in METHODS]
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(lambda row: run(*row, options.jobs, flags), grid))
+        rows = list(pool.map(lambda row: run(*row, options.jobs, options.keep, flags), grid))
     result = {"flags": flags, "jobs": options.jobs, "seeds": options.seeds}
     result |= {"rows": rows, "means": means(rows)}
     print(write_result("qlora_quality", result))

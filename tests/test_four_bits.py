@@ -41,11 +41,13 @@ def test_a_model_read_into_four_bits_is_the_one_quantized_afterwards() -> None:
     assert read.lm_head.weight is read.model.shared.weight
 
 
-def test_what_loftq_quantizes_later_is_read_whole() -> None:
-    config = LoRAConfig(rank=4, targets=("q_proj", "v_proj"), init="loftq")
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"])
+def test_what_loftq_quantizes_later_is_read_whole(targets: str | tuple[str, ...]) -> None:
+    config = LoRAConfig(rank=4, targets=targets, init="loftq")
     read = model.load_model("pocket-bart", CPU, FourBits(config))
-    assert isinstance(read.model.encoder.layers[0].self_attn.q_proj, nn.Linear)
-    assert isinstance(read.model.encoder.layers[0].self_attn.k_proj, NF4Linear)
+    attention = read.model.encoder.layers[0].self_attn
+    assert isinstance(attention.q_proj, nn.Linear)
+    assert isinstance(attention.k_proj, nn.Linear if targets == "all-linear" else NF4Linear)
     minilora.inject(read, config)
     plain = model.load_model("pocket-bart", CPU, FourBits())
     base = {k.replace(".base.", "."): v for k, v in read.state_dict().items() if "lora_" not in k}

@@ -50,10 +50,9 @@ class _Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         assert isinstance(config, FourBits)
-        apart = tuple(select(model, config.apart)) if config.apart else ()
-        linears = select_linears(model, exclude=("lm_head", *apart))
+        apart = set(select(model, config.apart)) if config.apart else set()
         self.refused = config.refused
-        self.weights = {f"{name}.weight" for name in linears}
+        self.weights = {f"{name}.weight" for name in select_linears(model) if name not in apart}
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
