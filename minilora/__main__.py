@@ -25,7 +25,7 @@ from minilora.adapter import Adapter, apply_adapter
 from minilora.arithmetic import singular_values
 from minilora.config import LoRAError
 from minilora.inject import fold_names
-from minilora.summarization.presets import UserError, embedded
+from minilora.summarization.presets import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LoRAError, UserError, OSError) as error:
         print(f"minilora {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"minilora {parsed.command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -217,20 +220,21 @@ def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":
     """The model in float32 (its sums are rounded once, when it is cast), and the dtype it has."""
     import transformers
 
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        source = embedded(name)
-        config = transformers.AutoConfig.from_pretrained(source)
+    from minilora.summarization.model import check_complete, loading
+
+    with loading(name) as source:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         kind = getattr(transformers, (config.architectures or [""])[0], None)
         if kind is None:
-            raise ValueError("its config.json names no architecture of transformers")
-        model = kind.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise LoRAError(f"base model {name}: {str(error).splitlines()[0]}") from None
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+            raise UserError(f"model {name}: config.json names no architecture of transformers")
+        model, info = kind.from_pretrained(
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # to be told which they are
+            output_loading_info=True,
+        )
+    check_complete(name, info)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return model.eval(), stored
 
@@ -250,12 +254,14 @@ def _logits(model: Any) -> torch.Tensor:
 
 def _save_tokenizer(name: str, directory: Path) -> None:
     """Beside the model, where the base has one: then the directory is complete."""
-    import transformers
+    from minilora.summarization.model import load_tokenizer
 
     try:
-        transformers.AutoTokenizer.from_pretrained(embedded(name)).save_pretrained(directory)
-    except (OSError, ValueError, KeyError):
+        tokenizer = load_tokenizer(name)
+    except UserError:
         print(f"note: {name} has no tokenizer to write beside the model", file=sys.stderr)
+    else:
+        tokenizer.save_pretrained(directory)
 
 
 if __name__ == "__main__":

@@ -197,18 +197,17 @@ def remove(model: nn.Module, restore: bool = False) -> None:
 
 
 def merge_all(layers: dict[str, LoRALinear]) -> None:
-    """Merge every layer, or none: on an error those that were merged are put back."""
-    done: list[LoRALinear] = []
-    for name, layer in layers.items():
-        if layer.merged:
-            continue
+    """Merge every layer, or none: on an error those that were not merged before are put back."""
+    unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
+    for name, layer in unmerged.items():
         try:
             layer.merge()
-        except LoRAError as error:
-            for merged in done:
+        except BaseException as error:  # too little memory for the kept weights, for one
+            for merged in unmerged.values():
                 merged.unmerge()
-            raise LoRAError(f"{name}: {error}") from None
-        done.append(layer)
+            if isinstance(error, LoRAError):
+                raise LoRAError(f"{name}: {error}") from None
+            raise
 
 
 def config_of(model: nn.Module) -> LoRAConfig | None:

@@ -585,7 +585,7 @@ def dequantize_model(
         done.append((quantized, linear))
     try:
         merge()
-    except LoRAError:
+    except BaseException:
         for quantized, linear in done:
             _replace(model, linear, quantized)
         raise

@@ -127,6 +127,9 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "an argument without a flag": (["samsum"], ["samsum"]),
     "a flag without its value": (["--rank"], ["--rank", "expected one argument"]),
     "a run that is none": (["--resume", "../data"], ["../data is not a run", "config.json"]),
+    "a model of an unknown user": (["--model", "~nobody-at-all/bart"], ["no such directory"]),
+    "data of an unknown user": (["--data", "~nobody-at-all/chats"], ["no such file"]),
+    "a penalty that is none": (["--length-penalty", "nan"], ["--length-penalty", "finite"]),
     "a run that is not there": (["--resume", "nothing"], ["nothing is not a run"]),
 }
 

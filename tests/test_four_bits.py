@@ -158,6 +158,11 @@ def test_a_merged_checkpoint_of_qlora_is_that_of_the_four_bits(
     assert train(tmp_path, "--init", "loftq", "--no-evaluate", "--output", str(run)) == 0
     assert main(["merge", str(run / "adapter"), str(out), "--dtype", "fp32"]) == 0
     assert "linears dequantized" in capsys.readouterr().out
+    # An adapter alone says by its LoftQ start that its base is one in four bits.
+    alone, data = tmp_path / "alone", ["--data", str(tmp_path / "data"), "--limit", "1"]
+    (run / "adapter").rename(alone)
+    assert cli.evaluate_main([str(alone), *data, "--evaluation-batch-size", "1"]) == 0
+    alone.rename(run / "adapter")
     trained = model.load_model(str(tmp_path / "base"), CPU, FourBits())
     minilora.load_adapter(trained, run / "adapter")
     merged = model.load_model(str(out), CPU)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BartForConditionalGeneration
 
 from minilora.summarization import distributed, guards, training
-from minilora.summarization.cli import train_main
+from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.data import Encoded
 from minilora.summarization.lock import hold
 from minilora.summarization.origin import differences
@@ -98,6 +99,32 @@ def test_out_of_memory_names_the_batch_and_what_would_fit(
     )
     assert found, line
     assert "--batch-size 2 --accumulate 4" in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [("AdamW", "AdamW moves the parameters: --method lora"), ("generate", "--evaluation-batch")],
+)
+def test_out_of_memory_elsewhere_is_a_line_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, what: str, says: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    output = ("--output", tmp_path / "run")
+    if what == "AdamW":
+        monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    else:
+        assert train_main(flags(folder, *output, "--epochs", 1)) == 0
+        capfd.readouterr()
+        monkeypatch.setattr(BartForConditionalGeneration, "generate", fail)
+    door = evaluate_main if what == "generate" else train_main
+    argv = [str(tmp_path / "run")] if what == "generate" else flags(folder, *output)
+    assert door(argv) == 2
+    line = capfd.readouterr().err
+    assert "out of memory while" in line
+    assert says in line
     assert line.count("\n") == 1
 
 

@@ -1,11 +1,13 @@
 """`python -m minilora`: what it prints, what it writes, and how it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
@@ -126,6 +128,13 @@ def test_merge_refuses_in_one_line_and_leaves_nothing(
     (tmp_path / "file").write_text("")
     nowhere = save_adapted("bart", tmp_path / "no" / "such" / "model", tmp_path / "nowhere")
     unfit = save_base("gpt2", tmp_path / "gpt2")
+    incomplete, damaged = (tmp_path / name for name in ("incomplete", "damaged"))
+    for copy in (incomplete, damaged):
+        shutil.copytree(base, copy)
+    tensors = safetensors.torch.load_file(incomplete / "model.safetensors")
+    del tensors["model.encoder.layers.0.fc1.weight"]
+    safetensors.torch.save_file(tensors, incomplete / "model.safetensors", {"format": "pt"})
+    (damaged / "model.safetensors").write_bytes(b"none")
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()  # transformers' progress bars
     for arguments, message in [
@@ -133,8 +142,11 @@ def test_merge_refuses_in_one_line_and_leaves_nothing(
         ([adapter, tmp_path / "file"], "not an empty directory"),
         ([tmp_path / "nothing", tmp_path / "out"], "no such directory"),
         ([nameless, tmp_path / "out"], "say --model"),
-        ([nowhere, tmp_path / "out"], "base model"),
+        ([nowhere, tmp_path / "out"], "no such directory"),
         ([adapter, tmp_path / "out", "--model", unfit], "has no module"),
+        ([adapter, tmp_path / "out", "--model", incomplete], "its weights lack 1 tensors"),
+        ([adapter, tmp_path / "out", "--model", damaged], "damaged"),
+        (["~nobody-at-all/adapter", tmp_path / "out"], "no such directory"),
     ]:
         assert run("merge", *arguments) == 2
         error = capsys.readouterr().err

@@ -121,6 +121,22 @@ def test_config_json_of_an_older_version_takes_the_defaults() -> None:
         RunConfig.from_dict({"zero": 1, "rank": 1, "rnak": 3})
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *({"rank": value} for value in ("8", 8.0, True, None)),
+        *({"targets": value} for value in ("q_proj", [1])),
+        *({"learning_rate": "1"}, {"alpha": [1]}, {"method": "lroa"}, {"preset": "samsum"}),
+        *({"model": 5}, {"evaluate": 1}),
+    ],
+    ids=str,
+)
+def test_config_json_of_another_type_is_named(entry: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"^{next(iter(entry))} is .*, not of type "):
+        RunConfig.from_dict(entry)
+    assert RunConfig.from_dict({"alpha": 8, "learning_rate": None}).adapter.alpha == 8
+
+
 def test_two_configurations_share_no_list() -> None:
     one, two = RunConfig(), RunConfig()
     one.adapter.targets.append("fc1")

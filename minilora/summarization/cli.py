@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from minilora.summarization.flags import (
     parse_run,
     read_run,
 )
+from minilora.summarization.guards import out_of_memory, smaller_evaluation_batch
 from minilora.summarization.lock import hold
 from minilora.summarization.model import (
     adapter_directory,
@@ -52,6 +53,7 @@ from minilora.summarization.report import (
 )
 from minilora.summarization.session import (
     Session,
+    Split,
     four_bits,
     open_session,
     trained_path,
@@ -180,18 +182,33 @@ def _final_evaluation(session: Session, output: Path) -> Evaluation:
         model = load_model(str(trained_path(output, run).resolve()), session.device)
     else:
         minilora.load_adapter(model, trained_path(output, run), inference=True)
-    return evaluate(
-        model,
-        session.tokenizer,
-        test.examples,
-        test.encoded,
-        run.generation,
-        data=run.data.data,
-        split="test",
-        base_model=base_model,
-        autocast_dtype=session.autocast_dtype,
-        progress=sys.stderr.isatty(),
-    )
+    return _score(run, "test", test, model, base_model, session.tokenizer, session.autocast_dtype)
+
+
+def _score(
+    run: RunConfig,
+    name: str,
+    split: Split,
+    model: PreTrainedModel,
+    base_model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    autocast_dtype: torch.dtype | None,
+) -> Evaluation:
+    """Base and fine-tuned model on a split of the run's data."""
+    smaller = smaller_evaluation_batch(run.generation.evaluation_batch_size)
+    with out_of_memory("writing summaries", smaller):
+        return evaluate(
+            model,
+            tokenizer,
+            split.examples,
+            split.encoded,
+            run.generation,
+            data=run.data.data,
+            split=name,
+            base_model=base_model,
+            autocast_dtype=autocast_dtype,
+            progress=sys.stderr.isatty(),
+        )
 
 
 def _evaluate(argv: Sequence[str]) -> int:
@@ -214,18 +231,8 @@ def _evaluate(argv: Sequence[str]) -> int:
     check_vocabulary(model, encoded, run.model.model)
     if truncation.sources:
         print(f"note: {truncation}", file=sys.stderr)
-    evaluation = evaluate(
-        model,
-        tokenizer,
-        examples,
-        encoded,
-        run.generation,
-        data=run.data.data,
-        split=split,
-        base_model=base_model,
-        autocast_dtype=autocast_dtype,
-        progress=sys.stderr.isatty(),
-    )
+    scored = Split(examples, encoded)
+    evaluation = _score(run, split, scored, model, base_model, tokenizer, autocast_dtype)
     if arguments.output:
         path, scores = Path(arguments.output), evaluation.to_dict()
         distributed.on_main(lambda: write_json(path, scores))
@@ -243,14 +250,19 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
         directory = directory.parent
     if (directory / CONFIG_FILE).exists():
         run = RunConfig.from_dict(PRESETS[arguments.preset] | {"preset": arguments.preset})
-        model = arguments.model or minilora.read_adapter(directory).base_model
+        adapter = minilora.read_adapter(directory)
+        model = arguments.model or adapter.base_model
         if model is None:
             raise UserError(f"{directory} does not name its base model: say --model")
         run.model.model = model
+        if adapter.config.init == "loftq":  # it belongs to what the base's four bits mean
+            run.model.method = "qlora"
     else:
         run = read_run(directory)
         run.model.model = arguments.model or run.model.model
     run.data.data = arguments.data or run.data.data
+    size = arguments.evaluation_batch_size
+    run.generation.evaluation_batch_size = size or run.generation.evaluation_batch_size
     return directory, run
 
 
@@ -311,8 +323,6 @@ def _summaries_of(
         return printable(summary.text).strip() or "(empty)"
 
     finetuned = write(model)
-    if base_model is not None:
-        return f"base        {write(base_model)}\nfine-tuned  {finetuned}"
-    with minilora.disabled(model):
-        base = write(model)
+    with nullcontext() if base_model is not None else minilora.disabled(model):
+        base = write(model if base_model is None else base_model)
     return f"base        {base}\nfine-tuned  {finetuned}"

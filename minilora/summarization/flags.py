@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -155,6 +156,8 @@ def _check(run: RunConfig) -> None:
     for flag, number in not_negative.items():
         if not number >= 0:  # NaN too
             raise UserError(f"{flag} must be 0 or more, not {number}")
+    if not math.isfinite(generation.length_penalty):
+        raise UserError(f"--length-penalty must be finite, not {generation.length_penalty}")
     if run.model.seed >= 2**63:
         raise UserError(f"--seed must be below 2^63, not {run.model.seed}")
     if run.adapter.init == "loftq" and run.model.method != "qlora":
@@ -223,6 +226,9 @@ def evaluation_parser() -> Parser:
     parser.add_argument("--limit", type=int, default=0, help="only the first N dialogues; 0: all")
     parser.add_argument("--text", default=None, help="summarize this file instead; - is stdin")
     parser.add_argument("--output", default=None, help="write all scores and texts to FILE.json")
+    parser.add_argument(
+        "--evaluation-batch-size", type=int, default=None, help="dialogues summarized at once"
+    )
     parser.add_argument("--device", default=None, help="auto, cpu, cuda, ...")
     parser.add_argument("--model", default=None, help="base model of an adapter directory")
     parser.add_argument(
@@ -239,6 +245,9 @@ def check_evaluation(arguments: argparse.Namespace) -> None:
     """What would be ignored, or found out only after all summaries are written."""
     if arguments.limit < 0:
         raise UserError(f"--limit must be 0 or more, not {arguments.limit}")
+    if arguments.evaluation_batch_size is not None and arguments.evaluation_batch_size < 1:
+        size = arguments.evaluation_batch_size
+        raise UserError(f"--evaluation-batch-size must be above 0, not {size}")
     for name in ("data", "split", "limit", "output"):
         if arguments.text and getattr(arguments, name):
             raise UserError(f"--text goes without --{name}: it summarizes one text")

@@ -1,6 +1,7 @@
 """What can go wrong in the middle of a run: noticed, named, and survived where that is wanted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -38,6 +39,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "out of memory" in said or "can't allocate memory" in said or "not enough memory" in said
     )
+
+
+@contextmanager
+def out_of_memory(doing: str, instead: str) -> Iterator[None]:
+    """Inside the block memory that does not suffice ends in one line.
+
+    Raises:
+        UserError: says what was being done, and what would take less.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory while {doing}: {instead}") from None
+
+
+def smaller_evaluation_batch(size: int) -> str:
+    """What to do where writing summaries takes too much memory."""
+    return f"lower --evaluation-batch-size, such as {max(1, size // 2)} for {size}"
 
 
 def too_large(batch: Sequence[Encoded], training: TrainingOptions, step: int) -> UserError:

@@ -1,10 +1,11 @@
 """The base model and its tokenizer, from a directory or the hub; where and how it computes."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,7 +22,7 @@ from minilora.files import PARTIAL
 from minilora.summarization.data import Encoded
 from minilora.summarization.directories import put_directory
 from minilora.summarization.four_bits import FourBits, forget, refusals
-from minilora.summarization.presets import RunConfig, UserError, embedded
+from minilora.summarization.presets import RunConfig, UserError, embedded, local_path
 
 
 def load_model(
@@ -38,7 +39,7 @@ def load_model(
         UserError: there is no such model, its weights are missing, incomplete or damaged, or it is
             no encoder-decoder.
     """
-    with refusals(four_bits, name), _transformers(name) as source:
+    with refusals(four_bits, name), loading(name) as source:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if not config.is_encoder_decoder:
             raise UserError(
@@ -56,6 +57,22 @@ def load_model(
             quantization_config=four_bits,
         )
         forget(model)
+    check_complete(name, info)
+    assert isinstance(model, PreTrainedModel)
+    model.eval().to(device)
+    return model
+
+
+def check_complete(name: str, info: Mapping[str, Any]) -> None:
+    """Refuse a model of which transformers found not every weight, and so made some up.
+
+    Args:
+        name: what messages call it.
+        info: from `from_pretrained(..., ignore_mismatched_sizes=True, output_loading_info=True)`.
+
+    Raises:
+        UserError: a weight is missing, or has another shape than config.json says.
+    """
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"model {name}: its weights lack {len(missing)} tensors ({missing[0]}, ...): "
@@ -67,9 +84,6 @@ def load_model(
             f"model {name}: {key} is {tuple(stored)} in the weights, but {tuple(wanted)} by "
             f"config.json ({len(mismatched)} such tensors): the two belong to different models"
         )
-    assert isinstance(model, PreTrainedModel)
-    model.eval().to(device)
-    return model
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -78,7 +92,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none.
     """
-    with _transformers(name, "its tokenizer: ") as source:
+    with loading(name, "its tokenizer: ") as source:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     # Where the files are missing, transformers 5 makes a tokenizer that knows no word.
@@ -111,7 +125,7 @@ def adapter_directory(name: str) -> Path:
     Raises:
         UserError: there is no such directory, and the hub does not give it.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_dir():
         return path
     # `runs/misspelt` has the form of a hub name; but there is a folder `runs` here.
@@ -220,7 +234,7 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 @contextmanager
-def _transformers(name: str, what: str = "") -> Iterator[str]:
+def loading(name: str, what: str = "") -> Iterator[str]:
     """Where to load `name` from; whatever transformers says about it ends in one line.
 
     It raises a dozen kinds of errors, of which a damaged file brings out any.
@@ -255,7 +269,7 @@ def _locate(name: str) -> tuple[str, bool]:
     """The directory or hub name to load from, and whether it is a directory."""
     source = embedded(name)
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or not source
-    path = Path(source).expanduser()
+    path = local_path(name)
     if source and path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model {name}: the directory has no config.json; is it a model?")

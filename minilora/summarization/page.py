@@ -7,6 +7,7 @@ and run only its own script, by hash; every text from a run goes through `escape
 import base64
 import hashlib
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -170,7 +171,7 @@ def _verdict(run: Run) -> str:
 
 def _notices(run: Run) -> str:
     found = []
-    path = escape(run.path)
+    path = escape(shlex.quote(str(run.path)))
     if run.end is None:
         step = f"{run.steps[-1]['step']:,.0f}" if run.steps else "0"
         found.append(
@@ -178,9 +179,10 @@ def _notices(run: Run) -> str:
             f"<code>python train.py --resume {path}</code>."
         )
     if run.evaluation is None:
+        scores = escape(shlex.quote(str(run.path / "evaluation.json")))
         found.append(
             "<strong>Not scored</strong>: there is no evaluation.json. Score it with "
-            f"<code>python evaluate.py {path} --output {path}/evaluation.json</code>, then write "
+            f"<code>python evaluate.py {path} --output {scores}</code>, then write "
             f"this page again with <code>python -m minilora report {path}</code>."
         )
     return "".join(_tag("p", words, "notice") for words in found)

@@ -7,7 +7,8 @@ table of the fields that differ from the defaults, and `config.json` of a run th
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from types import UnionType
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -76,6 +77,14 @@ LEARNING_RATES: dict[str, dict[str, float]] = {
 def embedded(name: str) -> str:
     """The path of an embedded model or data set; any other name as it is."""
     return str(ASSETS / name) if name in ("pocket-bart", "minichat") else name
+
+
+def local_path(name: str) -> Path:
+    """Where a model or data set lies if it is local; with an unknown ~user it is nowhere."""
+    try:
+        return Path(embedded(name)).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 class UserError(ValueError):
@@ -228,15 +237,37 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, flat: dict[str, Any]) -> "RunConfig":
-        """Inverse of `to_dict`; a missing entry takes its default, an unknown one is an error."""
-        known = {f.name for kind in GROUPS.values() for f in fields(kind)} | {"preset"}
-        if unknown := sorted(set(flat) - known):
+        """Inverse of `to_dict`; a missing entry takes its default.
+
+        Raises:
+            UserError: an entry is unknown, or of another type than the flag's.
+        """
+        known: dict[str, Any] = {"preset": Literal[tuple(PRESETS)]}
+        for kind in GROUPS.values():
+            known |= get_type_hints(kind)
+        if unknown := sorted(set(flat) - set(known)):
             raise UserError(f"unknown settings: {', '.join(unknown)}")
+        for name, value in flat.items():
+            if not _is_of(value, known[name]):
+                kind = getattr(known[name], "__name__", "") if known[name] in (str, int) else ""
+                wanted = kind or str(known[name]).removeprefix("typing.")
+                raise UserError(f"{name} is {value!r}, not of type {wanted}")
         groups = {
             group: kind(**{f.name: flat[f.name] for f in fields(kind) if f.name in flat})
             for group, kind in GROUPS.items()
         }
         return cls(**cast(Any, groups), preset=flat.get("preset", "pocket"))
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value read from JSON is of a field's type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(_is_of(value, one) for one in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 GROUPS: dict[str, Any] = {

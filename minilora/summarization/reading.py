@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from minilora.summarization.presets import DataOptions, UserError, embedded
+from minilora.summarization.presets import DataOptions, UserError, local_path
 
 FORMATS = (".json", ".jsonl", ".csv")
 SHOWN = 5  # notices about single rows of a file; the others are counted
@@ -67,13 +67,13 @@ def find(data: str) -> dict[str, Source]:
     Raises:
         UserError: there is no such data, or nothing in it that can be read.
     """
+    path = local_path(data)
     try:
-        path = Path(embedded(data)).expanduser()
         if path.is_dir():
             return _directory(path)
         if path.exists():
             return {"train": _file(path)}
-    except (OSError, RuntimeError) as error:  # no permission, too long a name, no such user
+    except OSError as error:  # no permission, too long a name
         raise UserError(f"{data}: cannot be read ({error})") from None
     is_path = data.lower().endswith(FORMATS) or ("/" in data and path.parent.is_dir())
     if is_path or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", data):
@@ -83,8 +83,7 @@ def find(data: str) -> dict[str, Source]:
 
 def local_files(data: str) -> list[Path]:
     """The files that `data` is read from; none for a hub name."""
-    path = Path(embedded(data)).expanduser()
-    sources = find(data).values() if path.exists() else []
+    sources = find(data).values() if local_path(data).exists() else []
     return [Path(source.name) for source in sources]
 
 

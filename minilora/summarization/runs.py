@@ -7,10 +7,11 @@ there and cannot be read is wrong, and named.
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from minilora.adapter import read_adapter
 from minilora.arithmetic import singular_values
@@ -175,9 +176,10 @@ def _number(record: Any, key: str | int, where: str) -> float:
         value = record[key]
     except (KeyError, IndexError, TypeError):
         raise UserError(f"{where}: has no {key}") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max:  # NaN too, and an int beyond floats
         raise UserError(f"{where}: {key} is {value!r:.40}, not a finite number")
-    return value
+    return cast(float, value)
 
 
 def _evaluation(path: Path) -> Evaluation | None:

@@ -37,7 +37,9 @@ from minilora.summarization.guards import (
     BadBatch,
     changed,
     is_out_of_memory,
+    out_of_memory,
     pieces,
+    smaller_evaluation_batch,
     too_large,
 )
 from minilora.summarization.log import Clock, Log, NoLog
@@ -174,19 +176,13 @@ class Trainer:
         False if stopped before: summaries take long, nothing of them is kept, and so nobody waits
         for them.
         """
+        size = self.session.run.generation.evaluation_batch_size
+        doing = f"validating after step {self.progress.step}"
         try:
-            with stop.at_once():
+            with stop.at_once(), out_of_memory(doing, smaller_evaluation_batch(size)):
                 scores = validate(self.session)
         except KeyboardInterrupt:
             return False
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            size = self.session.run.generation.evaluation_batch_size
-            raise UserError(
-                f"out of memory while validating after step {self.progress.step}: lower "
-                f"--evaluation-batch-size, such as {max(1, size // 2)} for {size}"
-            ) from None
         self.look_at_data()
         progress = self.progress
         better = progress.best is None or scores["rouge1"] > progress.best
@@ -281,7 +277,8 @@ class Trainer:
         if not (self.scaler.is_enabled() or math.isfinite(norm)):
             ids = [row.id for batch in group for row in batch]
             raise BadBatch("gradient's norm", norm, self.progress.step + 1, ids)
-        self.scaler.step(self.optimizer)  # skips the step if fp16 overflowed
+        with out_of_memory("AdamW moves the parameters", "--method lora trains fewer of them"):
+            self.scaler.step(self.optimizer)  # skips the step if fp16 overflowed
         self.scaler.update()
         seconds = time.perf_counter() - start
         tokens = sum(len(row.source) + len(row.target) for batch in group for row in batch)
