@@ -15,7 +15,7 @@ from minilora.biased import BiasedLoRALinear
 from minilora.config import LoRAConfig, LoRAError
 from minilora.dora import DoRALinear
 from minilora.layer import LoRALinear, refuse_when_merged
-from minilora.quantize import check_linear, count_weights, dequantize_model
+from minilora.quantize import check_linear, count_weights, dequantize_model, replace_modules
 from minilora.targets import select
 
 
@@ -109,7 +109,7 @@ def wrap(
     required_grad = {bases.plain_name(n): p.requires_grad for n, p in model.named_parameters()}
     kind = layer_type(config)
     layers = {
-        id(module): kind(
+        module: kind(
             module,
             ranks[name],
             config.alpha_of(name),
@@ -121,7 +121,7 @@ def wrap(
     }
     model.requires_grad_(False)
     model.zero_grad()  # a frozen weight with a gradient would still be decayed by an optimizer
-    _replace(model, layers)
+    replace_modules(model, layers)
     kept = extras.keep(model, config)
     hook = model.register_load_state_dict_pre_hook(_refuse_when_merged)
     model._minilora = Injection(config, required_grad, kept, hook)  # type: ignore[assignment]
@@ -188,7 +188,7 @@ def remove(model: nn.Module, restore: bool = False) -> None:
     injection = injection_of(model)
     if injection is not None and restore:
         injection.kept.exchange(model)
-    _replace(model, {id(layer): layer.base for layer in lora_layers(model).values()})
+    replace_modules(model, {layer: layer.base for layer in lora_layers(model).values()})
     if injection is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(injection.required_grad.get(bases.plain_name(name), True))
@@ -296,11 +296,3 @@ def _refuse_when_merged(
 ) -> None:
     for name, layer in lora_layers(model).items():
         refuse_when_merged(layer, state_dict, f"{prefix}{name}.")
-
-
-def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Replace modules under every name they have; `replacements` goes by id of the old one."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in replacements and not isinstance(parent, LoRALinear):
-                setattr(parent, name, replacements[id(child)])

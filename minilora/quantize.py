@@ -472,7 +472,7 @@ def quantize(
     found = select_linears(model, targets, exclude)
     for name in list(found):
         linear = found.pop(name)  # so that its weight is let go at once
-        _replace(model, linear, NF4Linear(linear, double))
+        replace_modules(model, {linear: NF4Linear(linear, double)})
     return quantize_report(model)
 
 
@@ -581,13 +581,13 @@ def dequantize_model(
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.register_parameter("bias", quantized.bias)
         linear.train(quantized.training)
-        _replace(model, quantized, linear)
+        replace_modules(model, {quantized: linear})
         done.append((quantized, linear))
     try:
         merge()
     except BaseException:
         for quantized, linear in done:
-            _replace(model, linear, quantized)
+            replace_modules(model, {linear: quantized})
         raise
     largest = relative = 0.0
     for _, linear in done:
@@ -599,9 +599,9 @@ def dequantize_model(
     return DequantizeReport(len(done), dtype, largest, relative)
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Under every name that the module has."""
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is old:
-                setattr(parent, name, new)
+def replace_modules(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
+    """Put other modules in the place of some, under every name that each has."""
+    for parent in list(model.modules()):  # those that come are not looked into
+        for name, child in list(parent._modules.items()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])

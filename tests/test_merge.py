@@ -86,6 +86,20 @@ def test_one_sum_that_does_not_fit_is_named_and_no_layer_is_merged() -> None:
     before.check(model)
 
 
+def test_no_layer_is_merged_either_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    last = list(lora_layers(model).values())[-1]
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(last, "merge", fail)
+    before = State.of(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        minilora.merge(model)
+    before.check(model)
+
+
 @pytest.mark.parametrize(
     "act", [minilora.merge, minilora.unmerge, lambda m: minilora.disabled(m).__enter__()]
 )
