@@ -44,7 +44,7 @@ lessons: .venv/development  ## execute the lessons and write them as notebooks w
 
 faults: .venv/development  ## kill fifty runs and resume them; memory and files over 2,000 steps
 	$(BIN)/python -m tests.faults --kills 50
-	$(BIN)/python -m tests.soak --steps 2000
+	$(BIN)/python -m tests.soak
 
 clean:  ## remove the environment and what tools leave behind
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
