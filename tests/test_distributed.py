@@ -48,7 +48,7 @@ def flags(folder: Path, *more: object, model: str = "bart", data: str = "data") 
     base = ["--model", folder / model, "--data", folder / data, "--rank", 3, "--batch-size", 5]
     base += ["--accumulate", 2, "--epochs", 1, "--learning-rate", 0.02, "--dropout", 0]
     base += ["--precision", "fp32", "--device", "cpu", "--beams", 1, "--min-length", 0]
-    base += ["--max-length", 12, "--evaluation-batch-size", 2]
+    base += ["--targets", "q_proj", "v_proj", "--max-length", 12, "--evaluation-batch-size", 2]
     return [str(flag) for flag in [*base, *more]]
 
 
