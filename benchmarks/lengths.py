@@ -1,6 +1,7 @@
 """Which length settings suit the base best? Chosen on the validation split, before any fine-tune.
 
     python benchmarks/lengths.py [--preset pocket]
+    python benchmarks/lengths.py --data ../shared/data/samsum --limit 100 --name lengths_samsum
 
 A base made to look worse than it is would make every fine-tune look better. So the preset's
 decoding is the one with which the *base* scores highest here (the shortest within 0.1 ROUGE-1 of
@@ -33,12 +34,17 @@ GRID = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--preset", default="pocket", choices=PRESETS)
+    parser.add_argument("--data", default=None, help="other than the preset's")
+    parser.add_argument("--limit", type=int, default=0, help="the first so many dialogues; 0: all")
+    parser.add_argument("--name", default="lengths", help="benchmarks/results/NAME.json")
     options = parser.parse_args()
     run = RunConfig.from_dict(PRESETS[options.preset] | {"preset": options.preset})
+    run.data.data = options.data or run.data.data
     device = choose_device(run.model.device)
     dtype = choose_precision(run.model.precision, device)
     model, tokenizer = load_model(run.model.model, device), load_tokenizer(run.model.model)
     examples = load(run.data, ("validation",))[0]["validation"]
+    examples = examples[: options.limit or None]
     encoded, _ = encode(examples, tokenizer, run.data)
     references = [example.summary for example in examples]
 
@@ -53,9 +59,15 @@ def main() -> None:
         rows.append({**settings, **means, "gen_len": length})
         print({key: round(value, 2) for key, value in rows[-1].items()}, file=sys.stderr)
     rows.sort(key=lambda row: -row["rouge1"])
-    settings = {"preset": options.preset, "model": run.model.model, "split": "validation"}
+    settings = {
+        "preset": options.preset,
+        "model": run.model.model,
+        "data": "samsum" if "samsum" in run.data.data else run.data.data,
+        "split": "validation",
+        "dialogues": len(examples),
+    }
     print(f"best: {rows[0]}")
-    print(write_result("lengths", {"settings": settings, "rows": rows}))
+    print(write_result(options.name, {"settings": settings, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ CODEBOOK = torch.tensor([
 MIDPOINTS: list[float] = ((CODEBOOK[:-1] + CODEBOOK[1:]) / 2).tolist()
 # Row b: the two values that the byte b holds, the first in its high half.
 PAIRS = torch.stack([CODEBOOK.repeat_interleave(16), CODEBOOK.repeat(16)], dim=1)  # (256, 2)
+PAIR = torch.complex64  # two float32, moved as one number
 
 
 def dynamic_codebook() -> Tensor:
@@ -101,7 +102,7 @@ def _table(name: str, device: torch.device) -> Tensor:
     """A codebook on a device."""
     with torch.inference_mode(False):
         return {
-            "pairs": PAIRS.view(torch.int64).view(-1),  # a pair of floats moves as one number
+            "pairs": PAIRS.view(PAIR).view(-1),
             "dynamic": DYNAMIC,
             "nearest": NEAREST,
         }[name].to(device)
@@ -151,19 +152,19 @@ def unpack(packed: NF4, shape: tuple[int, ...], dtype: torch.dtype = torch.float
     if missing := blocks * half - codes.numel():  # the last block is ragged
         codes = F.pad(codes, (0, missing))  # copies, even where there is nothing to add
     out = torch.empty(blocks, BLOCK, dtype=dtype, device=codes.device)
-    pairs = _table("pairs", codes.device)
     # Written anew for each chunk, in the same memory: asking for it each time costs as much again.
-    step = 2 * CHUNK if out.device.type == "cpu" else max(blocks, 1)
-    indices = codes.new_empty(min(step, blocks) * half, dtype=torch.int32)
-    exact = None if dtype == torch.float32 else indices.new_empty(len(indices), dtype=torch.int64)
-    chunks = zip(
-        codes.split(step * half), absmax[:, None].split(step), out.split(step), strict=True
-    )
-    for bytes_, scale, rounded in chunks:
-        index = indices[: len(bytes_)].copy_(bytes_)
-        both = rounded.view(-1).view(torch.int64) if exact is None else exact[: len(index)]
-        torch.index_select(pairs, 0, index, out=both)
-        values = both.view(torch.float32).view(-1, BLOCK).mul_(scale)
+    step = min(blocks, 4 * CHUNK) if out.device.type == "cpu" else blocks
+    index = codes.new_empty(step, half, dtype=torch.int64)
+    exact = None if dtype == torch.float32 else index.new_empty(step, half, dtype=PAIR)
+    # One table, as seen by every block: rows of a `gather` are shared among the threads, where
+    # `index_select` has one.
+    pairs = _table("pairs", codes.device).expand(step, -1)  # (step, 256)
+    parts = (codes.view(-1, half), absmax[:, None], out)
+    for bytes_, scale, rounded in zip(*(part.split(max(step, 1)) for part in parts), strict=True):
+        count = len(bytes_)
+        both = rounded.view(PAIR) if exact is None else exact[:count]  # (count, 32)
+        torch.gather(pairs[:count], 1, index[:count].copy_(bytes_), out=both)
+        values = both.view(torch.float32).mul_(scale)  # (count, 64)
         if exact is not None:
             rounded.copy_(values)
     return out.view(-1)[:size].view(shape)
