@@ -50,11 +50,13 @@ def minilora_summarize(folder: Path, device: str, precision: str, options: Any) 
     """As evaluate.py does it."""
     import minilora
     from minilora.summarization.evaluation import summarize
+    from minilora.summarization.speed import hold_frozen_linears
 
     model = load_model(str(folder / "model"), torch.device(device))
     tokenizer = load_tokenizer(str(folder / "model"))
     minilora.load_adapter(model, folder / "adapter", inference=True)
     dtype = None if precision == "fp32" else DTYPES[precision]
+    hold_frozen_linears(model.requires_grad_(False), dtype)
 
     def run(rows: Sequence[Encoded]) -> list[str]:
         return [summary.text for summary in summarize(model, tokenizer, rows, options, dtype)]

@@ -131,6 +131,7 @@ def context(precision: str, device: str) -> AbstractContextManager[Any]:
 
 
 def forward(layers: list[nn.Module], x: Tensor, precision: str) -> list[Tensor]:
+    x = x.view_as(x)  # no leaf: autocast would keep its cast, which inside a network it does not
     with context(precision, str(x.device)):
         return [layer(x) for layer in layers]
 

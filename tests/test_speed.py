@@ -1,5 +1,6 @@
 """Steps made cheaper compute what they computed before."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,34 @@ def test_eager_attention_only_where_it_drops_out_on_a_cpu(attention_dropout: flo
     speed.choose_attention(model, torch.device("cpu"))
     wanted = "eager" if attention_dropout else chosen
     assert model.config._attn_implementation == wanted
+
+
+def test_a_cheap_step_attends_eagerly_over_short_texts_only() -> None:
+    model = small_bart()
+    assert model.config._attn_implementation == "sdpa"
+    seen = []
+    for positions in (speed.EAGER_POSITIONS, speed.EAGER_POSITIONS + 1):
+        with speed.cheap_step(model, positions):
+            seen.append(model.config._attn_implementation)
+            assert F.dropout(torch.ones(9, requires_grad=True), 0.1).grad_fn is not None
+    assert seen == ["eager", "sdpa"]
+    with pytest.raises(RuntimeError, match="out of memory"), speed.cheap_step(model, 1):
+        raise RuntimeError("out of memory")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_cheap_step_computes_the_same() -> None:
+    model = adapted()  # in evaluation mode, so that nothing is dropped
+    gradients = []
+    for context in (nullcontext(), speed.cheap_step(model, 10)):
+        with context:
+            loss, _ = summed_loss(model, batch())
+            loss.backward()
+        gradients.append([p.grad.clone() for p in minilora.trainable_parameters(model)])
+        model.zero_grad()
+    assert all(gradient.any() for gradient in gradients[0])
+    for one, other in zip(*gradients, strict=True):  # float32: other orders of the same sums
+        assert (one - other).norm() < 1e-5 * one.norm()
 
 
 def test_checkpointed_activations_give_the_same_gradients_with_the_same_dropout() -> None:

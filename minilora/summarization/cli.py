@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import minilora
 from minilora import LoRAError
 from minilora.adapter import CONFIG_FILE
-from minilora.summarization import distributed
+from minilora.summarization import distributed, speed
 from minilora.summarization.data import encode, load
 from minilora.summarization.evaluation import Evaluation, evaluate, summarize, write_json
 from minilora.summarization.flags import (
@@ -221,9 +221,11 @@ def _evaluate(argv: Sequence[str]) -> int:
     device = distributed.own_device(choose_device(arguments.device or run.model.device))
     examples, split = ([], "") if text is not None else _examples(run, arguments)
     tokenizer = load_tokenizer(run.model.model)
-    model, base_model = _load_trained(directory, run, device)
-    run = limit_lengths(run, model)
     autocast_dtype = choose_precision(run.model.precision, device)
+    model, base_model = _load_trained(directory, run, device)
+    for loaded in filter(None, (model, base_model)):
+        speed.hold_frozen_linears(loaded.requires_grad_(False), autocast_dtype)
+    run = limit_lengths(run, model)
     if text is not None:
         print(_summaries_of(text, run, model, base_model, tokenizer, autocast_dtype))
         return 0

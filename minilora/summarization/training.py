@@ -265,10 +265,11 @@ class Trainer:
             settings["lr"] = rate
         session.model.train()
         target_tokens = sum(len(row.target) for batch in group for row in batch)
-        options = session.run.training  # compiled, dropout is cheap already
+        options = session.run.training  # compiled, a step is cheap already
         plain = options.compile or options.checkpoint_activations
         cheap = session.device.type == "cpu" and not plain
-        with speed.CheapDropout() if cheap else nullcontext():
+        longest = max(len(row.source) for batch in group for row in batch)
+        with speed.cheap_step(session.model, longest) if cheap else nullcontext():
             while (total := self.backward(group, target_tokens)) is None:
                 pass  # again, with smaller batches
         self.scaler.unscale_(self.optimizer)
