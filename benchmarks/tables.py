@@ -41,7 +41,7 @@ def exactness(result: dict[str, Any]) -> Rows:
     return rows
 
 
-def pocket(result: dict[str, Any]) -> Rows:
+def default_run(result: dict[str, Any]) -> Rows:
     """One row: what `python train.py --rank 8` gained."""
     rows = [["", "ROUGE-1", "ROUGE-2", "ROUGE-L", "tokens"]]
     scores = {key: result[key] for key in ("base", "finetuned")}
@@ -51,6 +51,26 @@ def pocket(result: dict[str, Any]) -> Rows:
     difference = result["intervals"]["difference"]
     cells = [f"{d[0]:+.1f} [{d[1]:+.1f}, {d[2]:+.1f}]" for d in map(difference.get, measures)]
     return [*rows, ["difference, 95% interval", *cells]]
+
+
+def pocket(result: dict[str, Any]) -> Rows:
+    """One row a method: test scores over the seeds, and what training took."""
+    measures = ("rouge1", "rouge2", "rougeL")
+    count = len(result["per_dialogue"]["ids"])
+    head = [f"{count} test dialogues of {result['data']}", "trainable"]
+    head += ["ROUGE-1", "ROUGE-2", "ROUGE-L", "gain, 95% interval", "minutes, one core"]
+    rows = [head]
+    for name in ("lead", "base"):
+        title = {"lead": "the first three turns, copied", "base": "pocket-bart as it ships"}[name]
+        means = [f"{result[name]['intervals'][m][0]:.1f}" for m in measures]
+        rows.append([title, "", *means, "", ""])
+    for row in result["rows"]:
+        means = [f"{row['intervals'][m][0]:.1f}" for m in measures]
+        gain, low, high = row["gain"]["rouge1"]
+        minutes = sum(row["minutes"]) / len(row["minutes"])
+        cells = [row["name"], f"{row['trainable']:,}", *means]
+        rows.append([*cells, f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]", f"{minutes:.1f}"])
+    return rows
 
 
 def layer(result: dict[str, Any]) -> Rows:
@@ -165,7 +185,9 @@ def nf4_parity(result: dict[str, Any]) -> Rows:
 TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "merge_latency": merge_latency,
     "exactness": exactness,
-    "default_run": pocket,
+    "default_run": default_run,
+    "pocket": pocket,
+    "samsum": pocket,
     "layer": layer,
     "layer_cuda": layer,
     "training_base": training,

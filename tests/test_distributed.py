@@ -4,6 +4,7 @@ The processes are forks of the test (gloo on the CPU), which saves them the impo
 itself does is tested with torchrun.
 """
 
+import functools
 import json
 import os
 import runpy
@@ -55,14 +56,41 @@ def flags(folder: Path, *more: object, model: str = "bart", data: str = "data") 
 # Processes ----------------------------------------------------------------------------------------
 
 
+SERVER = """
+import sys
+from torch.distributed import TCPStore
+stores = []
+for _ in sys.stdin:  # until whoever started this is gone
+    stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    print(stores[-1].port, flush=True)
+"""
+
+
+@functools.cache
+def server() -> subprocess.Popen[str]:
+    command, pipe = [sys.executable, "-c", SERVER], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+
+def meeting_point() -> str:
+    """The port of a new store, which as torchrun's lives in a process of its own.
+
+    Its thread must not be here: a fork while it holds a lock leaves the child one that stays shut.
+    """
+    streams = server().stdin, server().stdout
+    assert streams[0] is not None
+    assert streams[1] is not None
+    print(file=streams[0], flush=True)
+    return streams[1].readline().strip()
+
+
 def forked(count: int, work: Callable[[int], int], outputs: Path) -> list[int]:
     """`work(rank)` in processes as torchrun makes them. Returns their exit codes, -n for signal n.
 
     What process r prints is in `outputs/r.txt`.
     """
     outputs.mkdir(parents=True, exist_ok=True)
-    # torchrun's own process is where they meet: it outlives them
-    store, children = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True), []
+    port, children = meeting_point(), []
     for rank in range(count):
         if (child := os.fork()) == 0:
             code = 1
@@ -70,7 +98,7 @@ def forked(count: int, work: Callable[[int], int], outputs: Path) -> list[int]:
                 os.environ |= {
                     **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)},
                     **{"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"},
-                    "MASTER_PORT": str(store.port),
+                    "MASTER_PORT": port,
                     **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"},
                 }
                 file = os.open(outputs / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
