@@ -1,6 +1,6 @@
 """What does a base in four bits save, and what does it cost?
 
-    python benchmarks/qlora.py [--rounds 15] [--no-loading] [--small]
+    python benchmarks/qlora.py [--rounds 31] [--no-loading] [--small]
 
 Speed of quantizing and dequantizing beside bitsandbytes (and torchao, where it is installed), the
 training step of one layer at 1,024 tokens beside LoRA on a bf16 base, the reconstruction error
@@ -63,6 +63,19 @@ def conversion(shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[
         "quantize": summary(alternate(to_4_bits, rounds), "bitsandbytes"),
         "dequantize": summary(alternate(back, rounds), "bitsandbytes"),
     }
+
+
+def conversions(rounds: int) -> dict[str, Any]:
+    """By shape, dtype and threads: one, and as many as torch takes by itself."""
+    results, threads = {}, torch.get_num_threads()
+    for count in sorted({1, threads}):
+        torch.set_num_threads(count)  # bitsandbytes' too: one OpenMP serves both
+        for name, shape in SHAPES.items():
+            for precision, dtype in DTYPES.items():
+                key = f"{name} {precision}, {count} thread{'s' * (count > 1)}"
+                results[key] = conversion(shape, dtype, rounds)
+    torch.set_num_threads(threads)
+    return results
 
 
 def step(base: nn.Module, tokens: int) -> Callable[[], object]:
@@ -193,7 +206,7 @@ def bits() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--model", default="pocket-bart", help="whose layers' errors are shown")
     parser.add_argument("--no-loading", action="store_true", help="leave the memory out")
@@ -207,11 +220,7 @@ def main() -> None:
         "settings": {"rounds": options.rounds, "tokens": options.tokens, "device": DEVICE.type},
         "bits": bits(),
         "error": errors(options.model),
-        "conversion": {
-            f"{name} {precision}": conversion(shape, dtype, options.rounds)
-            for name, shape in SHAPES.items()
-            for precision, dtype in DTYPES.items()
-        },
+        "conversion": conversions(options.rounds),
         "step": steps(options.tokens, options.rounds),
     }
     for name, rows in result["conversion"].items():

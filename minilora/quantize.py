@@ -10,6 +10,7 @@ Codes, scales and values are those of bitsandbytes, bit for bit (`tests/test_nf4
 """
 
 import functools
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -142,23 +143,37 @@ def pack(weight: Tensor, double: bool = True) -> NF4:
 
 
 @torch.no_grad()
-def unpack(packed: NF4, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Dequantize: the product of value and scale in float32, rounded once to `dtype`."""
+def unpack(
+    packed: NF4,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Dequantize: the product of value and scale in float32, rounded once to `dtype`.
+
+    Args:
+        packed: n values.
+        shape: of n elements.
+        dtype: of the result.
+        out: (ceil(n / 64) * 64,) in `dtype`, to be written, of which the result is then a view.
+    """
     codes, absmax, scales, offset = packed
     if scales is not None and offset is not None:
         absmax = _unpack_scales(absmax, scales, offset)
-    size = shape[0] * shape[1] if len(shape) == 2 else torch.Size(shape).numel()
+    device, size = codes.device, torch.Size(shape).numel()
     blocks, half = absmax.numel(), BLOCK // 2
     if missing := blocks * half - codes.numel():  # the last block is ragged
         codes = F.pad(codes, (0, missing))  # copies, even where there is nothing to add
-    out = torch.empty(blocks, BLOCK, dtype=dtype, device=codes.device)
-    # Written anew for each chunk, in the same memory: asking for it each time costs as much again.
-    step = min(blocks, 4 * CHUNK) if out.device.type == "cpu" else blocks
-    index = codes.new_empty(step, half, dtype=torch.int64)
-    exact = None if dtype == torch.float32 else index.new_empty(step, half, dtype=PAIR)
+    out = (codes.new_empty(blocks * BLOCK, dtype=dtype) if out is None else out).view(-1, BLOCK)
+    step = min(blocks, 2 * CHUNK) if device.type == "cpu" else blocks
+    # Written anew for each chunk.
+    index = _scratch("index", step * half, torch.int64, device).view(-1, half)
+    exact = None
+    if dtype != torch.float32:
+        exact = _scratch("exact", step * half, PAIR, device).view(-1, half)
     # One table, as seen by every block: rows of a `gather` are shared among the threads, where
     # `index_select` has one.
-    pairs = _table("pairs", codes.device).expand(step, -1)  # (step, 256)
+    pairs = _table("pairs", device).expand(step, -1)  # (step, 256)
     parts = (codes.view(-1, half), absmax[:, None], out)
     for bytes_, scale, rounded in zip(*(part.split(max(step, 1)) for part in parts), strict=True):
         count = len(bytes_)
@@ -168,6 +183,31 @@ def unpack(packed: NF4, shape: tuple[int, ...], dtype: torch.dtype = torch.float
         if exact is not None:
             rounded.copy_(values)
     return out.view(-1)[:size].view(shape)
+
+
+class _Lasting(threading.local):
+    """Memory that each thread writes to again and again."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+_lasting = _Lasting()
+
+
+def _scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(size,), with anything in it, valid until the next call with this name and dtype.
+
+    On a CPU the system clears every page that it gives out, which takes longer than dequantizing
+    into it. So what a product needs for itself lasts: 4 MB, and the largest weight.
+    """
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.empty(size, dtype=dtype, device=device)
+    found = _lasting.tensors.get((name, dtype))
+    if found is None or found.numel() < size:
+        with torch.inference_mode(False):
+            found = _lasting.tensors[name, dtype] = torch.empty(size, dtype=dtype)
+    return found[:size]
 
 
 def _to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,18 +283,24 @@ class _Product(torch.autograd.Function):
         ctx.shape = shape
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(*packed)
-        return F.linear(x, unpack(NF4(*packed), shape, x.dtype), bias)  # type: ignore[arg-type]
+        return F.linear(x, _weight(NF4(*packed), shape, x.dtype), bias)  # type: ignore[arg-type]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = db = None
         if ctx.needs_input_grad[0]:
-            weight = unpack(NF4(*ctx.saved_tensors), ctx.shape, dy.dtype)  # (out, in)
+            weight = _weight(NF4(*ctx.saved_tensors), ctx.shape, dy.dtype)  # (out, in)
             dx = dy @ weight  # (..., out) (out, in) -> (..., in)
         if ctx.needs_input_grad[1]:
             db = dy.flatten(0, -2).sum(dim=0)
         return dx, db, *[None] * (1 + len(NF4._fields))
+
+
+def _weight(packed: NF4, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Dequantized for one product, and overwritten by the next."""
+    size = packed.absmax.numel() * BLOCK
+    return unpack(packed, shape, dtype, _scratch("weight", size, dtype, packed.codes.device))
 
 
 class NF4Linear(nn.Module):
