@@ -44,6 +44,12 @@ def rate(name: str) -> float:
     return RATES["full" if name.startswith("full") else name.split(", ")[-1]]
 
 
+def flags_of(name: str, seed: int, more: Sequence[str]) -> list[str]:
+    """What train.py is told."""
+    own = [] if name == "base" else [*CONTESTANTS[name], "--learning-rate", str(rate(name))]
+    return ["--seed", str(seed), *more, *own]
+
+
 def work(name: str, seed: int, more: Sequence[str], directory: Path) -> None:
     """One run, in a process of its own; base's and fine-tuned scores of every test dialogue."""
     from minilora.summarization.evaluation import rouge, summarize
@@ -51,11 +57,8 @@ def work(name: str, seed: int, more: Sequence[str], directory: Path) -> None:
     from minilora.summarization.session import open_session
     from minilora.summarization.training import fit
 
-    base = name == "base"
-    flags = ["--seed", str(seed), "--output", str(directory / "run"), *more]
-    if not base:
-        flags += [*CONTESTANTS[name], "--learning-rate", str(rate(name))]
-    session = open_session(parse_run(flags))
+    base, flags = name == "base", flags_of(name, seed, more)
+    session = open_session(parse_run([*flags, "--output", str(directory / "run")]))
     result: dict[str, Any] = {"name": name, "seed": seed, "flags": flags}
     if not base:
         (directory / "run").mkdir(parents=True, exist_ok=True)
@@ -84,10 +87,15 @@ def work(name: str, seed: int, more: Sequence[str], directory: Path) -> None:
     if log.exists():
         records = [json.loads(line) for line in log.read_text().splitlines()]
         result["validation"] = [record for record in records if record["kind"] == "validation"]
-        # by the median step, so that what else the machine did for a while does not count
-        steps = [record["seconds"] for record in records if record["kind"] == "step"]
-        result["minutes"] = statistics.median(steps) * len(steps) / 60
+        result["minutes"] = minutes(records)
     (directory / "result.json").write_text(json.dumps(result))
+
+
+def minutes(records: Sequence[dict[str, Any]]) -> float:
+    """Of all steps, at the median time a token: what else the machine did does not count."""
+    steps = [(r["seconds"], r["tokens"]) for r in records if r["kind"] == "step" and "tokens" in r]
+    pace = statistics.median(seconds / tokens for seconds, tokens in steps)
+    return pace * sum(tokens for _, tokens in steps) / 60
 
 
 def reload_best(session: Any, output: Path) -> None:
@@ -139,6 +147,8 @@ def run(job: tuple[str, int], options: argparse.Namespace, more: Sequence[str]) 
         with (directory / "output.txt").open("w") as log:
             subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
     result: dict[str, Any] = json.loads(path.read_text())
+    if result["flags"] != flags_of(name, seed, ["--data", options.data, *more]):
+        raise SystemExit(f"{path} was made with other flags: {' '.join(result['flags'])}")
     mean = statistics.mean(result["scores"]["rouge1"])
     print(f"{name}, seed {seed}: {mean:.1f}, {result.get('minutes', 0):.1f} min", flush=True)
     return result
@@ -193,9 +203,10 @@ def main() -> None:
     parser.add_argument("--data", default="minichat")
     parser.add_argument("--name", default="pocket", help="benchmarks/results/NAME.json")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    parser.add_argument("--keep", type=Path, default=ROOT / "build" / "pocket")
+    parser.add_argument("--keep", type=Path, help="finished runs; build/NAME if not given")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options, more = parser.parse_known_args()  # what is left is for train.py
+    options.keep = options.keep or ROOT / "build" / options.name
     if options.worker:
         work(options.worker, options.seeds[0], ["--data", options.data, *more], options.keep)
         return

@@ -38,9 +38,9 @@ are changes of stage (longer texts, other tasks). The figures:
 ROUGE F1 with stemming, in brackets the 95% bootstrap interval over the {n} test dialogues (of the
 mean over the seeds); the gain is over the base, paired by dialogue. All are decoded alike, with the
 lengths that suit the *base* best on the validation split. Minutes and memory are those of a
-training run on one core while the other had work of its own; minutes are the steps alone, by the
-median step. "Names invented" counts the capitalized
-words within a summary's sentences that the dialogue never says.
+training run on one core while the other had work of its own; minutes are the steps alone, at the
+median time a token. "Names invented" counts the capitalized words within a summary's sentences that
+the dialogue never says.
 
 ## The first twenty test dialogues
 

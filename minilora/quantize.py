@@ -155,7 +155,7 @@ def unpack(
         packed: n values.
         shape: of n elements.
         dtype: of the result.
-        out: (ceil(n / 64) * 64,) in `dtype`, to be written, of which the result is then a view.
+        out: (ceil(n / 64) * 64,) in `dtype`, contiguous, to be written; the result is a view of it.
     """
     codes, absmax, scales, offset = packed
     if scales is not None and offset is not None:
@@ -167,18 +167,19 @@ def unpack(
     out = (codes.new_empty(blocks * BLOCK, dtype=dtype) if out is None else out).view(-1, BLOCK)
     # float32 needs no memory besides, so that more of it fits into the cache
     step = CHUNK if dtype != torch.float32 else 4 * CHUNK
-    step = min(blocks, step) if device.type == "cpu" else blocks
+    step = min(blocks, step if device.type == "cpu" else 64 * CHUNK)
+    pair = torch.int64 if torch.compiler.is_compiling() else PAIR  # it knows no complex numbers
     index = _scratch("index", step * half, torch.int64, device).view(-1, half)
     exact = None
     if dtype != torch.float32:
-        exact = _scratch("exact", step * half, PAIR, device).view(-1, half)
+        exact = _scratch("exact", step * half, pair, device).view(-1, half)
     # One table, as seen by every block: rows of a `gather` are shared among the threads, where
     # `index_select` has one.
-    pairs = _table("pairs", device).expand(step, -1)  # (step, 256)
+    pairs = _table("pairs", device).view(pair).expand(step, -1)  # (step, 256)
     parts = (codes.view(-1, half), absmax[:, None], out)
     for bytes_, scale, rounded in zip(*(part.split(max(step, 1)) for part in parts), strict=True):
         count = len(bytes_)
-        both = rounded.view(PAIR) if exact is None else exact[:count]  # (count, 32)
+        both = rounded.view(pair) if exact is None else exact[:count]  # (count, 32)
         torch.gather(pairs[:count], 1, index[:count].copy_(bytes_), out=both)
         values = both.view(torch.float32).mul_(scale)  # (count, 64)
         if exact is not None:
@@ -200,14 +201,16 @@ def _scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> 
     """(size,), with anything in it, valid until the next call with this name and dtype.
 
     On a CPU the system clears every page that it gives out, which takes longer than dequantizing
-    into it. So what a product needs for itself lasts: 5 MB, and the largest weight.
+    into it. So what a product needs for itself lasts, in each thread that computes: 5 MB, and as
+    much as the largest weight in each dtype.
     """
-    if device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.empty(size, dtype=dtype, device=device)
-    found = _lasting.tensors.get((name, dtype))
+    lasts = device.type == "cpu" and not torch.compiler.is_compiling()
+    found = _lasting.tensors.get((name, dtype)) if lasts else None
     if found is None or found.numel() < size:
         with torch.inference_mode(False):
-            found = _lasting.tensors[name, dtype] = torch.empty(size, dtype=dtype)
+            found = torch.empty(size, dtype=dtype, device=device)
+        if lasts and type(found) is Tensor:  # none of those that only pretend to hold something
+            _lasting.tensors[name, dtype] = found
     return found[:size]
 
 

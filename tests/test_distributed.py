@@ -81,7 +81,9 @@ def meeting_point() -> str:
     assert streams[0] is not None
     assert streams[1] is not None
     print(file=streams[0], flush=True)
-    return streams[1].readline().strip()
+    port = streams[1].readline().strip()
+    assert port, "the process that holds the stores has died"
+    return port
 
 
 def forked(count: int, work: Callable[[int], int], outputs: Path) -> list[int]:

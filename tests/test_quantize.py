@@ -3,14 +3,17 @@
 import copy
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minilora
 from minilora import LoRAConfig, LoRAError, LoRALinear, NF4Linear
@@ -553,3 +556,45 @@ def test_peft_reads_the_file_and_means_the_same_by_loftq(
     parts = _low_rank_decomposition(weight - layer.base.dense_weight(), reduced_rank=3)
     assert torch.allclose(layer.delta(), parts["L"] @ parts["R"], rtol=0, atol=1e-5)
     assert layer.delta().abs().max() > 1e-3
+
+
+# The memory that products keep --------------------------------------------------------------------
+
+
+def test_products_overwrite_each_others_weights_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    layers = [NF4Linear(nn.Linear(in_, out)) for in_, out in ((64, 192), (128, 32), (64, 16))]
+    inputs = [torch.randn(5, layer.in_features, requires_grad=True) for layer in layers]
+    outputs = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+    for layer, x, y in reversed(list(zip(layers, inputs, outputs, strict=True))):
+        weight = layer.dense_weight()
+        assert torch.equal(y, F.linear(x, weight, layer.bias))
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(gradient, torch.ones_like(y) @ weight)
+        assert gradient.any()
+    first, second = layers[0].dense_weight(), layers[0].dense_weight()
+    assert first.data_ptr() != second.data_ptr()  # what a caller gets is his
+
+
+def test_each_thread_has_memory_of_its_own() -> None:
+    torch.manual_seed(0)
+    layers = [NF4Linear(nn.Linear(256, 256)) for _ in range(4)]
+    x = torch.randn(3, 256)
+    wanted = [layer(x) for layer in layers]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: layers[i % 4](x), range(200)))
+    assert all(torch.equal(found[i], wanted[i % 4]) for i in range(200))
+
+
+def test_memory_outlives_inference_mode_and_other_default_devices() -> None:
+    layer, x = NF4Linear(nn.Linear(320, 96)), torch.randn(2, 320, requires_grad=True)
+    with torch.inference_mode(), torch.device("meta"):
+        inside = layer(x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer(x.detach())
+    outside = layer(x)
+    assert type(outside) is torch.Tensor
+    assert torch.equal(outside, inside)
+    outside.sum().backward()
+    assert x.grad is not None
+    assert x.grad.any()

@@ -1,5 +1,6 @@
 """Steps made cheaper compute what they computed before."""
 
+import gc
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import minilora
 from minilora.summarization import speed
 from minilora.summarization.cli import train_main
 from minilora.summarization.loss import summed_loss
+from minilora.summarization.model import load_model
 from minilora.summarization.presets import UserError
 from minilora.summarization.speed import CheapDropout
 from tests.helpers import SMALL, records, save_bart, save_data, small_bart
@@ -53,6 +55,36 @@ def test_frozen_linears_in_autocasts_dtype_give_the_same_bits() -> None:
     after = results(model)
     assert torch.equal(before[0], after[0])
     assert all(map(torch.equal, before[1], after[1]))
+
+
+def test_what_dora_wraps_stays_whole_so_that_its_bits_are_the_same_too() -> None:
+    model = small_bart()
+    minilora.inject(model, minilora.LoRAConfig(rank=3, targets=["q_proj"], dora=True))
+    for parameter in minilora.trainable_parameters(model):
+        parameter.data += 0.3 * torch.randn(parameter.shape)
+    before = results(model)
+    speed.hold_frozen_linears(model, torch.bfloat16)
+    assert model.model.encoder.layers[0].self_attn.q_proj.base.weight.dtype == torch.float32
+    assert model.model.encoder.layers[0].fc1.weight.dtype == torch.bfloat16
+    after = results(model)
+    assert torch.equal(before[0], after[0])
+    assert all(map(torch.equal, before[1], after[1]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_a_released_model_does_not_need_its_file(tmp_path: Path) -> None:
+    save_bart(tmp_path / "bart")
+    model = load_model(str(tmp_path / "bart"), torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    file = str(tmp_path / "bart" / "model.safetensors")
+    assert file in Path("/proc/self/maps").read_text()  # else there is nothing to release
+    speed.release_file(model)
+    gc.collect()
+    assert file not in Path("/proc/self/maps").read_text()
+    assert model.lm_head.weight is model.model.shared.weight
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_what_trains_stays_in_float32() -> None:

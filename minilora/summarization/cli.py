@@ -225,6 +225,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     model, base_model = _load_trained(directory, run, device)
     for loaded in filter(None, (model, base_model)):
         speed.hold_frozen_linears(loaded.requires_grad_(False), autocast_dtype)
+        speed.release_file(loaded)
     run = limit_lengths(run, model)
     if text is not None:
         print(_summaries_of(text, run, model, base_model, tokenizer, autocast_dtype))

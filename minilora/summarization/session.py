@@ -133,6 +133,7 @@ def prepare(
 ) -> None:
     """Make the steps cheap that the model is about to take; see `speed`."""
     speed.hold_frozen_linears(model, autocast_dtype)
+    speed.release_file(model)
     speed.choose_attention(model, device)
     if run.training.checkpoint_activations:
         speed.checkpoint_activations(model)

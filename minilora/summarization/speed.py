@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from minilora.dora import DoRALinear
 from minilora.functional import keep_mask
 from minilora.summarization.presets import UserError
 
@@ -18,9 +19,9 @@ from minilora.summarization.presets import UserError
 def hold_frozen_linears(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Keep the weights of frozen linears in autocast's dtype, to which each call would round them.
 
-    The outputs under autocast are the same bits. Embeddings and LayerNorm stay in float32; a head
-    tied to an embedding gets a copy of its own. What was read from a file was a view of it until
-    now, which kept all of the file in memory: what stays in float32 is copied, so that it can go.
+    The outputs under autocast are the same bits. Embeddings and LayerNorm stay in float32, and so
+    does what DoRA wraps, whose norm is taken of the whole weight; a head tied to an embedding gets
+    a copy of its own.
 
     Args:
         model: injected already, so that what trains is known.
@@ -28,13 +29,29 @@ def hold_frozen_linears(model: nn.Module, dtype: torch.dtype | None) -> None:
     """
     if dtype is None:
         return
+    whole = {module.base for module in model.modules() if isinstance(module, DoRALinear)}
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and module not in whole:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if not parameter.requires_grad:
                     narrow = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
                     setattr(module, name, narrow)
-    model._apply(lambda t: t.clone() if t.is_cpu and t.dtype == torch.float32 else t)
+
+
+def release_file(model: nn.Module) -> None:
+    """Copy what is still a view of the file that the model was read from.
+
+    One such tensor keeps all of the file in memory, and whoever writes to the file writes to the
+    model.
+    """
+    for parameter in model.parameters():
+        if parameter.is_cpu:
+            parameter.data = parameter.data.clone()
+    copies: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_cpu:
+                module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
 
 
 def choose_attention(model: PreTrainedModel, device: torch.device) -> None:
@@ -58,7 +75,7 @@ def cheap_step(model: PreTrainedModel, positions: int) -> Iterator[None]:
     """Inside the block a CPU's step is cheaper: `CheapDropout`, and eager attention where it pays.
 
     Args:
-        model: about to train on batches of which no row is longer than `positions` tokens.
+        model: about to train on batches of which no source or target is longer than `positions`.
         positions: decides, so that a step depends on nothing but its batches.
     """
     before = model.config._attn_implementation

@@ -268,7 +268,9 @@ class Trainer:
         options = session.run.training  # compiled, a step is cheap already
         plain = options.compile or options.checkpoint_activations
         cheap = session.device.type == "cpu" and not plain
-        longest = max(len(row.source) for batch in group for row in batch)
+        longest = max(
+            len(text) for batch in group for row in batch for text in (row.source, row.target)
+        )
         with speed.cheap_step(session.model, longest) if cheap else nullcontext():
             while (total := self.backward(group, target_tokens)) is None:
                 pass  # again, with smaller batches
