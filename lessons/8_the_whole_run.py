@@ -179,9 +179,9 @@ plt.show()
 # nearly all are. That does not make better summaries yet: see what the printed interval says of ROUGE
 # after so short a run. Middle: the mean gain (line, with its 95% interval in grey) is small beside the
 # spread. Many a summary got *worse* (red): an average gain promises nothing for the one dialogue you
-# care about. Right: fine-tuning does not make a model honest. Read the summaries above: names
-# attached to what another did, things nobody said. ROUGE rewards the right words and lets all of
-# that pass.
+# care about. Right: names that nobody said are rarer after the fine-tune, and not gone. And they are
+# the one falsehood that can be counted. Read the summaries above: names attached to what another did,
+# words that are none. ROUGE rewards the right words and lets all of that pass.
 #
 # ## The claim
 #
