@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--keep", type=Path, default=ROOT / "build" / "grid")
+    parser.add_argument("--name", default="grid", help="benchmarks/results/NAME.json")
     options, more = parser.parse_known_args()  # what is left is for train.py
     grid = [(method, rate) for method in options.methods for rate in RATES[method]]
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -76,7 +77,7 @@ def main() -> None:
     }
     print(f"chosen: {chosen}")
     settings = {"epochs": options.epochs, "flags": more, "split": "validation"}
-    print(write_result("grid", {"settings": settings, "chosen": chosen, "rows": rows}))
+    print(write_result(options.name, {"settings": settings, "chosen": chosen, "rows": rows}))
 
 
 if __name__ == "__main__":
