@@ -22,7 +22,7 @@ from typing import Any
 
 import peft
 import torch
-from common import alternate, parser, summary, write_result
+from common import alternate, keep_freed_memory, parser, summary, write_result
 from torch import Tensor, nn
 
 from minilora import LoRALinear
@@ -259,4 +259,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

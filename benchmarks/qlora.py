@@ -10,6 +10,7 @@ model of BART-large's size takes, each way in a process of its own.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from common import alternate, summary, version, write_result
+from common import alternate, keep_freed_memory, summary, version, write_result
 from torch import Tensor, nn
 
 import minilora
@@ -189,7 +190,8 @@ def loading() -> dict[str, Any]:
         BartForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
         for how in ("whole", "whole, then quantized", "layer by layer"):
             command = [sys.executable, "-c", LOAD, how, folder]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            plain = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=plain)
             results[how] = json.loads(done.stdout.splitlines()[-1])
             print(how, results[how])
     return results
@@ -236,4 +238,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()
