@@ -34,9 +34,13 @@ bench: .venv/development  ## every benchmark, small, to see that it runs: benchm
 	for name in merge_latency exactness layer training evaluation quality qlora; do \
 		$(BIN)/python benchmarks/$$name.py --small || exit 1; done
 
-figures: .venv/development  ## the published figures: an hour of a quiet machine
-	for name in merge_latency exactness layer training evaluation quality qlora qlora_quality; do \
-		$(BIN)/python benchmarks/$$name.py || exit 1; done
+figures: .venv/development  ## the published figures: two hours and more of a quiet machine
+	for name in default_run merge_latency exactness layer training evaluation quality nf4_parity \
+		qlora qlora_quality full_update pocket; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	test ! -d ../shared/data/samsum || $(BIN)/python benchmarks/pocket.py --name samsum \
+		--data ../shared/data/samsum --seeds 0 --contestants "LoRA r 8, all-linear" \
+		--epochs 3 --batch-size 16 --min-length 30 --length-penalty 1.0 --validation-limit 200
+	$(BIN)/python benchmarks/pocket_page.py
 	$(BIN)/python benchmarks/tables.py
 
 lessons: .venv/development  ## execute the lessons and write them as notebooks with their outputs

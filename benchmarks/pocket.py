@@ -1,7 +1,7 @@
 """What does LoRA gain on pocket-bart, beside its base, full fine-tuning and the first turns?
 
     python benchmarks/pocket.py [--seeds 0 1 2] [--jobs 2] [--contestants NAME ...]
-    python benchmarks/pocket.py --data ../shared/data/samsum --name samsum --seeds 0 ...
+    python benchmarks/pocket.py --data ../shared/data/samsum --name samsum [flags of train.py]
 
 Every contestant trains by the default preset in a process of its own, with the learning rate that
 the validation split chose for its method (benchmarks/grid.py), and summarizes the test split. With

@@ -1,5 +1,6 @@
 """The benchmarks are fair: turns, one start, the same tokens, FLOPs as torch counts them."""
 
+import argparse
 import importlib
 import json
 import os
@@ -282,3 +283,23 @@ def test_the_readme_is_what_the_results_say() -> None:
     command = [sys.executable, str(FOLDER / "tables.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
+
+
+def test_minutes_are_at_the_median_pace_and_pauses_do_not_count() -> None:
+    pocket = script("pocket")
+    steps = [{"kind": "step", "tokens": n, "seconds": 0.01 * n} for n in (100, 200, 300, 3000)]
+    paused = [*steps, {"kind": "step", "tokens": 200, "seconds": 900.0}, {"kind": "validation"}]
+    assert pocket.minutes(steps) == pytest.approx(0.01 * 3600 / 60)
+    assert pocket.minutes(paused) == pytest.approx(0.01 * 3800 / 60)
+
+
+def test_a_kept_run_of_other_flags_is_refused(tmp_path: Path) -> None:
+    pocket = script("pocket")
+    options = argparse.Namespace(keep=tmp_path, data="minichat", jobs=1)
+    (tmp_path / "base-0").mkdir()
+    flags = pocket.flags_of("base", 0, ["--data", "minichat"])
+    result = {"flags": flags, "scores": {"rouge1": [30.0]}}
+    (tmp_path / "base-0" / "result.json").write_text(json.dumps(result))
+    assert pocket.run(("base", 0), options, []) == result
+    with pytest.raises(SystemExit, match="other flags"):
+        pocket.run(("base", 0), options, ["--epochs", "9"])

@@ -180,9 +180,17 @@ def _final_evaluation(session: Session, output: Path) -> Evaluation:
     if run.model.method == "full":
         base_model = load_model(run.model.model, session.device)
         model = load_model(str(trained_path(output, run).resolve()), session.device)
+        for loaded in (base_model, model):
+            _only_to_decode(loaded, session.autocast_dtype)
     else:
         minilora.load_adapter(model, trained_path(output, run), inference=True)
     return _score(run, "test", test, model, base_model, session.tokenizer, session.autocast_dtype)
+
+
+def _only_to_decode(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> None:
+    """Nothing of it trains any more, so that all of it is held as decoding is cheapest."""
+    speed.hold_frozen_linears(model.requires_grad_(False), autocast_dtype)
+    speed.release_file(model)
 
 
 def _score(
@@ -224,8 +232,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     autocast_dtype = choose_precision(run.model.precision, device)
     model, base_model = _load_trained(directory, run, device)
     for loaded in filter(None, (model, base_model)):
-        speed.hold_frozen_linears(loaded.requires_grad_(False), autocast_dtype)
-        speed.release_file(loaded)
+        _only_to_decode(loaded, autocast_dtype)
     run = limit_lengths(run, model)
     if text is not None:
         print(_summaries_of(text, run, model, base_model, tokenizer, autocast_dtype))
