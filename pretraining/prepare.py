@@ -123,6 +123,19 @@ def chat(lines: list[str], rng: np.random.Generator) -> list[Turn]:
     return turns
 
 
+def spoken(passage: str) -> list[str]:
+    """What the persons of a novel say, a paragraph a line, without `said Ann` and the narration."""
+    lines: list[str] = []
+    for paragraph in passage.split("\n"):
+        line = " ".join(re.findall(r'"([^"]+)"', paragraph))
+        # A comma closes speech that `said Ann` interrupts or ends.
+        for end in set(re.findall(r'([^" ]+),"', paragraph)):
+            line = re.sub(rf"{re.escape(end)},(?= [A-Z]|$)", f"{end}.", line)
+        if len(line.split()) > 1:
+            lines.append(line.strip())
+    return lines
+
+
 def show(turns: list[Turn]) -> str:
     """A dialogue as a messenger exports it."""
     return "\n".join(f"{turn.speaker}: {turn.text}" for turn in turns)
@@ -202,8 +215,8 @@ def nearest(turns: list[Turn], summary: str, words: int = 220) -> list[Turn]:
     return turns[-best[1] : best[2]]
 
 
-def faithful(dialogue: str, summary: str, least: float = 0.34) -> str:
-    """The summary's sentences that the dialogue supports: known names, enough shared words.
+def faithful(dialogue: str, summary: str, least: float = 0.25) -> str:
+    """The summary's sentences that the dialogue supports: known names, `least` of the words shared.
 
     A sentence that begins with a pronoun goes with the sentence before it.
     """
@@ -222,6 +235,13 @@ def faithful(dialogue: str, summary: str, least: float = 0.34) -> str:
         if follows and (kept or not pronoun):
             kept.append(sentence)
     return " ".join(kept)
+
+
+def crd3_window(turns: list[Turn], summary: str, words: int) -> tuple[list[Turn], str]:
+    """The turns nearest to a summary, and what of it they support: nothing if it names nobody."""
+    turns = nearest(turns, summary, words)
+    summary = faithful(show(turns), summary)
+    return turns, summary if SLOT.search(summary) else ""
 
 
 def overlap(dialogue: str, summary: str) -> float:
@@ -261,10 +281,11 @@ def main() -> None:
     speech = [part for part in speech if not forbidden & set(part.split("\n"))]
     cut = len(speech) - len(speech) // HELD_OUT_EVERY
     held["speech"] = [f"the last {len(speech) - cut} passages"]
-    pool = harvest(line for part in speech[: cut - 200] for line in part.split("\n"))
+    speech_in_train = speech[: cut - 200]
+    pool = harvest(line for part in speech_in_train for line in part.split("\n"))
     (arguments.out / "names.json").write_text(json.dumps(pool, indent=0))
     print({gender: len(names) for gender, names in pool.items()})
-    save("train", "prose", text=[n[: arguments.prose] for n in novels] + speech[: cut - 200])
+    save("train", "prose", text=[n[: arguments.prose] for n in novels] + speech_in_train)
     save("heldout", "prose", text=[n[: arguments.prose] for n in last] + speech[cut:])
 
     # Chats: conversations in a messenger's shape, and what the rules make of them.
@@ -286,6 +307,9 @@ def main() -> None:
         held[name] = [f"the last {len(conversations) - cut} of {len(conversations)} conversations"]
         for place, conversation in enumerate(conversations):
             add("train" if place < cut else "heldout", chat(conversation.split("\n"), rng))
+
+    for passage in speech_in_train:
+        add("train", chat(spoken(passage), rng))
 
     # Pairs: episodes and meetings held out whole.
     pairs: dict[str, list[tuple[str, str]]] = {"train": [], "heldout": []}
@@ -312,27 +336,27 @@ def main() -> None:
             if row["dialogue"] not in told:
                 told.add(row["dialogue"])
                 add(split, turns)
-            turns = nearest(turns, summary, int(rng.integers(60, 200)))
-            summary = faithful(show(turns), summary)
-            if not SLOT.search(summary):
-                summary = ""
+            # Two windows, so that a summary that comes again comes with another source.
+            found = [crd3_window(turns, summary, int(rng.integers(*words)))
+                     for words in ((60, 150), (120, 220))]  # fmt: skip
+            found = found[:1] if found[0] == found[1] else found
         else:
             lines = [line.split(": ", 1) for line in row["dialogue"].split("\n") if ": " in line]
             turns = [Turn(who, "x", re.sub(r" ([.,?!'])", r"\1", text).strip())
                      for who, text in lines if text.strip()]  # fmt: skip
-            summary = row["summary"]
-        shown = show(turns)
-        words = len(summary.split())
-        reason = (
-            "long summary" if words > 60 else
-            "no supported sentence" if words < 5 else
-            "long dialogue" if len(shown.split()) > 280 else
-            "one turn" if len(turns) < 2 else ""
-        )  # fmt: skip
-        if reason:
-            dropped[reason] += 1
-        else:
-            pairs[split].append((shown, summary))
+            found = [(turns, row["summary"])]
+        for turns, summary in found:
+            words = len(summary.split())
+            reason = (
+                "long summary" if words > 60 else
+                "no supported sentence" if words < 5 else
+                "long dialogue" if len(show(turns).split()) > 280 else
+                "one turn" if len(turns) < 2 else ""
+            )  # fmt: skip
+            if reason:
+                dropped[reason] += 1
+            else:
+                pairs[split].append((show(turns), summary))
     print(f"pairs dropped: {dict(dropped)}")
     for split in ("train", "heldout"):
         save(split, "chat", text=chats[split])

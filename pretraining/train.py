@@ -8,14 +8,18 @@ falls to zero over the last part (warm-up, stable, decay; Hu et al. 2024, sectio
 
     python pretraining/train.py --data build/pocket-bart/data --out build/pocket-bart/run
 
-Run the same command again to go on from the last checkpoint. SIGTERM and Ctrl-C save first.
+Run the same command again to go on from the last checkpoint. SIGTERM and Ctrl-C save first. Started
+by `torchrun --nproc-per-node 2 pretraining/train.py --threads 1`, each process draws batches of its
+own and all sum their gradients.
 """
 
 import argparse
 import json
 import math
+import os
 import signal
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -23,20 +27,24 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from names import GENDERS, SLOTS, invent
 from noise import infill, mask_tokens, permute_sentences
 from prepare import FIRST
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BartConfig, BartForConditionalGeneration
 
 BOS, PAD, EOS = 0, 1, 2
 CHECKPOINT = "checkpoint.safetensors"
+COUNTS = 5  # targets, tokens, CPU seconds, whether to stop, whether to save
 SHAPE = ("layers", "decoder_layers", "width", "heads", "init_std")  # what the model is made from
 Example = tuple[np.ndarray, np.ndarray]
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Tensor]
+Moments = dict[int, dict[str, Tensor]]  # by a parameter's place in its optimizer
 
 
 @dataclass(frozen=True)
@@ -231,11 +239,13 @@ def collate(examples: list[Example]) -> Batch:
     }
 
 
-def loss_of(model: BartForConditionalGeneration, batch: Batch, device: str) -> torch.Tensor:
+def loss_of(
+    model: BartForConditionalGeneration, batch: Batch, device: str, precision: str = "bf16"
+) -> Tensor:
     """Mean cross-entropy over real positions; padding never meets the vocabulary."""
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     labels = batch.pop("labels")
-    with torch.autocast(device, dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
         hidden = model.model(**batch, use_cache=False).last_hidden_state
         real = labels != PAD
         logits = functional.linear(hidden[real], model.lm_head.weight)
@@ -266,6 +276,7 @@ def evaluate(
     model: BartForConditionalGeneration,
     sets: dict[str, list[Batch]],
     device: str,
+    precision: str = "bf16",
     wrong: bool = True,
 ) -> dict[str, float]:
     """Held-out loss by task with the right source and with another example's."""
@@ -277,7 +288,7 @@ def evaluate(
             for batch in batches:
                 real = float((batch["labels"] != PAD).sum())
                 given = batch if kind == "right" else shuffled(batch)
-                total += float(loss_of(model, given, device)) * real
+                total += float(loss_of(model, given, device, precision)) * real
                 count += real
             scores[f"{task}_{kind}"] = round(total / count, 4)
     model.train()
@@ -298,51 +309,102 @@ def new_model(arguments: argparse.Namespace) -> BartForConditionalGeneration:
     return BartForConditionalGeneration(config)
 
 
+def new_optimizers(
+    model: BartForConditionalGeneration, kind: str, rate: float
+) -> list[torch.optim.Optimizer]:
+    """AdamW, and for the layers' matrices Muon if `kind` says so.
+
+    Muon (Jordan 2024) steps along the orthogonal matrix nearest to the momentum, so that no
+    direction learns slower than the rest; with AdamW's size of step (Liu et al. 2025, section 2.2)
+    one rate does for both. Embeddings are rows that are looked up, no maps: AdamW.
+    """
+    parameters = dict(model.named_parameters())
+    hidden = {
+        n: p for n, p in parameters.items() if kind == "muon" and p.dim() == 2 and "layers." in n
+    }
+    rest = [p for name, p in parameters.items() if name not in hidden]
+    adamw = torch.optim.AdamW(
+        [{"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.01},
+         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}],
+        lr=rate, betas=(0.9, 0.98), fused=True,
+    )  # fmt: skip
+    if not hidden:
+        return [adamw]
+    muon = torch.optim.Muon(
+        hidden.values(), lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+    )
+    return [adamw, muon]
+
+
 def write_checkpoint(
     path: Path,
     model: BartForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     saved: dict[str, Any],
 ) -> None:
     """One safetensors file, written beside and renamed; what is no tensor is JSON in its header."""
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+    for which, optimizer in enumerate(optimizers):
+        for index, moments in optimizer.state_dict()["state"].items():
+            for name, value in moments.items():
+                tensors[f"optimizer.{which}.{index}.{name}"] = value
     beside = path.with_suffix(".new")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, beside, metadata={"json": json.dumps(saved)})
     beside.rename(path)
 
 
-def read_checkpoint(
-    path: Path,
-) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]], dict[str, Any]]:
-    """The weights, the optimizer's moments by parameter, and what was saved beside them."""
-    weights: dict[str, torch.Tensor] = {}
-    moments: dict[int, dict[str, torch.Tensor]] = {}
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[Moments], dict[str, Any]]:
+    """The weights, each optimizer's moments by parameter, and what was saved beside them."""
+    weights: dict[str, Tensor] = {}
+    moments: list[Moments] = [{}, {}]
     with safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118 (no mapping)
             kind, _, name = key.partition(".")
             if kind == "model":
                 weights[name] = file.get_tensor(key)
             else:
-                index, _, moment = name.partition(".")
-                moments.setdefault(int(index), {})[moment] = file.get_tensor(key)
+                which, index, moment = name.split(".")
+                moments[int(which)].setdefault(int(index), {})[moment] = file.get_tensor(key)
         saved: dict[str, Any] = json.loads(file.metadata()["json"])
     return weights, moments, saved
 
 
-def main() -> None:
+def world() -> tuple[int, int]:
+    """This process's rank and their number; several if `torchrun` started us."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def share_gradients(parameters: list[nn.Parameter], device: str) -> tuple[Tensor, Tensor]:
+    """One buffer of which every gradient is a view, and COUNTS numbers at its end.
+
+    All that the processes tell each other in a step is the sum of this buffer.
+    """
+    buffer = torch.zeros(sum(p.numel() for p in parameters) + COUNTS, device=device)
+    pieces = buffer.split([*(p.numel() for p in parameters), COUNTS])
+    for parameter, piece in zip(parameters, pieces, strict=False):
+        parameter.grad = piece.view_as(parameter)
+    return buffer, pieces[-1]
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", type=Path, default=Path("build/pocket-bart/data"))
     add("--tokenizer", type=Path, default=Path("build/pocket-bart/tokenizer.json"))
     add("--out", type=Path, default=Path("build/pocket-bart/run"))
-    add("--total", type=float, default=18.8, help="million tokens, source + target")
+    add("--init", type=Path, help="begin with the weights of this directory (the shipped one)")
+    add("--seen", type=float, default=0.0, help="million tokens that --init's weights have seen")
+    add("--total", type=float, default=18.8, help="million tokens, source + target, with --seen")
     add("--decay", type=float, default=7.7, help="million tokens over which the rate falls to zero")
+    add("--optimizer", default="adamw", choices=["adamw", "muon"])
     add("--rate", type=float, default=1e-3)
     add("--warmup", type=int, default=100, help="steps")
-    add("--budget", type=int, default=3000, help="padded tokens a batch")
+    add("--budget", type=int, default=3000, help="padded tokens a batch, in every process")
     add("--layers", type=int, default=3)
     add("--decoder-layers", type=int, default=3)
     add("--width", type=int, default=256)
@@ -351,32 +413,42 @@ def main() -> None:
     add("--evaluate-every", type=float, default=1.0, help="million tokens")
     add("--save-every", type=float, default=120.0, help="seconds")
     add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--threads", type=int, default=2)
+    add("--precision", default="bf16", choices=["bf16", "fp32"], help="fp32 is faster on some CPUs")
+    add("--threads", type=int, default=2, help="of every process")
     add("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    rank, processes = world()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    rng = np.random.default_rng(arguments.seed)
+    rng = np.random.default_rng([arguments.seed, rank] if rank else arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(arguments.tokenizer))
     train = Source.load(arguments.data, "train", tokenizer)
     sets = evaluation_batches(Source.load(arguments.data, "heldout", tokenizer))
 
     model = new_model(arguments).to(arguments.device)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-        lr=arguments.rate, betas=(0.9, 0.98), fused=True,
-    )  # fmt: skip
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "targets": 0, "cpu_seconds": 0.0}
+    optimizers = new_optimizers(model, arguments.optimizer, arguments.rate)
+    begin = int(arguments.seen * 1e6)
+    state: dict[str, Any] = {"step": 0, "tokens": begin, "targets": 0, "cpu_seconds": 0.0}
     checkpoint = arguments.out / CHECKPOINT
     if checkpoint.exists():
         weights, moments, saved = read_checkpoint(checkpoint)
         model.load_state_dict(weights, strict=False)  # a tied weight is there under one name
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        state, rng.bit_generator.state = saved["state"], saved["rng"]
-    print(f"{model.num_parameters() / 1e6:.2f} M parameters, {state}", flush=True)
+        for optimizer, known in zip(optimizers, moments, strict=False):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": known})
+        state = saved["state"]
+        if rank < len(saved["rngs"]):
+            rng.bit_generator.state = saved["rngs"][rank]
+    elif arguments.init:
+        weights = load_file(arguments.init / "model.safetensors")
+        model.load_state_dict(weights, strict=False)
+    if rank == 0:
+        print(f"{model.num_parameters() / 1e6:.2f} M parameters, {state}", flush=True)
+    buffer, counts = share_gradients(list(model.parameters()), arguments.device)
 
     stopped = False
 
@@ -388,62 +460,78 @@ def main() -> None:
     signal.signal(signal.SIGINT, stop)
 
     def save() -> None:
+        rngs: list[Any] = [rng.bit_generator.state] * processes
+        if processes > 1:
+            dist.all_gather_object(rngs, rng.bit_generator.state)
         settings = {name: str(value) for name, value in vars(arguments).items()}
         numbers = {name: vars(arguments)[name] for name in SHAPE}
-        saved = {
-            "state": state,
-            "rng": rng.bit_generator.state,
-            "arguments": {**settings, **numbers},
-        }
-        write_checkpoint(checkpoint, model, optimizer, saved)
+        if rank == 0:
+            saved = {"state": state, "rngs": rngs, "arguments": {**settings, **numbers}}
+            write_checkpoint(checkpoint, model, optimizers, saved)
 
-    def report(row: dict[str, Any]) -> None:
+    def report(**more: Any) -> None:
+        if rank > 0:  # the others wait for the next sum
+            return
+        wanted = evaluate(model, sets, arguments.device, arguments.precision)
+        row = json.dumps({**state, **more, **wanted})
         with (arguments.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+            file.write(row + "\n")
+        print(row, flush=True)
+
+    def batches() -> Iterator[tuple[str, Batch]]:
+        while True:
+            stage = next(stage for stage in STAGES if state["tokens"] < stage.until * 1e6)
+            yield from train.batches(stage, arguments.budget, rng)
 
     total, decay = arguments.total * 1e6, arguments.decay * 1e6
     losses: dict[str, float] = {}
-    saved_at = began = time.process_time()
+    worked, saved_at = time.process_time(), time.monotonic()
     spoke, spoke_tokens = time.monotonic(), state["tokens"]
-    spent = state["cpu_seconds"]
+    drawn = batches()
     while state["tokens"] < total and not stopped:
-        stage = next(stage for stage in STAGES if state["tokens"] < stage.until * 1e6)
-        for task, batch in train.batches(stage, arguments.budget, rng):
-            fall = min(1.0, (total - state["tokens"]) / decay)
-            rate = arguments.rate * min(1.0, (state["step"] + 1) / arguments.warmup) * fall
-            for group in optimizer.param_groups:
-                group["lr"] = max(rate, 0.0)
-            loss = loss_of(model, batch, arguments.device)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        task, batch = next(drawn)
+        fall = min(1.0, (total - state["tokens"]) / decay)
+        rate = arguments.rate * min(1.0, (state["step"] + 1) / arguments.warmup) * fall
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = max(rate, 0.0)
+        targets = int((batch["labels"] != PAD).sum())
+        buffer.zero_()
+        loss = loss_of(model, batch, arguments.device, arguments.precision)
+        (loss * targets).backward()
+        if not math.isfinite(loss.item()):
+            raise SystemExit(f"step {state['step']}: loss {loss.item()} in a {task} batch")
+        late = rank == 0 and time.monotonic() - saved_at > arguments.save_every
+        seconds, worked = time.process_time() - worked, time.process_time()
+        read = int(batch["attention_mask"].sum())
+        counts.copy_(torch.tensor([targets, targets + read, seconds, stopped, late]))
+        if processes > 1:
+            dist.all_reduce(buffer)
+        all_targets, tokens, seconds, stopping, saving = counts.tolist()
+        buffer[:-COUNTS] /= all_targets  # the mean over every process's targets
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if not math.isfinite(loss.item()):
-                raise SystemExit(f"step {state['step']}: loss {loss.item()} in a {task} batch")
-            targets = int((batch["labels"] != PAD).sum())
-            before = state["tokens"]
-            state["step"] += 1
-            state["targets"] += targets
-            state["tokens"] += targets + int(batch["attention_mask"].sum())
-            state["cpu_seconds"] = spent + time.process_time() - began
-            losses[task] = 0.95 * losses.get(task, loss.item()) + 0.05 * loss.item()
-            if state["step"] % 50 == 0:
-                speed = (state["tokens"] - spoke_tokens) / (time.monotonic() - spoke)
-                spoke, spoke_tokens = time.monotonic(), state["tokens"]
-                shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-                print(f"{state['step']} {state['tokens'] / 1e6:.2f}M {shown} lr {rate:.1e} "
-                      f"{speed:.0f} tokens/s", flush=True)  # fmt: skip
-            every = arguments.evaluate_every * 1e6
-            if state["tokens"] // every > before // every:
-                report({**state, "lr": rate, **evaluate(model, sets, arguments.device)})
-            if stopped or state["tokens"] >= total:
-                break
-            if time.process_time() - saved_at > arguments.save_every * arguments.threads:
-                save()
-                saved_at = time.process_time()
+        stopped = stopping > 0
+        before = state["tokens"]
+        state["step"] += 1
+        state["targets"] += int(all_targets)
+        state["tokens"] += int(tokens)
+        state["cpu_seconds"] += seconds
+        losses[task] = 0.95 * losses.get(task, loss.item()) + 0.05 * loss.item()
+        if state["step"] % 50 == 0 and rank == 0:
+            speed = (state["tokens"] - spoke_tokens) / (time.monotonic() - spoke)
+            spoke, spoke_tokens = time.monotonic(), state["tokens"]
+            shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            print(f"{state['step']} {state['tokens'] / 1e6:.2f}M {shown} lr {rate:.1e} "
+                  f"{speed:.0f} tokens/s", flush=True)  # fmt: skip
+        every = arguments.evaluate_every * 1e6
+        if state["tokens"] // every > before // every:
+            report(lr=rate)
+        if saving:
+            save()
+            saved_at = time.monotonic()
     save()
-    report({**state, "done": not stopped, **evaluate(model, sets, arguments.device)})
+    report(done=not stopped)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib.util
+import json
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +12,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+
+import minilora
 
 pytest.importorskip("tokenizers")
 FOLDER = Path(__file__).parent.parent / "pretraining"
@@ -187,16 +191,20 @@ def test_slots_are_filled_alike_in_dialogue_and_summary() -> None:
     assert train.Names.fill(text, table).tolist() == [5, 6, 50, 7]
 
 
-def test_a_checkpoint_gives_back_weights_moments_and_random_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_checkpoint_gives_back_weights_moments_and_random_state(
+    kind: str, tmp_path: Path
+) -> None:
     shape = {"layers": 1, "decoder_layers": 1, "width": 8, "heads": 2, "init_std": 0.06}
     model = train.new_model(argparse.Namespace(**shape))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizers = train.new_optimizers(model, kind, 1e-2)
     ids = torch.arange(5, 11)[None]
     model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     rng = generator(3)
-    saved = {"state": {"step": 1}, "rng": rng.bit_generator.state, "arguments": shape}
-    train.write_checkpoint(tmp_path / train.CHECKPOINT, model, optimizer, saved)
+    saved = {"state": {"step": 1}, "rngs": [rng.bit_generator.state], "arguments": shape}
+    train.write_checkpoint(tmp_path / train.CHECKPOINT, model, optimizers, saved)
 
     weights, moments, again = train.read_checkpoint(tmp_path / train.CHECKPOINT)
     assert again == saved
@@ -205,10 +213,70 @@ def test_a_checkpoint_gives_back_weights_moments_and_random_state(tmp_path: Path
     assert not unexpected
     pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    before = optimizer.state_dict()["state"]
-    assert before.keys() == moments.keys()
-    for index, values in before.items():
-        assert all(torch.equal(value, moments[index][name]) for name, value in values.items())
+    assert len(optimizers) == 1 + (kind == "muon")
+    for optimizer, known in zip(optimizers, moments, strict=False):
+        before = optimizer.state_dict()["state"]
+        assert before.keys() == known.keys()
+        for index, values in before.items():
+            assert all(torch.equal(value, known[index][name]) for name, value in values.items())
     resumed = generator(4)
-    resumed.bit_generator.state = again["rng"]
+    resumed.bit_generator.state = again["rngs"][0]
     assert resumed.random() == rng.random()
+
+
+def test_muon_takes_the_layers_matrices_and_adamw_the_rest() -> None:
+    shape = {"layers": 1, "decoder_layers": 1, "width": 8, "heads": 2, "init_std": 0.06}
+    model = train.new_model(argparse.Namespace(**shape))
+    groups = [o.param_groups for o in train.new_optimizers(model, "muon", 1e-3)]
+    adamw, muon = ({id(p) for g in group for p in g["params"]} for group in groups)
+    assert not adamw & muon
+    assert adamw | muon == {id(p) for p in model.parameters()}
+    assert muon == {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+
+
+def test_gradients_are_views_of_one_buffer() -> None:
+    layer = torch.nn.Linear(3, 2)
+    buffer, counts = train.share_gradients(list(layer.parameters()), "cpu")
+    counts.fill_(7.0)
+    layer(torch.ones(1, 3)).sum().backward()
+    assert buffer.tolist() == [1.0] * 8 + [7.0] * train.COUNTS
+
+
+@pytest.fixture
+def tiny_data(tmp_path: Path) -> Path:
+    """Arrays of random tokens in the shape of `prepare.py`'s."""
+    rng = generator(0)
+    for split in ("train", "heldout"):
+        for name in ("prose", "chat", "pseudo", "pairs"):
+            arrays: dict[str, np.ndarray] = {}
+            for column in ("text", "summary"):
+                lengths = rng.integers(10, 60, 40)
+                arrays[f"{column}_offsets"] = np.cumsum([0, *lengths])
+                arrays[f"{column}_tokens"] = rng.integers(5, 8000, lengths.sum(), dtype=np.uint16)
+            np.savez(tmp_path / f"{split}-{name}.npz", **arrays)  # type: ignore[arg-type]
+    people = [f"Name{chr(97 + number)}" for number in range(names.SLOTS + 1)]
+    (tmp_path / "names.json").write_text(json.dumps(dict.fromkeys(names.GENDERS, people)))
+    return tmp_path
+
+
+def test_processes_share_their_gradients_and_go_on_as_one(tiny_data: Path) -> None:
+    assets = Path(minilora.__file__).parent / "summarization" / "assets" / "pocket-bart"
+    flags = (
+        f"--data {tiny_data} --out {tiny_data / 'run'} --tokenizer {assets / 'tokenizer.json'} "
+        "--layers 1 --decoder-layers 1 --width 16 --heads 2 --threads 1 --budget 600 --decay 0.01 "
+        "--optimizer muon --evaluate-every 0.005"
+    ).split()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    log = tiny_data / "run" / "log.jsonl"
+    for total, launcher in (("0.01", torchrun), ("0.02", [])):
+        command = [sys.executable, *launcher, str(FOLDER / "train.py"), *flags, "--total", total]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+    first, second = (row for row in map(json.loads, log.read_text().splitlines()) if "done" in row)
+    assert 10_000 <= first["tokens"] < 12_000  # both processes' tokens, the last step's beyond
+    assert first["tokens"] / first["step"] > 700  # two batches of at most 600 a step
+    assert first["tokens"] < second["tokens"] < 21_000
