@@ -64,7 +64,7 @@ STAGES = [
     Stage(5.0, {"infill": 0.35, "pseudo": 0.45, "pairs": 0.20}, 100, 180),
     Stage(11.1, {"infill": 0.25, "pseudo": 0.50, "pairs": 0.25}, 140, 320),
     Stage(18.8, {"infill": 0.15, "pseudo": 0.50, "pairs": 0.35}, 140, 320),
-    Stage(math.inf, {"infill": 0.40, "pseudo": 0.35, "pairs": 0.25}, 140, 320),
+    Stage(math.inf, {"infill": 0.40, "pseudo": 0.42, "pairs": 0.18}, 140, 320),
 ]
 
 
@@ -398,8 +398,8 @@ def parse() -> argparse.Namespace:
     add("--tokenizer", type=Path, default=Path("build/pocket-bart/tokenizer.json"))
     add("--out", type=Path, default=Path("build/pocket-bart/run"))
     add("--init", type=Path, help="begin with the weights of this directory (the shipped one)")
-    add("--seen", type=float, default=0.0, help="million tokens that --init's weights have seen")
-    add("--total", type=float, default=18.8, help="million tokens, source + target, with --seen")
+    add("--history", type=Path, help="losses.jsonl of --init's weights; counting goes on from it")
+    add("--total", type=float, default=18.8, help="million tokens, source + target")
     add("--decay", type=float, default=7.7, help="million tokens over which the rate falls to zero")
     add("--optimizer", default="adamw", choices=["adamw", "muon"])
     add("--rate", type=float, default=1e-3)
@@ -416,7 +416,10 @@ def parse() -> argparse.Namespace:
     add("--precision", default="bf16", choices=["bf16", "fp32"], help="fp32 is faster on some CPUs")
     add("--threads", type=int, default=2, help="of every process")
     add("--seed", type=int, default=0)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if (arguments.init is None) != (arguments.history is None):
+        parser.error("--init and --history go together")
+    return arguments
 
 
 def main() -> None:
@@ -432,9 +435,8 @@ def main() -> None:
 
     model = new_model(arguments).to(arguments.device)
     optimizers = new_optimizers(model, arguments.optimizer, arguments.rate)
-    begin = int(arguments.seen * 1e6)
-    state: dict[str, Any] = {"step": 0, "tokens": begin, "targets": 0, "cpu_seconds": 0.0}
-    checkpoint = arguments.out / CHECKPOINT
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "targets": 0, "cpu_seconds": 0.0}
+    checkpoint, saved = arguments.out / CHECKPOINT, dict[str, Any]()
     if checkpoint.exists():
         weights, moments, saved = read_checkpoint(checkpoint)
         model.load_state_dict(weights, strict=False)  # a tied weight is there under one name
@@ -446,6 +448,9 @@ def main() -> None:
     elif arguments.init:
         weights = load_file(arguments.init / "model.safetensors")
         model.load_state_dict(weights, strict=False)
+        last = json.loads(arguments.history.read_text().splitlines()[-1])
+        state = {key: last[key] for key in state}
+    first = saved.get("first_step", state["step"])  # the rate warms up from here
     if rank == 0:
         print(f"{model.num_parameters() / 1e6:.2f} M parameters, {state}", flush=True)
     buffer, counts = share_gradients(list(model.parameters()), arguments.device)
@@ -466,8 +471,10 @@ def main() -> None:
         settings = {name: str(value) for name, value in vars(arguments).items()}
         numbers = {name: vars(arguments)[name] for name in SHAPE}
         if rank == 0:
-            saved = {"state": state, "rngs": rngs, "arguments": {**settings, **numbers}}
-            write_checkpoint(checkpoint, model, optimizers, saved)
+            now = {"state": state, "first_step": first, "rngs": rngs}
+            write_checkpoint(
+                checkpoint, model, optimizers, {**now, "arguments": {**settings, **numbers}}
+            )
 
     def report(**more: Any) -> None:
         if rank > 0:  # the others wait for the next sum
@@ -491,7 +498,7 @@ def main() -> None:
     while state["tokens"] < total and not stopped:
         task, batch = next(drawn)
         fall = min(1.0, (total - state["tokens"]) / decay)
-        rate = arguments.rate * min(1.0, (state["step"] + 1) / arguments.warmup) * fall
+        rate = arguments.rate * min(1.0, (state["step"] - first + 1) / arguments.warmup) * fall
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = max(rate, 0.0)
         targets = int((batch["labels"] != PAD).sum())
@@ -531,7 +538,8 @@ def main() -> None:
             save()
             saved_at = time.monotonic()
     save()
-    report(done=not stopped)
+    if not stopped:  # `torchrun` ends a process that takes long to stop
+        report(done=True)
 
 
 if __name__ == "__main__":

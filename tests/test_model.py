@@ -296,6 +296,19 @@ def test_devices() -> None:
         assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "faster"),
+    [
+        ("vendor_id : AuthenticAMD\nflags : avx512f avx512_bf16", True),
+        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16 amx_bf16", True),
+        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16", False),
+        ("vendor_id : AuthenticAMD\nflags : avx2", False),
+    ],
+)
+def test_which_processors_gain_by_bf16(cpuinfo: str, faster: bool) -> None:
+    assert module.multiplies_bf16_faster(cpuinfo) == faster
+
+
 def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_precision("fp32", CPU) is None
     assert choose_precision("bf16", CPU) == torch.bfloat16

@@ -207,7 +207,7 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast, or None for float32 throughout.
 
-    `auto` is bf16 where the hardware multiplies it, fp16 on older GPUs, fp32 otherwise.
+    `auto` is bf16 where the hardware multiplies it faster, fp16 on older GPUs, fp32 otherwise.
     """
     if name != "auto":
         return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
@@ -225,12 +225,19 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    capability = torch.backends.cpu.get_cpu_capability()
     flags = Path("/proc/cpuinfo")
-    if not flags.exists() or "AVX512" not in capability:
+    if not flags.exists() or "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return False
-    text = flags.read_text(errors="replace")
-    return "avx512_bf16" in text or "amx_bf16" in text
+    return multiplies_bf16_faster(flags.read_text(errors="replace"))
+
+
+def multiplies_bf16_faster(cpuinfo: str) -> bool:
+    """Whether the processor that /proc/cpuinfo describes gains by bf16.
+
+    AMX does, and AMD's AVX512-BF16; Intel's AVX512-BF16 without AMX multiplies bf16 at 0.55 of
+    float32's rate (docs/log.md, 2026-11-26).
+    """
+    return "amx_bf16" in cpuinfo or ("avx512_bf16" in cpuinfo and "AuthenticAMD" in cpuinfo)
 
 
 @contextmanager
