@@ -21,13 +21,11 @@ from common import ROOT, write_result
 
 METHODS = {
     "q/v": ["--rank", "8", "--targets", "q_proj", "v_proj"],
-    "attention": ["--rank", "8", "--targets", "q_proj", "k_proj", "v_proj", "out_proj"],
     "all-linear": ["--rank", "8", "--targets", "all-linear"],
     "full": ["--method", "full"],
 }
 RATES = {
     "q/v": (2e-3, 4e-3, 8e-3),
-    "attention": (1.5e-3, 3e-3, 6e-3),
     "all-linear": (1e-3, 2e-3, 4e-3),
     "full": (2.5e-4, 5e-4, 1e-3),
 }

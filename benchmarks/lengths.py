@@ -26,7 +26,7 @@ from minilora.summarization.model import (
 from minilora.summarization.presets import PRESETS, RunConfig
 
 GRID = {
-    "min_length": (5, 15, 20, 25, 30, 40),
+    "min_length": (5, 15, 20, 25, 30, 40, 50),
     "length_penalty": (1.0, 2.0),
 }
 

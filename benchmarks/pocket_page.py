@@ -28,7 +28,9 @@ BART ([recipes](recipes.md)).
 Nats per target token on whole books and whole conversations that training never saw. What to see:
 the distance between a solid line and the dashed one of its colour, which is the loss when the model
 reads *another* example's source. As long as both are close, it writes without reading. The bumps
-are changes of stage (longer texts, other tasks). The figures:
+are changes of stage (longer texts, other tasks); at 18.8 and at 21.8 million tokens the rate rose
+again. From the grey line on the held-out texts are others: the weights of 18.8 million tokens have
+there 1.41 for infilling, 0.77 for pseudo-summaries and 4.03 for written ones. The figures:
 [losses.jsonl](../pretraining/losses.jsonl).
 
 ## On minichat's test split
@@ -36,7 +38,9 @@ are changes of stage (longer texts, other tasks). The figures:
 {table}
 
 ROUGE F1 with stemming, in brackets the 95% bootstrap interval over the {n} test dialogues (of the
-mean over the seeds); the gain is over the base, paired by dialogue. All are decoded alike, with the
+mean over the seeds); the gain is over the base, paired by dialogue. The preset is rank 8 on q_proj
+and v_proj: on the validation split a tie with all linear layers, decided for the fewer parameters
+when these scores were known. All are decoded alike, with the
 lengths that suit the *base* best on the validation split. Minutes and memory are those of a
 training run on one core while the other had work of its own; minutes are the steps alone, at the
 median time a token. "Names invented" counts the capitalized words within a summary's sentences that
@@ -95,6 +99,9 @@ def plot(path: Path) -> None:
                     name, (x[-1], y[-1]), (6, -3), color=color, textcoords="offset points"
                 )
     end = rows[-1]["tokens"] / 1e6
+    others = [row["tokens"] / 1e6 for row in rows if row.get("heldout") == "second"]
+    for first in others[:1]:
+        axes.axvline(first, color="#999999", lw=0.8)
     axes.annotate("the same, another's source", (end, 6.1), (6, -3), textcoords="offset points")
     axes.set(xlabel="million tokens read and written", ylabel="loss, nats per target token")
     axes.set(ylim=(0, 9), xlim=(0, 1.32 * end))
@@ -106,7 +113,7 @@ def plot(path: Path) -> None:
 def main() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "pocket.json").read_text())
     names = [row["name"] for row in result["rows"]]
-    best = "LoRA r 8, all-linear" if "LoRA r 8, all-linear" in names else names[0]
+    best = "LoRA r 8, q/v" if "LoRA r 8, q/v" in names else names[0]  # the preset
     shown = [
         f"**{e['id']}**  \nreference: {e['reference']}  \nbase: {e['base']}  \nLoRA: {e[best]}\n"
         for e in result["examples"]

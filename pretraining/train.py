@@ -413,12 +413,16 @@ def parse() -> argparse.Namespace:
     add("--evaluate-every", type=float, default=1.0, help="million tokens")
     add("--save-every", type=float, default=120.0, help="seconds")
     add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--precision", default="bf16", choices=["bf16", "fp32"], help="fp32 is faster on some CPUs")
+    add("--precision", default="bf16", choices=["bf16", "fp32"], help="fp32 on Intel without AMX")
     add("--threads", type=int, default=2, help="of every process")
     add("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if (arguments.init is None) != (arguments.history is None):
         parser.error("--init and --history go together")
+    if arguments.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        parser.error("--optimizer muon needs a newer torch than " + torch.__version__)
+    if arguments.device == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("several processes are for CPU cores; a GPU takes one")
     return arguments
 
 
@@ -439,6 +443,9 @@ def main() -> None:
     checkpoint, saved = arguments.out / CHECKPOINT, dict[str, Any]()
     if checkpoint.exists():
         weights, moments, saved = read_checkpoint(checkpoint)
+        if saved["arguments"]["optimizer"] != arguments.optimizer:
+            used = saved["arguments"]["optimizer"]
+            raise SystemExit(f"{checkpoint} is of a run with {used}: name another --out")
         model.load_state_dict(weights, strict=False)  # a tied weight is there under one name
         for optimizer, known in zip(optimizers, moments, strict=False):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": known})
@@ -447,19 +454,25 @@ def main() -> None:
             rng.bit_generator.state = saved["rngs"][rank]
     elif arguments.init:
         weights = load_file(arguments.init / "model.safetensors")
-        model.load_state_dict(weights, strict=False)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        given = {name: weight.shape for name, weight in weights.items()}
+        if shapes.items() - given.items() or given.keys() - model.state_dict().keys():
+            raise SystemExit(f"{arguments.init} has other layers than --layers and --width say")
+        model.load_state_dict(weights, strict=False)  # a tied weight is there under one name
         last = json.loads(arguments.history.read_text().splitlines()[-1])
         state = {key: last[key] for key in state}
     first = saved.get("first_step", state["step"])  # the rate warms up from here
+    if state["tokens"] >= arguments.total * 1e6:
+        raise SystemExit(f"{state['tokens'] / 1e6:.1f} M tokens are done: give a larger --total")
     if rank == 0:
         print(f"{model.num_parameters() / 1e6:.2f} M parameters, {state}", flush=True)
     buffer, counts = share_gradients(list(model.parameters()), arguments.device)
 
-    stopped = False
+    asked = False  # this process, to stop; all of them stop after the same step
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = True
+        nonlocal asked
+        asked = True
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -495,7 +508,8 @@ def main() -> None:
     worked, saved_at = time.process_time(), time.monotonic()
     spoke, spoke_tokens = time.monotonic(), state["tokens"]
     drawn = batches()
-    while state["tokens"] < total and not stopped:
+    stopping = 0.0
+    while state["tokens"] < total and not stopping:
         task, batch = next(drawn)
         fall = min(1.0, (total - state["tokens"]) / decay)
         rate = arguments.rate * min(1.0, (state["step"] - first + 1) / arguments.warmup) * fall
@@ -510,7 +524,7 @@ def main() -> None:
         late = rank == 0 and time.monotonic() - saved_at > arguments.save_every
         seconds, worked = time.process_time() - worked, time.process_time()
         read = int(batch["attention_mask"].sum())
-        counts.copy_(torch.tensor([targets, targets + read, seconds, stopped, late]))
+        counts.copy_(torch.tensor([targets, targets + read, seconds, asked, late]))
         if processes > 1:
             dist.all_reduce(buffer)
         all_targets, tokens, seconds, stopping, saving = counts.tolist()
@@ -518,7 +532,6 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        stopped = stopping > 0
         before = state["tokens"]
         state["step"] += 1
         state["targets"] += int(all_targets)
@@ -538,7 +551,7 @@ def main() -> None:
             save()
             saved_at = time.monotonic()
     save()
-    if not stopped:  # `torchrun` ends a process that takes long to stop
+    if not stopping:  # `torchrun` ends a process that takes long to stop
         report(done=True)
 
 
