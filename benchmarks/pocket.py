@@ -174,6 +174,7 @@ def summarized(runs: list[dict[str, Any]], base: dict[str, Any] | None) -> dict[
         row["invented_per_summary"] = [statistics.mean(r["invented"]) for r in runs]
     if "validation" in runs[0]:
         row["validation_loss"] = [[v["loss"] for v in r["validation"]] for r in runs]
+        row["validation_rouge1"] = [[v["rouge1"] for v in r["validation"]] for r in runs]
     return row
 
 
