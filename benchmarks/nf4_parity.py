@@ -17,7 +17,8 @@ import torch
 from common import version, write_result
 from torch import Tensor
 
-from minilora.quantize import CODEBOOK, MIDPOINTS, NF4Linear, pack, unpack
+from minilora import NF4Linear
+from minilora.nf4 import CODEBOOK, MIDPOINTS, pack, unpack
 
 # (out, in) of BART-large's weights, and how many of each are drawn.
 SHAPES = {

@@ -1,11 +1,13 @@
 """What does a base in four bits save, and what does it cost?
 
-    python benchmarks/qlora.py [--rounds 31] [--no-loading] [--small]
+    python benchmarks/qlora.py [--rounds 31] [--step-rounds 31] [--no-loading] [--small]
 
 Speed of quantizing and dequantizing beside bitsandbytes (and torchao, where it is installed), the
 training step of one layer at 1,024 tokens beside LoRA on a bf16 base, the reconstruction error
 beside plain int4 and int8, bits a weight as the tensors have them, and the memory that loading a
 model of BART-large's size takes, each way in a process of its own.
+
+bitsandbytes has code of its own for AVX-512, so a processor without it has a result of its own.
 """
 
 import argparse
@@ -24,11 +26,18 @@ from torch import Tensor, nn
 
 import minilora
 from minilora import LoRALinear, NF4Linear
-from minilora.quantize import pack, unpack
+from minilora.nf4 import pack, unpack
 
 SHAPES = {"attention": (1024, 1024), "fc1": (4096, 1024), "fc2": (1024, 4096)}  # BART-large's
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+VECTORS = torch.backends.cpu.get_cpu_capability()  # "AVX512", "AVX2", ...
+
+
+def result_name() -> str:
+    """`qlora`, or with what sets the machine apart."""
+    kind = "cuda" if DEVICE.type == "cuda" else VECTORS.lower()
+    return "qlora" if kind == "avx512" else f"qlora_{kind}"
 
 
 # Speed --------------------------------------------------------------------------------------------
@@ -209,21 +218,28 @@ def bits() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--step-rounds", type=int, default=31, help="few where bf16 is slow")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--model", default="pocket-bart", help="whose layers' errors are shown")
     parser.add_argument("--no-loading", action="store_true", help="leave the memory out")
     parser.add_argument("--small", action="store_true", help="to see that it runs")
     options = parser.parse_args()
     if options.small:
-        options.rounds, options.tokens, options.no_loading = 2, 64, True
+        options.rounds, options.step_rounds, options.tokens, options.no_loading = 2, 2, 64, True
     torch.manual_seed(0)
     result: dict[str, Any] = {
         "bitsandbytes": version("bitsandbytes"),
-        "settings": {"rounds": options.rounds, "tokens": options.tokens, "device": DEVICE.type},
+        "settings": {
+            "rounds": options.rounds,
+            "step_rounds": options.step_rounds,
+            "tokens": options.tokens,
+            "device": DEVICE.type,
+            "vectors": VECTORS,
+        },
         "bits": bits(),
         "error": errors(options.model),
         "conversion": conversions(options.rounds),
-        "step": steps(options.tokens, options.rounds),
+        "step": steps(options.tokens, options.step_rounds),
     }
     for name, rows in result["conversion"].items():
         ratios = {task: round(rows[task]["minilora"]["ratio"], 2) for task in rows}
@@ -233,8 +249,7 @@ def main() -> None:
     print(result["bits"], result["error"]["mean"])
     if not options.no_loading:
         result["loading"] = loading()
-    name = "qlora" if DEVICE.type == "cpu" else "qlora_cuda"
-    print(write_result(name, result, options.small))
+    print(write_result(result_name(), result, options.small))
 
 
 if __name__ == "__main__":

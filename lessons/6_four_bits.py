@@ -32,7 +32,7 @@ import workshop
 from torch import Tensor, nn
 
 import minilora
-from minilora.quantize import pack, unpack
+from minilora.nf4 import pack, unpack
 from minilora.summarization import data
 from minilora.summarization.loss import decoder_inputs
 

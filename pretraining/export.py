@@ -13,20 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint import CHECKPOINT, read_checkpoint
+from curriculum import BOS, EOS, PAD, Source
+from model import evaluate, evaluation_batches, new_model
 from tokenizers import Tokenizer
 from transformers import BartForConditionalGeneration, GenerationConfig, PreTrainedTokenizerFast
-
-from train import (
-    BOS,
-    CHECKPOINT,
-    EOS,
-    PAD,
-    Source,
-    evaluate,
-    evaluation_batches,
-    new_model,
-    read_checkpoint,
-)
 
 HERE = Path(__file__).parent
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -37,6 +37,9 @@ noise = script("noise")
 names = script("names")
 pseudo = script("pseudo")
 tokenizer = script("tokenizer")
+checkpoint = script("checkpoint")
+curriculum = script("curriculum")
+pocket = script("model")
 train = script("train")
 
 
@@ -178,23 +181,21 @@ def test_invented_names_are_pronounceable_words() -> None:
 def test_batches_are_shifted_and_padded_as_bart_does() -> None:
     torch = pytest.importorskip("torch")
     bart = pytest.importorskip("transformers.models.bart.modeling_bart")
-    train = script("train")
     examples = [(np.arange(5, 5 + n), np.arange(9, 9 + 2 * n)) for n in (3, 1, 2)]
-    batch = train.collate(examples)
+    batch = curriculum.collate(examples)
     expected = bart.shift_tokens_right(batch["labels"], pad_token_id=1, decoder_start_token_id=2)
     assert torch.equal(batch["decoder_input_ids"], expected)
     assert batch["labels"][0].tolist() == [0, 9, 10, 11, 12, 13, 14, 2]
     assert batch["attention_mask"].sum(1).tolist() == [5, 3, 4]
-    parts = train.chunks(examples, 14)
+    parts = curriculum.chunks(examples, 14)
     assert sum(map(len, parts)) == 3
     assert len(parts) > 1
 
 
 def test_slots_are_filled_alike_in_dialogue_and_summary() -> None:
-    train = script("train")
-    table = {train.FIRST: [5, 6], train.FIRST + 1: [7]}
-    text = np.array([train.FIRST, 50, train.FIRST + 1])
-    assert train.Names.fill(text, table).tolist() == [5, 6, 50, 7]
+    table = {curriculum.FIRST: [5, 6], curriculum.FIRST + 1: [7]}
+    text = np.array([curriculum.FIRST, 50, curriculum.FIRST + 1])
+    assert curriculum.Names.fill(text, table).tolist() == [5, 6, 50, 7]
 
 
 @pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=needs_muon)])
@@ -202,19 +203,19 @@ def test_a_checkpoint_gives_back_weights_moments_and_random_state(
     kind: str, tmp_path: Path
 ) -> None:
     shape = {"layers": 1, "decoder_layers": 1, "width": 8, "heads": 2, "init_std": 0.06}
-    model = train.new_model(argparse.Namespace(**shape))
-    optimizers = train.new_optimizers(model, kind, 1e-2)
+    model = pocket.new_model(argparse.Namespace(**shape))
+    optimizers = pocket.new_optimizers(model, kind, 1e-2)
     ids = torch.arange(5, 11)[None]
     model(input_ids=ids, labels=ids).loss.backward()
     for optimizer in optimizers:
         optimizer.step()
     rng = generator(3)
     saved = {"state": {"step": 1}, "rngs": [rng.bit_generator.state], "arguments": shape}
-    train.write_checkpoint(tmp_path / train.CHECKPOINT, model, optimizers, saved)
+    checkpoint.write_checkpoint(tmp_path / checkpoint.CHECKPOINT, model, optimizers, saved)
 
-    weights, moments, again = train.read_checkpoint(tmp_path / train.CHECKPOINT)
+    weights, moments, again = checkpoint.read_checkpoint(tmp_path / checkpoint.CHECKPOINT)
     assert again == saved
-    other = train.new_model(argparse.Namespace(**again["arguments"]))
+    other = pocket.new_model(argparse.Namespace(**again["arguments"]))
     _, unexpected = other.load_state_dict(weights, strict=False)
     assert not unexpected
     pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
@@ -233,8 +234,8 @@ def test_a_checkpoint_gives_back_weights_moments_and_random_state(
 @needs_muon
 def test_muon_takes_the_layers_matrices_and_adamw_the_rest() -> None:
     shape = {"layers": 1, "decoder_layers": 1, "width": 8, "heads": 2, "init_std": 0.06}
-    model = train.new_model(argparse.Namespace(**shape))
-    groups = [o.param_groups for o in train.new_optimizers(model, "muon", 1e-3)]
+    model = pocket.new_model(argparse.Namespace(**shape))
+    groups = [o.param_groups for o in pocket.new_optimizers(model, "muon", 1e-3)]
     adamw, muon = ({id(p) for g in group for p in g["params"]} for group in groups)
     assert not adamw & muon
     assert adamw | muon == {id(p) for p in model.parameters()}
@@ -315,7 +316,7 @@ def test_processes_that_are_stopped_save_together(tiny_data: Path) -> None:
         run.wait(60)
     finally:
         run.kill()
-    _, _, saved = train.read_checkpoint(tiny_data / "run" / train.CHECKPOINT)
+    _, _, saved = checkpoint.read_checkpoint(tiny_data / "run" / checkpoint.CHECKPOINT)
     assert saved["state"]["step"] >= len(log.read_text().splitlines())
     assert len(saved["rngs"]) == 2
 

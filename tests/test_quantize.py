@@ -17,17 +17,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minilora
 from minilora import LoRAConfig, LoRAError, LoRALinear, NF4Linear
-from minilora.quantize import (
+from minilora.nf4 import (
     BLOCK,
     CODEBOOK,
     DYNAMIC,
     MIDPOINTS,
     dynamic_codebook,
-    loftq,
     normal_quantiles,
     pack,
     unpack,
 )
+from minilora.quantize import loftq
 from tests.conftest import State, inputs, logits, randomize_adapter, tiny_bart, tiny_t5
 
 MIXED = ("q_proj", "v_proj", "fc1")

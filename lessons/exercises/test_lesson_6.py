@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minilora.quantize import normal_quantiles, pack
+from minilora.nf4 import normal_quantiles, pack
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -1,0 +1,109 @@
+"""The model that is pre-trained, its optimizers, and its loss on texts read or held out."""
+
+import argparse
+
+import numpy as np
+import torch
+from curriculum import BOS, EOS, PAD, Batch, Source, Stage, chunks, collate
+from torch import Tensor
+from torch.nn import functional
+from transformers import BartConfig, BartForConditionalGeneration
+
+SHAPE = ("layers", "decoder_layers", "width", "heads", "init_std")  # what the model is made from
+
+
+def loss_of(
+    model: BartForConditionalGeneration, batch: Batch, device: str, precision: str = "bf16"
+) -> Tensor:
+    """Mean cross-entropy over real positions; padding never meets the vocabulary."""
+    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    labels = batch.pop("labels")
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        hidden = model.model(**batch, use_cache=False).last_hidden_state
+        real = labels != PAD
+        logits = functional.linear(hidden[real], model.lm_head.weight)
+    return functional.cross_entropy(logits.float(), labels[real])
+
+
+def shuffled(batch: Batch) -> Batch:
+    """The same targets with the next example's source."""
+    return {
+        key: value.roll(1, 0) if key in {"input_ids", "attention_mask"} else value
+        for key, value in batch.items()
+    }
+
+
+def evaluation_batches(held: Source) -> dict[str, list[Batch]]:
+    """A fixed sample of held-out examples of every task."""
+    stage = Stage(0, {}, 100, 300)
+    sets: dict[str, list[Batch]] = {}
+    for task, count in (("infill", 64), ("pseudo", 64), ("pairs", 96)):
+        rng = np.random.default_rng(1)
+        examples = [held.example(task, stage, rng) for _ in range(count)]
+        sets[task] = [collate(part) for part in chunks(examples, 4000) if len(part) > 1]
+    return sets
+
+
+@torch.no_grad()
+def evaluate(
+    model: BartForConditionalGeneration,
+    sets: dict[str, list[Batch]],
+    device: str,
+    precision: str = "bf16",
+    wrong: bool = True,
+) -> dict[str, float]:
+    """Held-out loss by task with the right source and with another example's."""
+    model.eval()
+    scores: dict[str, float] = {}
+    for task, batches in sets.items():
+        for kind in ("right", "wrong")[: 1 + wrong]:
+            total = count = 0.0
+            for batch in batches:
+                real = float((batch["labels"] != PAD).sum())
+                given = batch if kind == "right" else shuffled(batch)
+                total += float(loss_of(model, given, device, precision)) * real
+                count += real
+            scores[f"{task}_{kind}"] = round(total / count, 4)
+    model.train()
+    return scores
+
+
+def new_model(arguments: argparse.Namespace) -> BartForConditionalGeneration:
+    """A BART with random weights; dropout is off, since no text is read twice for long."""
+    config = BartConfig(
+        vocab_size=8192, d_model=arguments.width, max_position_embeddings=512,
+        encoder_layers=arguments.layers, decoder_layers=arguments.decoder_layers,
+        encoder_attention_heads=arguments.heads, decoder_attention_heads=arguments.heads,
+        encoder_ffn_dim=4 * arguments.width, decoder_ffn_dim=4 * arguments.width,
+        dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, init_std=arguments.init_std,
+        bos_token_id=BOS, pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=EOS,
+        forced_eos_token_id=EOS,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config)
+
+
+def new_optimizers(
+    model: BartForConditionalGeneration, kind: str, rate: float
+) -> list[torch.optim.Optimizer]:
+    """AdamW, and for the layers' matrices Muon if `kind` says so.
+
+    Muon (Jordan 2024) steps along the orthogonal matrix nearest to the momentum, so that no
+    direction learns slower than the rest; with AdamW's size of step (Liu et al. 2025, section 2.2)
+    one rate does for both. Embeddings are rows that are looked up, no maps: AdamW.
+    """
+    parameters = dict(model.named_parameters())
+    hidden = {
+        n: p for n, p in parameters.items() if kind == "muon" and p.dim() == 2 and "layers." in n
+    }
+    rest = [p for name, p in parameters.items() if name not in hidden]
+    adamw = torch.optim.AdamW(
+        [{"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.01},
+         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}],
+        lr=rate, betas=(0.9, 0.98), fused=True,
+    )  # fmt: skip
+    if not hidden:
+        return [adamw]
+    muon = torch.optim.Muon(
+        hidden.values(), lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+    )
+    return [adamw, muon]
