@@ -28,7 +28,8 @@ TASK = (
     "model", "speed", "loss",
     "checkpoint", "distributed", "guards", "evaluation", "log",
     "stopping", "session", "training", "report", "runs", "plots",
-    "page", "flags", "cli",
+    "page_parts", "page_numbers", "page_curves", "page_dialogues", "page_spectra", "page",
+    "flags", "cli",
 )  # fmt: skip
 
 # The public names of the design, and how Python spells what is not a function of the package.

@@ -16,7 +16,8 @@ import minilora
 from minilora.__main__ import main
 from minilora.adapter import adapter_of
 from minilora.summarization import evaluation as ev
-from minilora.summarization import page, plots, runs
+from minilora.summarization import page, page_curves, page_dialogues, plots, runs
+from minilora.summarization.page_dialogues import shared_words
 from minilora.summarization.presets import RunConfig
 from minilora.summarization.reading import Example
 from tests.conftest import adapted
@@ -300,18 +301,18 @@ WORDS = st.lists(
 
 @given(WORDS.map(" ".join), WORDS.map(" ".join))
 def test_marked_words_are_those_that_rouge_counts(text: str, reference: str) -> None:
-    shared = page.shared_words(text, reference)
-    assert len(shared) == len(page.shared_words(reference, text))
-    words = sum(len(page._words(side)) for side in (text, reference))
+    shared = shared_words(text, reference)
+    assert len(shared) == len(shared_words(reference, text))
+    words = sum(len(page_dialogues._words(side)) for side in (text, reference))
     f1 = 200 * len(shared) / words if words else 0.0
     assert f1 == pytest.approx(ev.rouge([text], [reference])[0]["rouge1"], abs=1e-9)
 
 
 def test_marks_stand_on_the_words() -> None:
     text, reference = "Dee is meeting, meeting Ann", "Ann meets Dee"
-    assert [text[a:b] for a, b in page.shared_words(text, reference)] == ["Dee", "meeting", "Ann"]
-    spans = dict.fromkeys(page.shared_words("a <b> a", "b"), "c1")
-    assert page._marked("a <b> a", spans) == 'a &lt;<mark class="c1">b</mark>&gt; a'
+    assert [text[a:b] for a, b in shared_words(text, reference)] == ["Dee", "meeting", "Ann"]
+    spans = dict.fromkeys(shared_words("a <b> a", "b"), "c1")
+    assert page_dialogues._marked("a <b> a", spans) == 'a &lt;<mark class="c1">b</mark>&gt; a'
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6), st.integers(3, 9))
@@ -340,9 +341,9 @@ def test_a_chart_of_a_single_point_and_of_equal_values() -> None:
 
 def test_a_smoothed_line_is_a_mean_of_neighbours() -> None:
     points = [(float(x), float(x % 2)) for x in range(1, 61)]
-    size, smooth = page._smooth(points)
+    size, smooth = page_curves._smooth(points)
     assert size == 4
     assert {y for _, y in smooth} == {0.5}
     assert (smooth[0][0], smooth[-1][0]) == (2.5, 58.5)
-    assert len(page._smooth(points * 100)[1]) <= 200
-    assert page._smooth([]) == (1, [])
+    assert len(page_curves._smooth(points * 100)[1]) <= 200
+    assert page_curves._smooth([]) == (1, [])
