@@ -133,8 +133,8 @@ def quality(result: dict[str, Any]) -> Rows:
     return rows
 
 
-def qlora(result: dict[str, Any]) -> Rows:
-    """Speed, size and error of a base in four bits, one figure a row."""
+def qlora_speed(result: dict[str, Any]) -> Rows:
+    """Speed of a base in four bits, one figure a row."""
     rows = [["a base in NF4, double quantization", "", "beside"]]
     for task in ("quantize", "dequantize"):
         for dtype in ("fp32", "bf16"):
@@ -145,6 +145,12 @@ def qlora(result: dict[str, Any]) -> Rows:
     ratios = [figures["QLoRA"]["ratio"] for figures in result["step"].values()]
     tokens = f"LoRA on a bf16 base, {result['settings']['tokens']:,} tokens"
     rows.append(["training step of a layer", f"{min(ratios):.2f} to {max(ratios):.2f}", tokens])
+    return rows
+
+
+def qlora(result: dict[str, Any]) -> Rows:
+    """Its speed, and its size and error."""
+    rows = qlora_speed(result)
     rows.append(["bits a weight", f"{result['bits']['double']:.3f}", "32"])
     mean = result["error"]["mean"]
     others = f"int4 {mean['int4']:.3f}, int8 {mean['int8']:.4f}"
@@ -201,6 +207,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "quality": quality,
     "nf4_parity": nf4_parity,
     "qlora": qlora,
+    "qlora_avx2": qlora_speed,
     "qlora_quality": qlora_quality,
 }
 

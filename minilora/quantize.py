@@ -4,6 +4,7 @@ Dettmers et al. 2023, https://arxiv.org/abs/2305.14314; Li et al. 2023, https://
 What four bits are, and how a tensor is put into them, is `nf4.py`.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -165,10 +166,14 @@ def loftq(base: nn.Module, A: Tensor, B: Tensor, scale: float, steps: int = 1) -
     NF4(W) itself: whoever has W can make the very base again that the adapter belongs to. Further
     steps come a little nearer to W, but their Q is known to nobody who has not repeated them.
 
+    How B and A share a product is free. The paper and PEFT give each the square roots of the
+    singular values, which makes A far shorter than a Kaiming start's. Adam's steps are as long as
+    ever, so that A soon points elsewhere: at the rates that suit LoRA this cost a point of ROUGE-1
+    (docs/log.md). Here A's rows are as long as a Kaiming start's, and B is small.
+
     Args:
         base: holds W (out, in); not changed.
-        A: (r, in), filled here. B: (out, r), filled here; both with the square root of the
-            singular values.
+        A: (r, in), filled here: orthogonal rows of length 1 / sqrt(3). B: (out, r), filled here.
         scale: s, which PEFT leaves out: its start is right for s = 1 only.
         steps: alternations.
 
@@ -182,13 +187,13 @@ def loftq(base: nn.Module, A: Tensor, B: Tensor, scale: float, steps: int = 1) -
     base = check_linear("init 'loftq'", base)
     weight = base.weight.detach().float()  # (out, in)
     update = torch.zeros_like(weight)
+    length = 1 / math.sqrt(3)  # of a row of in entries, each of variance 1 / (3 in)
     for _ in range(steps):
         quantized = NF4Linear(base, weight=weight - update)
         residual = weight - quantized.dense_weight(torch.float32)
         U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
-        root = (S[: len(A)] / scale).sqrt()  # (r,)
-        A.copy_(root[:, None] * Vh[: len(A)])
-        B.copy_(U[:, : len(A)] * root)
+        A.copy_(Vh[: len(A)] * length)  # (r, in)
+        B.copy_(U[:, : len(A)] * (S[: len(A)] / (scale * length)))  # (out, r) * (r,)
         update = scale * B @ A
     return quantized
 
