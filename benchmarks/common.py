@@ -92,12 +92,13 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
+    vectors = torch.backends.cpu.get_cpu_capability()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        return f"{names[0]}, {os.cpu_count()} cores"
+        return f"{names[0]}, {os.cpu_count()} cores, {vectors}"
     except (OSError, IndexError):
-        return f"{platform.machine()}, {os.cpu_count()} cores"
+        return f"{platform.machine()}, {os.cpu_count()} cores, {vectors}"
 
 
 def write_result(name: str, result: Mapping[str, Any], small: bool = False) -> Path:

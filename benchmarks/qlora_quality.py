@@ -7,6 +7,7 @@ of them run side by side on one core each: minutes are those of one core.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -26,11 +27,18 @@ METHODS = {
 }
 
 
+def code_version() -> str:
+    """A hash of the library's source."""
+    files = sorted((ROOT / "minilora").rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
 def run(method: str, seed: int, jobs: int, keep: Path, flags: list[str]) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if jobs > 1:
         environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     output = keep / f"{method.replace(', ', '-')}-{seed}"
+    made_by = json.dumps({"code": code_version(), "flags": flags})
     if not (output / "evaluation.json").exists():
         command = [sys.executable, str(ROOT / "train.py"), "--rank", "8", *METHODS[method]]
         start = time.monotonic()
@@ -42,6 +50,9 @@ def run(method: str, seed: int, jobs: int, keep: Path, flags: list[str]) -> dict
             stderr=subprocess.DEVNULL,
         )
         (output / "minutes.txt").write_text(str((time.monotonic() - start) / 60))
+        (output / "made_by.json").write_text(made_by)
+    elif not (kept := output / "made_by.json").exists() or kept.read_text() != made_by:
+        raise SystemExit(f"{output} was made by other code or flags: remove it, or say --keep")
     evaluation = json.loads((output / "evaluation.json").read_bytes())
     records = [json.loads(line) for line in (output / "log.jsonl").read_bytes().splitlines()]
     end = next(record for record in records if record["kind"] == "end")

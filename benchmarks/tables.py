@@ -134,7 +134,7 @@ def quality(result: dict[str, Any]) -> Rows:
 
 
 def qlora_speed(result: dict[str, Any]) -> Rows:
-    """Speed of a base in four bits, one figure a row."""
+    """Quantizing and dequantizing beside bitsandbytes, a dtype a row."""
     rows = [["a base in NF4, double quantization", "", "beside"]]
     for task in ("quantize", "dequantize"):
         for dtype in ("fp32", "bf16"):
@@ -142,15 +142,15 @@ def qlora_speed(result: dict[str, Any]) -> Rows:
             ratios = [figures[task]["minilora"]["ratio"] for figures in found]
             cell = f"{min(ratios):.2f} to {max(ratios):.2f}"
             rows.append([f"time to {task}, {dtype}", cell, "bitsandbytes, BART-large's shapes"])
-    ratios = [figures["QLoRA"]["ratio"] for figures in result["step"].values()]
-    tokens = f"LoRA on a bf16 base, {result['settings']['tokens']:,} tokens"
-    rows.append(["training step of a layer", f"{min(ratios):.2f} to {max(ratios):.2f}", tokens])
     return rows
 
 
 def qlora(result: dict[str, Any]) -> Rows:
-    """Its speed, and its size and error."""
+    """Speed, size and error of a base in four bits, one figure a row."""
     rows = qlora_speed(result)
+    ratios = [figures["QLoRA"]["ratio"] for figures in result["step"].values()]
+    tokens = f"LoRA on a bf16 base, {result['settings']['tokens']:,} tokens"
+    rows.append(["training step of a layer", f"{min(ratios):.3f} to {max(ratios):.3f}", tokens])
     rows.append(["bits a weight", f"{result['bits']['double']:.3f}", "32"])
     mean = result["error"]["mean"]
     others = f"int4 {mean['int4']:.3f}, int8 {mean['int8']:.4f}"
@@ -179,7 +179,7 @@ def qlora_quality(result: dict[str, Any]) -> Rows:
 
 def nf4_parity(result: dict[str, Any]) -> Rows:
     """One row a dtype: how many values were compared, and how many numbers differ."""
-    names = ["codes", "absmax", "dequantized", "forward", "input_gradient"]
+    names = ["codes", "absmax", "scales", "offset", "dequantized", "forward", "input_gradient"]
     other = f"differing from bitsandbytes {result['bitsandbytes']}"
     rows = [[f"{other}, BART-large's shapes", "values", *(n.replace("_", " ") for n in names)]]
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
@@ -233,6 +233,8 @@ def waiting(name: str) -> str:
     """What stands where a table will be."""
     if name == "samsum":
         return "Not measured yet: `benchmarks/pocket.py` with `--data` and `--name samsum`."
+    if name == "qlora_avx2":
+        return "Not measured yet: `benchmarks/qlora.py` on a processor without AVX-512."
     if (Path(__file__).parent / f"{name}.py").exists():
         return f"Not measured yet: `python benchmarks/{name}.py`."
     script, *flags = name.split("_")

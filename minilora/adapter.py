@@ -402,6 +402,7 @@ def _fill(model: nn.Module, adapter: Adapter, inference: bool) -> None:
 
 def _check_fit(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     """The base modules that the adapter's keys name, checked against model and configuration."""
+    extras.check_dense(model, adapter.config)
     named = _base_modules(model)
     found = {name: named[name] for name in adapter.modules if name in named}
     known = [name for name, module in named.items() if bases.is_linear(module)]

@@ -115,6 +115,21 @@ def check_untied(model: nn.Module, config: LoRAConfig) -> None:
             )
 
 
+def check_dense(model: nn.Module, config: LoRAConfig) -> None:
+    """Refuse to train a module with a weight in four bits: only its bias would train.
+
+    Raises:
+        LoRAError: names it.
+    """
+    for name, module in model.named_modules():
+        name = bases.plain_name(name)
+        if not bases.is_mergeable(module) and trained_module(config, name):
+            raise LoRAError(
+                f"also_train: {name} is a {type(module).__name__}, whose weight cannot train: "
+                "leave it out of minilora.quantize, by exclude"
+            )
+
+
 def _wrapped(model: nn.Module) -> set[str]:
     named = model.named_modules()
     return {bases.plain_name(name) for name, module in named if isinstance(module, LoRALinear)}

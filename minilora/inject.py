@@ -93,6 +93,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> InjectReport:
         raise LoRAError("the model carries an adapter already: minilora.unwrap(model) first")
     found = select(model, config)
     extras.check_untied(model, config)
+    extras.check_dense(model, config)
     for name, module in found.items():
         rank, side = config.rank_of(name), min(bases.shape(module))
         if rank > side:
@@ -144,7 +145,7 @@ def report(model: nn.Module) -> InjectReport:
 
 
 def unwrap(
-    model: nn.Module, dequantize: bool = False, dtype: torch.dtype = torch.float32
+    model: nn.Module, dequantize: bool = False, dtype: torch.dtype | None = None
 ) -> nn.Module:
     """Merge the adapter for good and put the original modules back under their original names.
 
@@ -155,7 +156,8 @@ def unwrap(
         model: as `inject` or `load_adapter` left it, merged or not.
         dequantize: turn a 4-bit base into plain linears, W + s B A with the W that its codes mean,
             and print what rounding that cost.
-        dtype: theirs, float32 or bfloat16; the sum is rounded to it once. Only with `dequantize`.
+        dtype: float32 or bfloat16, to which the sum is rounded once and the rest of the model cast;
+            by default each weight's from before `quantize`. Only with `dequantize`.
 
     Returns:
         The same model, with the module types, state-dict keys and trainability it had before.
@@ -172,7 +174,14 @@ def unwrap(
     model = plain_model(model)
     layers = lora_layers(model)
     if dequantize:
-        print(dequantize_model(model, dtype, lambda: merge_all(layers)))
+        merged = [layer for layer in layers.values() if layer.merged]
+
+        def take_back() -> None:
+            for layer in layers.values():
+                if layer not in merged:
+                    layer.unmerge()
+
+        print(dequantize_model(model, dtype, lambda: merge_all(layers), take_back))
     merge_all(layers)
     remove(model)
     return model

@@ -9,7 +9,6 @@ which makes it 8 / 64 + 32 / (64 * 256) = 0.127, and 4.127 bits in all.
 Codes, scales and values are those of bitsandbytes, bit for bit (`tests/test_nf4_parity.py`).
 """
 
-import functools
 import threading
 from typing import NamedTuple
 
@@ -93,15 +92,18 @@ NEAREST = torch.bucketize(
 ).to(torch.uint8)  # fmt: skip
 
 
-@functools.cache
+TABLES = {"pairs": PAIRS, "dynamic": DYNAMIC, "nearest": NEAREST}
+_moved: dict[tuple[str, torch.device], Tensor] = {}
+
+
 def _table(name: str, device: torch.device) -> Tensor:
     """A codebook on a device."""
-    with torch.inference_mode(False):
-        return {
-            "pairs": PAIRS.view(PAIR).view(-1),
-            "dynamic": DYNAMIC,
-            "nearest": NEAREST,
-        }[name].to(device)
+    if device.type == "cpu":
+        return TABLES[name]
+    if (name, device) not in _moved:
+        with torch.inference_mode(False):
+            _moved[name, device] = TABLES[name].to(device)
+    return _moved[name, device]
 
 
 # A tensor in four bits ----------------------------------------------------------------------------
@@ -163,14 +165,15 @@ def unpack(
     # float32 needs no memory besides, so that more of it fits into the cache
     step = CHUNK if dtype != torch.float32 else 4 * CHUNK
     step = min(blocks, step if device.type == "cpu" else 64 * CHUNK)
-    pair = torch.int64 if torch.compiler.is_compiling() else PAIR  # it knows no complex numbers
+    complex_ = device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
+    pair = PAIR if complex_ else torch.int64  # as long; not all know complex numbers
     index = scratch("index", step * half, torch.int64, device).view(-1, half)
     exact = None
     if dtype != torch.float32:
         exact = scratch("exact", step * half, pair, device).view(-1, half)
     # One table, as seen by every block: rows of a `gather` are shared among the threads, where
     # `index_select` has one.
-    pairs = _table("pairs", device).view(pair).expand(step, -1)  # (step, 256)
+    pairs = _table("pairs", device).view(pair).view(1, -1).expand(step, -1)  # (step, 256)
     parts = (codes.view(-1, half), absmax[:, None], out)
     for bytes_, scale, rounded in zip(*(part.split(max(step, 1)) for part in parts), strict=True):
         count = len(bytes_)

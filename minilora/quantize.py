@@ -42,7 +42,7 @@ class _Product(torch.autograd.Function):
             weight = _weight(NF4(*ctx.saved_tensors), ctx.shape, dy.dtype)  # (out, in)
             dx = dy @ weight  # (..., out) (out, in) -> (..., in)
         if ctx.needs_input_grad[1]:
-            db = dy.flatten(0, -2).sum(dim=0)
+            db = dy.reshape(-1, dy.shape[-1]).sum(dim=0)
         return dx, db, *[None] * (1 + len(NF4._fields))
 
 
@@ -103,7 +103,8 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        wide = x.dtype == torch.float64  # which autocast leaves alone
+        if not (x.is_meta or wide) and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         shape = (self.out_features, self.in_features)
@@ -184,16 +185,18 @@ def loftq(base: nn.Module, A: Tensor, B: Tensor, scale: float, steps: int = 1) -
         LoRAError: the base is no plain linear, such as one that is quantized already, or its weight
             is not finite.
     """
-    base = check_linear("init 'loftq'", base)
+    base = check_linear("the base of init='loftq'", base)
     weight = base.weight.detach().float()  # (out, in)
     update = torch.zeros_like(weight)
+    rank = min(len(A), *weight.shape)  # what is beyond it stays as it is, and counts for nothing
+    B[:, rank:] = 0
     length = 1 / math.sqrt(3)  # of a row of in entries, each of variance 1 / (3 in)
     for _ in range(steps):
         quantized = NF4Linear(base, weight=weight - update)
         residual = weight - quantized.dense_weight(torch.float32)
         U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
-        A.copy_(Vh[: len(A)] * length)  # (r, in)
-        B.copy_(U[:, : len(A)] * (S[: len(A)] / (scale * length)))  # (out, r) * (r,)
+        A[:rank] = Vh[:rank] * length  # (r, in)
+        B[:, :rank] = U[:, :rank] * (S[:rank] / (scale * length))  # (out, r) * (r,)
         update = scale * B @ A
     return quantized
 
@@ -224,7 +227,7 @@ class QuantizeReport:
     @property
     def bits(self) -> float:
         """Bits a weight, scales included."""
-        return 8 * self.after / self.weights
+        return 8 * self.after / max(self.weights, 1)
 
     def __str__(self) -> str:
         return (
@@ -278,7 +281,8 @@ def quantize(
 
 def quantize_report(model: nn.Module) -> QuantizeReport:
     """Which linears of a model are in four bits, and what that saves."""
-    found = {n: m for n, m in model.named_modules() if isinstance(m, NF4Linear)}
+    named = model.named_modules()
+    found = {n.replace("_orig_mod.", ""): m for n, m in named if isinstance(m, NF4Linear)}
     after = sum(t.nbytes for m in found.values() for t in m.packed if t is not None)
     before = sum(m.weight.nbytes for m in found.values())
     return QuantizeReport(tuple(found), count_weights(model), before, after)
@@ -295,7 +299,7 @@ def select_linears(
     head = get_head() if callable(get_head) else None
     owners: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].append(name)
+        owners[id(parameter)].append(name.replace("_orig_mod.", ""))
     found = {}
     for name, module in named:
         if exclude and matches(exclude, name):
@@ -324,13 +328,13 @@ def check_linear(name: str, module: nn.Module, owners: Mapping[int, list[str]] =
     weight = module._parameters.get("weight")
     if weight is None:
         raise LoRAError(f"quantize: {name}: its weight is computed anew at every call; exclude it")
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise LoRAError(f"quantize: {name} is quantized already: its weight is {weight.dtype}")
     others = [other for other in owners.get(id(weight), []) if other != f"{name}.weight"]
     if others:
         raise LoRAError(f"quantize: {name} shares its weight with {', '.join(others)}; exclude it")
-    if not weight.is_meta and not weight.isfinite().all():
-        raise LoRAError(f"quantize: {name} holds values that are not finite")
+    if not weight.is_meta and not weight.float().isfinite().all():
+        raise LoRAError(f"quantize: {name} holds values that are not finite in float32")
     return module
 
 
@@ -342,10 +346,10 @@ def count_weights(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class DequantizeReport:
-    """What writing the dequantized (and merged) weights in `dtype` cost."""
+    """What writing the dequantized (and merged) weights in `dtypes` cost."""
 
     modules: int
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
     largest: float
     """Largest |rounded - exact| of an entry."""
     relative: float
@@ -353,26 +357,32 @@ class DequantizeReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.modules} linears dequantized to {self.dtype}; rounding error at most "
-            f"{self.largest:.2g} an entry, {self.relative:.2g} of a weight's norm"
+            f"{self.modules} linears dequantized to {', '.join(map(str, self.dtypes))}; rounding "
+            f"error at most {self.largest:.2g} an entry, {self.relative:.2g} of a weight's norm"
         )
 
 
 @torch.no_grad()
 def dequantize_model(
-    model: nn.Module, dtype: torch.dtype = torch.float32, merge: Callable[[], None] = lambda: None
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    merge: Callable[[], None] = lambda: None,
+    unmerge: Callable[[], None] = lambda: None,
 ) -> DequantizeReport:
     """Replace every `NF4Linear` by a plain linear, in place; what rounding took does not come back.
 
     Args:
         model: a quantized model.
-        dtype: of the new weights: float32, in which they are exactly what the codes mean, or bf16.
-        merge: called once they are all there, in float32, and before they are rounded to `dtype`.
+        dtype: float32, in which the weights are exactly what the codes mean, or bf16; the whole
+            model is cast to it. None: each weight gets the dtype that it had before `quantize`.
+        merge: called once the weights are there, in float32, and before they are rounded.
+        unmerge: takes back what `merge` did.
 
     Raises:
-        LoRAError: another dtype, or whatever `merge` raises; the model is left as it was.
+        LoRAError: another dtype, a weight that does not fit it, or whatever `merge` raises; the
+            model is left as it was.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in (None, torch.float32, torch.bfloat16):
         raise LoRAError(f"dequantize into float32 or bfloat16, not {dtype}")
     done: list[tuple[NF4Linear, nn.Linear]] = []
     for quantized in [m for m in model.modules() if isinstance(m, NF4Linear)]:
@@ -385,18 +395,26 @@ def dequantize_model(
         done.append((quantized, linear))
     try:
         merge()
+        for quantized, linear in done:
+            final = dtype or quantized.dtype
+            if not linear.weight.to(final).isfinite().all():
+                raise LoRAError(f"a dequantized weight does not fit {final}: say dtype")
     except BaseException:
+        unmerge()
         for quantized, linear in done:
             replace_modules(model, {linear: quantized})
         raise
     largest = relative = 0.0
-    for _, linear in done:
+    for quantized, linear in done:
         exact = linear.weight
-        linear.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
+        linear.weight = nn.Parameter(exact.to(dtype or quantized.dtype), requires_grad=False)
         error = linear.weight.float() - exact
         largest = max(largest, error.abs().max().item())
         relative = max(relative, (error.norm() / exact.norm().clamp(min=1e-38)).item())
-    return DequantizeReport(len(done), dtype, largest, relative)
+    if dtype is not None:
+        nn.Module.to(model, dtype)  # a model in two dtypes would not run
+    dtypes = dict.fromkeys(dtype or quantized.dtype for quantized, _ in done)
+    return DequantizeReport(len(done), tuple(dtypes), largest, relative)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:

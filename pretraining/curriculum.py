@@ -6,7 +6,7 @@ has the measurements. Progress is counted in tokens read and written (source + t
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +111,6 @@ class Source:
     mask: int
     newline: int
     ends: frozenset[int]
-    cursors: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def load(cls, data: Path, split: str, tokenizer: Tokenizer) -> "Source":

@@ -1,8 +1,7 @@
 """Pre-train pocket-bart: copying first, then infilling, then summaries, by a curriculum of lengths.
 
-BART's denoising (Lewis et al. 2020, section 2) and dialogue summaries with one loss. A small model
-learns to read its source only if it begins with short, easy sequences (see STAGES); `docs/log.md`
-has the measurements. Progress is counted in tokens read and written (source + target), never in
+BART's denoising (Lewis et al. 2020, section 2) and dialogue summaries with one loss; the curriculum
+is `curriculum.py`. Progress is counted in tokens read and written (source + target), never in
 hours, so that a run can be stopped, continued and repeated. The learning rate is constant and then
 falls to zero over the last part (warm-up, stable, decay; Hu et al. 2024, section 4).
 

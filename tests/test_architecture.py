@@ -189,7 +189,7 @@ def test_the_library_stays_small_enough_to_read_in_an_evening() -> None:
     sizes = {path.stem: code_lines(path) for path in modules(ROOT) if path.stem not in four_bits}
     # 876 before DoRA, biases, arithmetic and strict files; 1,499 before the fused backward and
     # what a base in four bits asks of the other files
-    assert sum(sizes.values()) <= 1570, sizes
+    assert sum(sizes.values()) <= 1590, sizes
 
 
 @pytest.mark.parametrize("path", modules(ROOT), ids=lambda path: path.stem)

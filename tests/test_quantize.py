@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minilora
 from minilora import LoRAConfig, LoRAError, LoRALinear, NF4Linear
+from minilora.biased import BiasedLoRALinear
+from minilora.dora import DoRALinear
 from minilora.nf4 import (
     BLOCK,
     CODEBOOK,
@@ -219,12 +222,15 @@ def test_the_gradient_against_finite_differences_in_float64() -> None:
     assert torch.autograd.gradcheck(layer, x)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_no_dequantized_weight_is_saved_for_backward(dtype: torch.dtype, wrapped: bool) -> None:
+@pytest.mark.parametrize("kind", [None, LoRALinear, DoRALinear, BiasedLoRALinear])
+def test_no_dequantized_weight_is_saved_for_backward(
+    kind: type[LoRALinear] | None, dtype: torch.dtype, autocast: bool
+) -> None:
     layer: nn.Module = NF4Linear(linear(96, 160))
-    if wrapped:
-        layer = LoRALinear(layer, rank=4, dropout=0.1)
+    if kind:
+        layer = kind(layer, rank=4, dropout=0.1)
         nn.init.normal_(layer.lora_B)
     saved: list[Tensor] = []
 
@@ -233,17 +239,49 @@ def test_no_dequantized_weight_is_saved_for_backward(dtype: torch.dtype, wrapped
         return tensor
 
     x = weight(5, 160, scale=1).to(dtype).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         y = layer(x)
     y.sum().backward()
     assert saved
     floats = [t for t in saved if t.is_floating_point()]
     assert max(t.numel() for t in floats) <= max(5 * 160, 160 * 4)  # x, A or B: never 96 * 160
     codes = [t for t in saved if t.dtype == torch.uint8 and t.numel() == 96 * 160 // 2]
-    assert len(codes) == 1
-    assert (
-        codes[0].data_ptr() == next(m for n, m in layer.named_buffers() if "codes" in n).data_ptr()
-    )
+    assert len(codes) == 1 + (kind is DoRALinear)  # which asks its base twice under dropout
+    buffer = next(m for n, m in layer.named_buffers() if "codes" in n)
+    assert {t.data_ptr() for t in codes} == {buffer.data_ptr()}
+
+
+def test_one_row_of_input_is_enough() -> None:
+    layer, plain = NF4Linear(linear(24, 80)), linear(24, 80)
+    plain.weight.data = layer.dense_weight()
+    xs = [weight(80, scale=1).requires_grad_() for _ in range(2)]
+    for module, x in zip((layer, plain), xs, strict=True):
+        module(x).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.ones(24))
+    assert torch.allclose(xs[0].grad, xs[1].grad, rtol=0, atol=1e-6)  # another order of sums
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_compiler_sees_the_same_numbers(dtype: torch.dtype, wrapped: bool) -> None:
+    layer: nn.Module = NF4Linear(linear(24, 80)).to(dtype)
+    if wrapped:
+        layer = LoRALinear(layer, rank=4)
+        nn.init.normal_(layer.lora_B)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    xs = [weight(5, 80, scale=1).to(dtype).requires_grad_() for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of what it cannot trace
+        ys = [layer(xs[0]), compiled(xs[1])]
+    assert torch.equal(*ys)
+    for y in ys:
+        y.sum().backward()
+    assert torch.equal(xs[0].grad, xs[1].grad)
+    assert xs[0].grad.any()
 
 
 def test_nothing_is_saved_where_the_input_needs_no_gradient() -> None:
@@ -264,6 +302,8 @@ def test_autocast_decides_the_dtype() -> None:
     )
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.double()(x.double()).dtype == torch.float64  # which it leaves alone
 
 
 def test_a_cast_moves_the_bias_and_leaves_the_state_alone() -> None:
@@ -327,6 +367,47 @@ def test_what_cannot_be_quantized_is_named(options: dict[str, object], message: 
     with pytest.raises(LoRAError, match=message):
         minilora.quantize(model, **options)
     before.check(model)
+
+
+def test_what_does_not_fit_float32_is_named_and_nothing_is_changed() -> None:
+    model = nn.Sequential(nn.Linear(64, 2), nn.Linear(2, 64)).double()
+    model[1].weight.data[3, 1] = 1e39
+    with pytest.raises(LoRAError, match=r"quantize: 1 holds values .* not finite in float32"):
+        minilora.quantize(model)
+    assert all(type(layer) is nn.Linear for layer in model)
+    model[1].weight.data = torch.zeros(64, 2, dtype=torch.float8_e4m3fn)
+    with pytest.raises(LoRAError, match=r"quantize: 1 is quantized already.*float8"):
+        minilora.quantize(model)
+
+
+def test_a_compiled_model_is_quantized_under_its_own_names() -> None:
+    inner = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 64))
+    report = minilora.quantize(torch.compile(inner, backend="eager"))
+    assert report.modules == ("0", "1")
+    assert all(isinstance(layer, NF4Linear) for layer in inner)
+
+
+def test_a_module_in_four_bits_cannot_train_whole(tmp_path: Path) -> None:
+    names = {"q_proj": nn.Linear(64, 64), "head": nn.Sequential(nn.Linear(64, 2))}
+    config = LoRAConfig(rank=2, targets=("q_proj",), also_train=("head",))
+    model = nn.ModuleDict(copy.deepcopy(names))
+    minilora.quantize(model)
+    before = State.of(model)
+    with pytest.raises(LoRAError, match=r"also_train: head\.0 is a NF4Linear.*by exclude"):
+        minilora.inject(model, config)
+    before.check(model)
+    apart = nn.ModuleDict(copy.deepcopy(names))
+    minilora.quantize(apart, exclude=("head.0",))
+    minilora.inject(apart, config)
+    minilora.save_adapter(apart, tmp_path)
+    with pytest.raises(LoRAError, match=r"also_train: head\.0 is a NF4Linear"):
+        minilora.load_adapter(model, tmp_path)
+    before.check(model)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_an_empty_linear_is_no_error() -> None:
+    assert "1 linears in 4 bits: 0.0 MB" in str(minilora.quantize(nn.Sequential(nn.Linear(0, 3))))
 
 
 def test_it_is_quantized_before_it_is_injected_and_once() -> None:
@@ -428,8 +509,10 @@ def test_unwrap_into_bf16_reports_the_error(capsys: pytest.CaptureFixture[str]) 
     pairs = [
         (m.weight, dict(exact.named_modules())[name].weight)
         for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and m.weight.dtype == torch.bfloat16
+        if isinstance(m, nn.Linear) and name != "lm_head"
     ]
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}  # so that it runs
+    assert logits(model).isfinite().all()
     assert all(torch.equal(rounded, whole.bfloat16()) for rounded, whole in pairs)  # once
     largest = max((r.float() - w).abs().max().item() for r, w in pairs)
     printed = capsys.readouterr().out
@@ -438,6 +521,35 @@ def test_unwrap_into_bf16_reports_the_error(capsys: pytest.CaptureFixture[str]) 
     assert largest > 0
     with pytest.raises(LoRAError, match="float32 or bfloat16"):
         minilora.unwrap(quantized_bart(), dequantize=True, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_unwrap_gives_a_model_that_runs_in_its_own_dtype(dtype: torch.dtype) -> None:
+    model = tiny_bart(d_model=32).to(dtype)
+    minilora.quantize(model)
+    minilora.inject(model, LoRAConfig(rank=2, alpha=7, targets=MIXED))
+    randomize_adapter(model)
+    output = logits(model)
+    minilora.unwrap(model, dequantize=True)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    # Rounding W + s B A once in place of each product: eps of the dtype, over some layers.
+    tolerance = 30 * max(torch.finfo(dtype).eps, 1e-6) * output.abs().max().item()
+    assert torch.allclose(logits(model), output, rtol=0, atol=tolerance)
+
+
+def test_what_does_not_fit_the_dtype_leaves_the_model_as_it_was() -> None:
+    model = tiny_bart(d_model=32).half()
+    minilora.quantize(model)
+    minilora.inject(model, LoRAConfig(rank=2, targets=MIXED))
+    with torch.no_grad():
+        for layer in (model.model.decoder.layers[0].fc1, model.model.encoder.layers[0].fc1):
+            layer.lora_B[:], layer.lora_A[:] = 1e3, 1e3
+    before = State.of(model)
+    with pytest.raises(LoRAError, match=r"does not fit torch\.float16: say dtype"):
+        minilora.unwrap(model, dequantize=True)
+    before.check(model)
+    minilora.unwrap(model, dequantize=True, dtype=torch.float32)
+    assert model.model.decoder.layers[0].fc1.weight.max() > 1e6
 
 
 def test_a_failed_unwrap_leaves_the_model_as_it_was() -> None:
@@ -479,6 +591,15 @@ def test_loftq_starts_with_what_quantization_rounded_away() -> None:
     assert torch.allclose(A @ A.T, torch.eye(3) / 3, rtol=0, atol=1e-6)
     kaiming = nn.init.kaiming_uniform_(torch.empty(1000, 80), a=math.sqrt(5))
     assert kaiming.norm(dim=1).mean().item() == pytest.approx(A[0].norm().item(), rel=0.01)
+
+
+def test_loftq_above_the_smaller_side_only_costs() -> None:
+    base = linear(3, 64)
+    layer = LoRALinear(base, rank=8, alpha=8, init="loftq")
+    lost = base.weight - layer.base.dense_weight()
+    assert torch.allclose(layer.delta(), lost, rtol=0, atol=1e-6)  # all of it: rank 3
+    assert not layer.lora_B[:, 3:].any()
+    assert layer.lora_A[3:].any()
 
 
 def test_loftq_leaves_an_adapter_that_learns_where_nothing_was_lost() -> None:
