@@ -168,9 +168,9 @@ def loftq(base: nn.Module, A: Tensor, B: Tensor, scale: float, steps: int = 1) -
     steps come a little nearer to W, but their Q is known to nobody who has not repeated them.
 
     How B and A share a product is free. The paper and PEFT give each the square roots of the
-    singular values, which makes A far shorter than a Kaiming start's. Adam's steps are as long as
-    ever, so that A soon points elsewhere: at the rates that suit LoRA this cost a point of ROUGE-1
-    (docs/log.md). Here A's rows are as long as a Kaiming start's, and B is small.
+    singular values: A is far shorter than a Kaiming start's, while Adam's steps are as long as
+    ever, and where nothing was lost both are zero and stay so. Here A's rows are as long as a
+    Kaiming start's and B is small: without a loss it is LoRA's own start.
 
     Args:
         base: holds W (out, in); not changed.
