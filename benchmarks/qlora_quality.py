@@ -1,9 +1,13 @@
 """What does a 4-bit base cost in ROUGE? LoRA, QLoRA and QLoRA with LoftQ's start, seed by seed.
 
-    python benchmarks/qlora_quality.py [--seeds 0 1 2] [flags of train.py]
+    python benchmarks/qlora_quality.py [--seeds 0 1 2]
+    python benchmarks/qlora_quality.py --name qlora_quality_all_linear --keep build/all-linear
+        --targets all-linear --learning-rate 1e-3   (the same line)
 
-Every row is `python train.py` as a whole process: test scores, minutes, memory. With --jobs 2 two
-of them run side by side on one core each: minutes are those of one core.
+Other flags are those of train.py. Every row is `python train.py` as a whole process: test scores,
+minutes, memory. With --jobs 2 two of them run side by side on one core each: minutes are those of
+one core. What differs between two methods is given with its paired bootstrap interval over the
+dialogues, each scored by its mean over the seeds.
 """
 
 import argparse
@@ -61,6 +65,7 @@ def run(method: str, seed: int, jobs: int, keep: Path, flags: list[str]) -> dict
         "seed": seed,
         "finetuned": evaluation["finetuned"],
         "base": evaluation["base"],  # of QLoRA the quantized one
+        "each": [example["rouge1_finetuned"] for example in evaluation["examples"]],
         "minutes": round(float((output / "minutes.txt").read_text()), 2),
         "training_minutes": round(end["seconds"] / 60, 2),
         "peak_bytes": end["peak_bytes"],
@@ -73,12 +78,23 @@ def run(method: str, seed: int, jobs: int, keep: Path, flags: list[str]) -> dict
     return row
 
 
+def each_dialogue(rows: list[dict[str, Any]], method: str) -> list[float]:
+    """ROUGE-1 of every test dialogue, the mean over the seeds."""
+    columns = zip(*(row["each"] for row in rows if row["method"] == method), strict=True)
+    return [statistics.mean(column) for column in columns]
+
+
 def means(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Over the seeds: the mean scores, and the standard deviation of ROUGE-1."""
+    """Over the seeds: the mean scores, the deviation of ROUGE-1, its difference from QLoRA's."""
+    from minilora.summarization.evaluation import bootstrap
+
     found = {}
+    beside = each_dialogue(rows, "QLoRA")
     for method in METHODS:
         mine = [row for row in rows if row["method"] == method]
         rouge1 = [row["finetuned"]["rouge1"] for row in mine]
+        pairs = zip(each_dialogue(rows, method), beside, strict=True)
+        difference = bootstrap([a - b for a, b in pairs])
         found[method] = {
             "finetuned": {
                 name: statistics.mean(row["finetuned"][name] for row in mine)
@@ -86,6 +102,7 @@ def means(rows: list[dict[str, Any]]) -> dict[str, Any]:
             },
             "base_rouge1": statistics.mean(row["base"]["rouge1"] for row in mine),
             "rouge1_deviation": statistics.stdev(rouge1) if len(mine) > 1 else 0.0,
+            "less_qlora": [difference.mean, difference.low, difference.high],
             "minutes": statistics.mean(row["minutes"] for row in mine),
             "peak_bytes": max(row["peak_bytes"] for row in mine),
         }
@@ -97,13 +114,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--keep", type=Path, default=ROOT / "build" / "qlora", help="finished runs")
+    parser.add_argument("--name", default="qlora_quality", help="of the result")
     options, flags = parser.parse_known_args()
     grid = [(method, seed) for seed in options.seeds for method in METHODS]
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(lambda row: run(*row, options.jobs, options.keep, flags), grid))
-    result = {"flags": flags, "jobs": options.jobs, "seeds": options.seeds}
-    result |= {"rows": rows, "means": means(rows)}
-    print(write_result("qlora_quality", result))
+    result = {"flags": flags, "code": code_version(), "jobs": options.jobs, "seeds": options.seeds}
+    result["means"] = means(rows)
+    result["rows"] = [{key: row[key] for key in row if key != "each"} for row in rows]
+    print(write_result(options.name, result))
 
 
 if __name__ == "__main__":

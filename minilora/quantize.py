@@ -4,7 +4,6 @@ Dettmers et al. 2023, https://arxiv.org/abs/2305.14314; Li et al. 2023, https://
 What four bits are, and how a tensor is put into them, is `nf4.py`.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -167,14 +166,14 @@ def loftq(base: nn.Module, A: Tensor, B: Tensor, scale: float, steps: int = 1) -
     NF4(W) itself: whoever has W can make the very base again that the adapter belongs to. Further
     steps come a little nearer to W, but their Q is known to nobody who has not repeated them.
 
-    How B and A share a product is free. The paper and PEFT give each the square roots of the
-    singular values: A is far shorter than a Kaiming start's, while Adam's steps are as long as
-    ever, and where nothing was lost both are zero and stay so. Here A's rows are as long as a
-    Kaiming start's and B is small: without a loss it is LoRA's own start.
+    Both factors get the square roots of the singular values, as in the paper. A is shorter then
+    than a Kaiming start's, while Adam's steps are as long as ever: a lower learning rate suits it
+    (docs/log.md). Where nothing was lost the row of A stays what it was: were it zero like its
+    column of B, neither would get a gradient.
 
     Args:
         base: holds W (out, in); not changed.
-        A: (r, in), filled here: orthogonal rows of length 1 / sqrt(3). B: (out, r), filled here.
+        A: (r, in), as "kaiming" starts it, filled here. B: (out, r), filled here.
         scale: s, which PEFT leaves out: its start is right for s = 1 only.
         steps: alternations.
 
@@ -190,13 +189,13 @@ def loftq(base: nn.Module, A: Tensor, B: Tensor, scale: float, steps: int = 1) -
     update = torch.zeros_like(weight)
     rank = min(len(A), *weight.shape)  # what is beyond it stays as it is, and counts for nothing
     B[:, rank:] = 0
-    length = 1 / math.sqrt(3)  # of a row of in entries, each of variance 1 / (3 in)
     for _ in range(steps):
         quantized = NF4Linear(base, weight=weight - update)
         residual = weight - quantized.dense_weight(torch.float32)
         U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
-        A[:rank] = Vh[:rank] * length  # (r, in)
-        B[:, :rank] = U[:, :rank] * (S[:rank] / (scale * length))  # (out, r) * (r,)
+        root = (S[:rank, None] / scale).sqrt()  # (r, 1)
+        A[:rank] = torch.where(root > 0, root * Vh[:rank], A[:rank])
+        B[:, :rank] = U[:, :rank] * root.T  # (out, r) * (1, r)
         update = scale * B @ A
     return quantized
 

@@ -16,6 +16,7 @@ import minilora
 from minilora import LoRAConfig, NF4Linear
 from minilora.__main__ import main
 from minilora.summarization import cli, model
+from minilora.summarization.flags import parse_run
 from minilora.summarization.four_bits import FourBits
 from minilora.summarization.presets import LEARNING_RATES, PRESETS, UserError
 from minilora.summarization.training import Trainer
@@ -143,6 +144,19 @@ def test_qlora_trains_saves_resumes_and_is_evaluated(
 
 def test_every_preset_has_a_learning_rate_for_qlora() -> None:
     assert all("qlora" in LEARNING_RATES[preset] for preset in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rate"),
+    [
+        (["--method", "qlora"], 4e-3),
+        (["--method", "qlora", "--init", "loftq"], 2e-3),  # its A is shorter
+        (["--method", "qlora", "--init", "loftq", "--preset", "bart-base-samsum"], 5e-4),
+        (["--method", "qlora", "--init", "loftq", "--learning-rate", "1e-3"], 1e-3),
+    ],
+)
+def test_loftq_has_a_rate_of_its_own_where_it_was_measured(flags: list[str], rate: float) -> None:
+    assert parse_run(flags).training.learning_rate == rate
 
 
 def test_loftq_goes_with_qlora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

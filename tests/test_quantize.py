@@ -587,10 +587,7 @@ def test_loftq_starts_with_what_quantization_rounded_away() -> None:
     U, S, Vh = torch.linalg.svd(residual)
     best = U[:, :3] * S[:3] @ Vh[:3]
     assert torch.allclose((scale * B @ A).double(), best, rtol=0, atol=1e-6)  # float32's SVD
-    # A is orthogonal, with rows as long as a Kaiming start's: entries of variance 1 / (3 in).
-    assert torch.allclose(A @ A.T, torch.eye(3) / 3, rtol=0, atol=1e-6)
-    kaiming = nn.init.kaiming_uniform_(torch.empty(1000, 80), a=math.sqrt(5))
-    assert kaiming.norm(dim=1).mean().item() == pytest.approx(A[0].norm().item(), rel=0.01)
+    assert torch.allclose(A.norm(dim=1), B.norm(dim=0))  # the singular values are shared evenly
 
 
 def test_loftq_above_the_smaller_side_only_costs() -> None:
@@ -605,10 +602,10 @@ def test_loftq_above_the_smaller_side_only_costs() -> None:
 def test_loftq_leaves_an_adapter_that_learns_where_nothing_was_lost() -> None:
     base = nn.Linear(64, 48)
     base.weight.data.zero_()  # exact in four bits
-    A, B = torch.empty(2, 64), torch.empty(48, 2)
-    loftq(base, A, B, 2.0)
-    assert not B.any()
-    assert torch.allclose(A @ A.T, torch.eye(2) / 3, rtol=0, atol=1e-6)  # so dL/dB is not zero
+    layer = LoRALinear(base, rank=2, init="loftq")
+    assert not layer.lora_B.any()
+    layer(torch.ones(1, 64)).sum().backward()
+    assert layer.lora_B.grad.abs().min() > 0  # were A zero too, it would be as well
 
 
 def test_more_steps_of_loftq_come_nearer_to_the_weight() -> None:

@@ -98,7 +98,8 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
     if resumed:
         _require_same(resumed.to_dict(), run.to_dict(), run.output)
     if run.training.learning_rate is None:
-        run.training.learning_rate = LEARNING_RATES[run.preset][run.model.method]
+        rates, method = LEARNING_RATES[run.preset], run.model.method
+        run.training.learning_rate = rates.get(run.adapter.init, rates[method])
     _check(run)
     return run
 
