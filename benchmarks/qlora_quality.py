@@ -1,8 +1,6 @@
 """What does a 4-bit base cost in ROUGE? LoRA, QLoRA and QLoRA with LoftQ's start, seed by seed.
 
-    python benchmarks/qlora_quality.py [--seeds 0 1 2]
-    python benchmarks/qlora_quality.py --name qlora_quality_all_linear --keep build/all-linear
-        --targets all-linear --learning-rate 1e-3   (the same line)
+    python benchmarks/qlora_quality.py [--seeds 0 1 2] [--name qlora_quality]
 
 Other flags are those of train.py. Every row is `python train.py` as a whole process: test scores,
 minutes, memory. With --jobs 2 two of them run side by side on one core each: minutes are those of
@@ -27,7 +25,8 @@ from common import ROOT, write_result
 METHODS = {
     "LoRA": ["--method", "lora"],
     "QLoRA": ["--method", "qlora"],
-    "QLoRA, LoftQ": ["--method", "qlora", "--init", "loftq"],
+    "QLoRA, 2e-3": ["--method", "qlora", "--learning-rate", "2e-3"],  # LoftQ's rate
+    "QLoRA, LoftQ, 2e-3": ["--method", "qlora", "--init", "loftq"],
 }
 
 

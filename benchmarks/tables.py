@@ -212,7 +212,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "qlora": qlora,
     "qlora_avx2": qlora_speed,
     "qlora_quality": qlora_quality,
-    "qlora_quality_all_linear": qlora_quality,
 }
 
 
@@ -237,8 +236,6 @@ def waiting(name: str) -> str:
     """What stands where a table will be."""
     if name == "samsum":
         return "Not measured yet: `benchmarks/pocket.py` with `--data` and `--name samsum`."
-    if name == "qlora_quality_all_linear":
-        return "Not measured yet: `benchmarks/qlora_quality.py`, as it begins by saying."
     if name == "qlora_avx2":
         return "Not measured yet: `benchmarks/qlora.py` on a processor without AVX-512."
     if (Path(__file__).parent / f"{name}.py").exists():
