@@ -101,6 +101,12 @@ def processor() -> str:
         return f"{platform.machine()}, {os.cpu_count()} cores, {vectors}"
 
 
+def beside_bitsandbytes(name: str) -> str:
+    """A result's name: bitsandbytes has other code for AVX-512, so without it this is another."""
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return name if vectors == "AVX512" else f"{name}_{vectors.lower()}"
+
+
 def write_result(name: str, result: Mapping[str, Any], small: bool = False) -> Path:
     """benchmarks/results/NAME.json: the figures with the date, versions and hardware.
 

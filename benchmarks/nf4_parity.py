@@ -14,7 +14,7 @@ from typing import Any
 import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
-from common import version, write_result
+from common import beside_bitsandbytes, version, write_result
 from torch import Tensor
 
 from minilora import NF4Linear
@@ -118,7 +118,7 @@ def main() -> int:
         "differing": differing_total,
         "rows": rows,
     }
-    print(write_result("nf4_parity", result))
+    print(write_result(beside_bitsandbytes("nf4_parity"), result))
     return int(differing_total > 0)
 
 

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from common import alternate, keep_freed_memory, summary, version, write_result
+from common import alternate, beside_bitsandbytes, keep_freed_memory, summary, version, write_result
 from torch import Tensor, nn
 
 import minilora
@@ -31,13 +31,6 @@ from minilora.nf4 import pack, unpack
 SHAPES = {"attention": (1024, 1024), "fc1": (4096, 1024), "fc2": (1024, 4096)}  # BART-large's
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-VECTORS = torch.backends.cpu.get_cpu_capability()  # "AVX512", "AVX2", ...
-
-
-def result_name() -> str:
-    """`qlora`, or with what sets the machine apart."""
-    kind = "cuda" if DEVICE.type == "cuda" else VECTORS.lower()
-    return "qlora" if kind == "avx512" else f"qlora_{kind}"
 
 
 # Speed --------------------------------------------------------------------------------------------
@@ -234,7 +227,7 @@ def main() -> None:
             "step_rounds": options.step_rounds,
             "tokens": options.tokens,
             "device": DEVICE.type,
-            "vectors": VECTORS,
+            "vectors": torch.backends.cpu.get_cpu_capability(),
         },
         "bits": bits(),
         "error": errors(options.model),
@@ -249,7 +242,8 @@ def main() -> None:
     print(result["bits"], result["error"]["mean"])
     if not options.no_loading:
         result["loading"] = loading()
-    print(write_result(result_name(), result, options.small))
+    name = "qlora_cuda" if DEVICE.type == "cuda" else beside_bitsandbytes("qlora")
+    print(write_result(name, result, options.small))
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def nf4_parity(result: dict[str, Any]) -> Rows:
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
         found = [row for row in result["rows"] if row["dtype"] == dtype]
         counts = (sum(row["differing"].get(name, 0) for row in found) for name in names)
-        values = sum(row["values"] for row in found)
+        values = sum(row["values"] for row in found if row["double"])  # each counts once
         rows.append([dtype, f"{values:,}", *(f"{count:,}" for count in counts)])
     return rows
 
@@ -209,6 +209,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "evaluation_cuda": evaluation,
     "quality": quality,
     "nf4_parity": nf4_parity,
+    "nf4_parity_avx2": nf4_parity,
     "qlora": qlora,
     "qlora_avx2": qlora_speed,
     "qlora_quality": qlora_quality,
@@ -236,8 +237,9 @@ def waiting(name: str) -> str:
     """What stands where a table will be."""
     if name == "samsum":
         return "Not measured yet: `benchmarks/pocket.py` with `--data` and `--name samsum`."
-    if name == "qlora_avx2":
-        return "Not measured yet: `benchmarks/qlora.py` on a processor without AVX-512."
+    if name.endswith("_avx2"):
+        script = name.removesuffix("_avx2")
+        return f"Not measured yet: `benchmarks/{script}.py` on a processor without AVX-512."
     if (Path(__file__).parent / f"{name}.py").exists():
         return f"Not measured yet: `python benchmarks/{name}.py`."
     script, *flags = name.split("_")
