@@ -25,8 +25,8 @@ from common import ROOT, write_result
 METHODS = {
     "LoRA": ["--method", "lora"],
     "QLoRA": ["--method", "qlora"],
-    "QLoRA, 2e-3": ["--method", "qlora", "--learning-rate", "2e-3"],  # LoftQ's rate
-    "QLoRA, LoftQ, 2e-3": ["--method", "qlora", "--init", "loftq"],
+    "QLoRA, 2e-3": ["--method", "qlora", "--learning-rate", "2e-3"],  # as with LoftQ
+    "QLoRA, LoftQ, 2e-3": ["--method", "qlora", "--learning-rate", "2e-3", "--init", "loftq"],
 }
 
 

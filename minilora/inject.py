@@ -157,7 +157,7 @@ def unwrap(
         dequantize: turn a 4-bit base into plain linears, W + s B A with the W that its codes mean,
             and print what rounding that cost.
         dtype: float32 or bfloat16, to which the sum is rounded once and the rest of the model cast;
-            by default each weight's from before `quantize`. Only with `dequantize`.
+            by default each layer's own, the model's. Only with `dequantize`.
 
     Returns:
         The same model, with the module types, state-dict keys and trainability it had before.

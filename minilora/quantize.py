@@ -57,7 +57,7 @@ class NF4Linear(nn.Module):
     y = x W^T + b for x (..., in) and y (..., out), where W (out, in) is what the codes mean
     (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, equations 5 and 6). W is dequantized
     for each product and thrown away: between forward and backward only the four-bit state is kept.
-    `.to(dtype)` moves the bias, and leaves the state as it is.
+    `.to(dtype)` casts the bias and what `dense_weight` gives, and leaves the state as it is.
 
     Args:
         linear: the layer to quantize; its bias is kept as it is. On the meta device the state is
@@ -68,7 +68,7 @@ class NF4Linear(nn.Module):
     Attributes:
         codes, absmax, scales, offset: buffers, their shapes are in `NF4`.
         bias: (out,), or None.
-        dtype: what the weight was in, and what `dense_weight` gives.
+        dtype: what the weight would be in, and what `dense_weight` gives.
 
     Raises:
         LoRAError: the weight holds an infinity or NaN.
@@ -125,9 +125,10 @@ class NF4Linear(nn.Module):
         size = (self.out_features, self.in_features)
         return torch.empty(size, dtype=self.dtype, device="meta")
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "NF4Linear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "NF4Linear":
         floats = {n: b for n, b in self._buffers.items() if b is not None and b.is_floating_point()}
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         for name, before in floats.items():  # rounding a scale would move 64 weights
             now = self._buffers[name]
             assert now is not None
@@ -193,7 +194,9 @@ def loftq(base: nn.Module, A: Tensor, B: Tensor, scale: float, steps: int = 1) -
         quantized = NF4Linear(base, weight=weight - update)
         residual = weight - quantized.dense_weight(torch.float32)
         U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
-        root = (S[:rank, None] / scale).sqrt()  # (r, 1)
+        # What the decomposition gives for 0, as `matrix_rank` has it.
+        zero = S[:1] * max(weight.shape) * torch.finfo(S.dtype).eps >= S
+        root = (S.masked_fill(zero, 0)[:rank, None] / scale).sqrt()  # (r, 1)
         A[:rank] = torch.where(root > 0, root * Vh[:rank], A[:rank])
         B[:, :rank] = U[:, :rank] * root.T  # (out, r) * (1, r)
         update = scale * B @ A
@@ -355,6 +358,8 @@ class DequantizeReport:
     """Largest ||rounded - exact|| / ||exact|| of a weight."""
 
     def __str__(self) -> str:
+        if not self.modules:
+            return "no linears in 4 bits"
         return (
             f"{self.modules} linears dequantized to {', '.join(map(str, self.dtypes))}; rounding "
             f"error at most {self.largest:.2g} an entry, {self.relative:.2g} of a weight's norm"
@@ -373,7 +378,7 @@ def dequantize_model(
     Args:
         model: a quantized model.
         dtype: float32, in which the weights are exactly what the codes mean, or bf16; the whole
-            model is cast to it. None: each weight gets the dtype that it had before `quantize`.
+            model is cast to it. None: each weight gets the dtype of its layer, the model's own.
         merge: called once the weights are there, in float32, and before they are rounded.
         unmerge: takes back what `merge` did.
 
@@ -384,15 +389,15 @@ def dequantize_model(
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise LoRAError(f"dequantize into float32 or bfloat16, not {dtype}")
     done: list[tuple[NF4Linear, nn.Linear]] = []
-    for quantized in [m for m in model.modules() if isinstance(m, NF4Linear)]:
-        linear = nn.Linear(quantized.in_features, quantized.out_features, device="meta")
-        weight = quantized.dense_weight(torch.float32)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.register_parameter("bias", quantized.bias)
-        linear.train(quantized.training)
-        replace_modules(model, {quantized: linear})
-        done.append((quantized, linear))
     try:
+        for quantized in [m for m in model.modules() if isinstance(m, NF4Linear)]:
+            linear = nn.Linear(quantized.in_features, quantized.out_features, device="meta")
+            weight = quantized.dense_weight(torch.float32)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            linear.register_parameter("bias", quantized.bias)
+            linear.train(quantized.training)
+            done.append((quantized, linear))
+            replace_modules(model, {quantized: linear})
         merge()
         for quantized, linear in done:
             final = dtype or quantized.dtype
@@ -407,6 +412,8 @@ def dequantize_model(
     for quantized, linear in done:
         exact = linear.weight
         linear.weight = nn.Parameter(exact.to(dtype or quantized.dtype), requires_grad=False)
+        if exact.numel() == 0:
+            continue
         error = linear.weight.float() - exact
         largest = max(largest, error.abs().max().item())
         relative = max(relative, (error.norm() / exact.norm().clamp(min=1e-38)).item())

@@ -523,10 +523,14 @@ def test_unwrap_into_bf16_reports_the_error(capsys: pytest.CaptureFixture[str]) 
         minilora.unwrap(quantized_bart(), dequantize=True, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_unwrap_gives_a_model_that_runs_in_its_own_dtype(dtype: torch.dtype) -> None:
-    model = tiny_bart(d_model=32).to(dtype)
+@pytest.mark.parametrize("before", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_unwrap_gives_a_model_that_runs_in_its_own_dtype(
+    dtype: torch.dtype, before: torch.dtype
+) -> None:
+    model = tiny_bart(d_model=32).to(before)
     minilora.quantize(model)
+    model.to(dtype)
     minilora.inject(model, LoRAConfig(rank=2, alpha=7, targets=MIXED))
     randomize_adapter(model)
     output = logits(model)
@@ -606,6 +610,20 @@ def test_loftq_leaves_an_adapter_that_learns_where_nothing_was_lost() -> None:
     assert not layer.lora_B.any()
     layer(torch.ones(1, 64)).sum().backward()
     assert layer.lora_B.grad.abs().min() > 0  # were A zero too, it would be as well
+    base.weight.data[5] = weight(64)  # now one direction is lost, but no second
+    layer = LoRALinear(base, rank=4, init="loftq")
+    assert (layer.lora_B.norm(dim=0) > 0).tolist() == [True, False, False, False]
+    assert (layer.lora_A.norm(dim=1)[1:] > 0.3).all()  # as Kaiming made them
+
+
+def test_an_empty_linear_comes_back_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        model = nn.Sequential(nn.Linear(64, 8), nn.Linear(0, 3))
+    minilora.quantize(model)
+    minilora.unwrap(model, dequantize=True)
+    assert capsys.readouterr().out.startswith("2 linears dequantized to torch.float32")
+    minilora.unwrap(model, dequantize=True)
+    assert capsys.readouterr().out == "no linears in 4 bits\n"
 
 
 def test_more_steps_of_loftq_come_nearer_to_the_weight() -> None:

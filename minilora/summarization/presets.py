@@ -65,7 +65,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 # The peak learning rate of each method: what suits LoRA is four to ten times what suits a full
 # fine-tune, so neither may borrow the other's. "loftq": QLoRA with that start, where measured.
 LEARNING_RATES: dict[str, dict[str, float]] = {
-    "pocket": {"lora": 4e-3, "qlora": 4e-3, "loftq": 2e-3, "full": 5e-4},  # docs/log.md
+    "pocket": {
+        "lora": 4e-3,
+        "qlora": 4e-3,
+        "loftq": 2e-3,
+        "full": 5e-4,
+    },  # results/grid.json, log.md
     "bart-large-cnn-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "bart-large-xsum-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "bart-base-samsum": {"lora": 5e-4, "qlora": 5e-4, "full": 5e-5},
@@ -158,7 +163,7 @@ class TrainingOptions:
     epochs: int = _flag(5, "passes over the training split")
     max_steps: int = _flag(0, "stop after so many optimizer steps; 0: no limit")
     learning_rate: float | None = _flag(
-        None, "peak of the schedule; if not given, the preset's for the method"
+        None, "peak of the schedule; if not given, the preset's for the method and the start"
     )
     warmup: float = _flag(0.06, "share of the steps over which the learning rate rises")
     weight_decay: float = _flag(0.0, "decoupled weight decay (AdamW)")
