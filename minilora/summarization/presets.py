@@ -64,13 +64,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # The peak learning rate of each method: what suits LoRA is four to ten times what suits a full
 # fine-tune, so neither may borrow the other's. "loftq": QLoRA with that start, where measured.
+# pocket's: benchmarks/results/grid.json, and docs/log.md for LoftQ's.
 LEARNING_RATES: dict[str, dict[str, float]] = {
-    "pocket": {
-        "lora": 4e-3,
-        "qlora": 4e-3,
-        "loftq": 2e-3,
-        "full": 5e-4,
-    },  # results/grid.json, log.md
+    "pocket": {"lora": 4e-3, "qlora": 4e-3, "loftq": 2e-3, "full": 5e-4},
     "bart-large-cnn-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "bart-large-xsum-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "bart-base-samsum": {"lora": 5e-4, "qlora": 5e-4, "full": 5e-5},
