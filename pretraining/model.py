@@ -4,7 +4,7 @@ import argparse
 
 import numpy as np
 import torch
-from curriculum import BOS, EOS, PAD, Batch, Source, Stage, chunks, collate
+from examples import BOS, EOS, PAD, STAGES, Batch, Source, chunks, collate
 from torch import Tensor
 from torch.nn import functional
 from transformers import BartConfig, BartForConditionalGeneration
@@ -20,9 +20,10 @@ def loss_of(
     labels = batch.pop("labels")
     with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
         hidden = model.model(**batch, use_cache=False).last_hidden_state
-        real = labels != PAD
-        logits = functional.linear(hidden[real], model.lm_head.weight)
-    return functional.cross_entropy(logits.float(), labels[real])
+        if device == "cpu":  # fewer rows; on a GPU counting them would wait for it
+            hidden, labels = hidden[labels != PAD], labels[labels != PAD]
+        logits = functional.linear(hidden, model.lm_head.weight)
+    return functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=PAD)
 
 
 def shuffled(batch: Batch) -> Batch:
@@ -33,15 +34,41 @@ def shuffled(batch: Batch) -> Batch:
     }
 
 
+COUNTS = {"chat": 96, "prose": 64, "gap": 128, "pseudo": 64, "service": 96, "game": 96,
+          "narrative": 74, "line": 74}  # fmt: skip
+
+
 def evaluation_batches(held: Source) -> dict[str, list[Batch]]:
     """A fixed sample of held-out examples of every task."""
-    stage = Stage(0, {}, 100, 300)
     sets: dict[str, list[Batch]] = {}
-    for task, count in (("infill", 64), ("pseudo", 64), ("pairs", 96)):
+    for task, count in COUNTS.items():
         rng = np.random.default_rng(1)
-        examples = [held.example(task, stage, rng) for _ in range(count)]
-        sets[task] = [collate(part) for part in chunks(examples, 4000) if len(part) > 1]
+        examples = [held.example(task, STAGES[-1], rng) for _ in range(count)]
+        sets[task] = [collate(part) for part in chunks(examples, 16_000) if len(part) > 1]
     return sets
+
+
+@torch.no_grad()
+def samples(model: BartForConditionalGeneration, held: Source, device: str) -> str:
+    """Held-out chats retold, beside what was written of them."""
+    model.eval()
+    rng = np.random.default_rng(2)
+    texts: list[str] = []
+    for task, count in (("narrative", 12), ("line", 6), ("service", 5), ("game", 2)):
+        for _ in range(count):
+            source, target = held.example(task, STAGES[-1], rng)
+            with torch.autocast(device, dtype=torch.bfloat16):
+                written = model.generate(
+                    input_ids=torch.tensor([source], device=device), num_beams=4,
+                    max_new_tokens=80, no_repeat_ngram_size=3, early_stopping=True,
+                )[0]  # fmt: skip
+            decode = held.tokenizer.decode
+            texts.append(
+                f"--- {task}\n{decode(source)}\n  WRITTEN  {decode(target)}\n"
+                f"  MODEL    {decode(written.tolist())}\n"
+            )
+    model.train()
+    return "\n".join(texts)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import numpy as np
 SLOTS = 16  # persons a text can hold, for each gender
 FIRST_SLOT = 0xE000  # the first of Unicode's private characters
 SLOT = re.compile("( ?)([\ue000-\ue02f])")
+SLOT_CHARACTER = re.compile("[\ue000-\ue02f]")
 GENDERS = "fmx"  # she, he, not known
 
 

@@ -1,119 +1,106 @@
-"""Texts to packed uint16 arrays: prose, chats, pseudo-summaries and dialogue-summary pairs.
+"""Texts to examples: chats, prose, pairs and narratives, with persons as slots.
 
-Held out, and never seen in training: whole novels, whole conversations, whole episodes (CRD3) and
-meetings (QMSum). `heldout.json` beside the arrays records which. Names are slots (`names.py`); a
-slot is the number FIRST + 2 * slot + (1 if a space precedes it), above every token.
+Writes four files of JSON Lines, `{chats,prose,pairs,narratives}.jsonl.xz`; each row has its split,
+`train` or `heldout`. A slot is one of Unicode's private characters (`names.py`). Left out are the
+chats and the summaries of the embedded data `bookings` (`--bookings`), and the wording of its
+summaries (`reword.py`).
 
-    python pretraining/prepare.py --texts ../shared/data/pretraining --out build/pocket-bart/data
+    python pretraining/prepare.py --texts ../shared/data --out build/pocket-bart/data
 """
 
 import argparse
 import json
 import lzma
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from names import FIRST_SLOT, GENDERS, SLOT, SLOTS, harvest, slot
-from pseudo import Turn, content, summarize
-from tokenizers import Tokenizer
+from crd3 import crd3, crd3_window
+from names import FEMALE, MALE, SLOTS, slot
+from pseudo import Turn, show
+from reword import reword
+from vary import CAPITAL, NOT_PLACES
 
-FIRST = 60_000  # the first number of a slot in the packed arrays
-HELD_OUT_NOVELS = 4
-HELD_OUT_EVERY = 50  # one conversation, medical dialogue or passage in so many
-HELD_OUT_EPISODES = 20  # one CRD3 episode or QMSum meeting in so many
+HELD_OUT_EVERY = 50  # one text in so many is held out, the last of its source
+ASSETS = Path(__file__).parents[1] / "minilora/summarization/assets"
+GENDER = {name: "f" for name in FEMALE} | {name: "m" for name in MALE}
+Row = dict[str, Any]
 
-# Players of CRD3 and the characters they play, in the first and second campaign: one slot for both,
-# since the summaries name the characters and the transcripts' turns begin with the players' names.
-PLAYERS = {
-    "C1": {"Laura": ("f", "Vex'ahlia", "Vex"), "Liam": ("m", "Vax'ildan", "Vax"),
-           "Marisha": ("f", "Keyleth"), "Taliesin": ("m", "Percival", "Percy"),
-           "Sam": ("m", "Scanlan", "Taryon", "Tary"), "Travis": ("m", "Grog"),
-           "Ashley": ("f", "Pike"), "Orion": ("m", "Tiberius"), "Matt": ("m", "Matthew")},
-    "C2": {"Laura": ("f", "Jester"), "Liam": ("m", "Caleb"), "Marisha": ("f", "Beauregard", "Beau"),
-           "Taliesin": ("m", "Mollymauk", "Molly", "Caduceus"), "Sam": ("f", "Nott"),
-           "Travis": ("m", "Fjord"), "Ashley": ("f", "Yasha"), "Matt": ("m", "Matthew")},
-}  # fmt: skip
-CAPITAL = re.compile(r"(?<![.!?\"] )(?<!^)\b[A-Z][a-z]{2,}(?:'[a-z]+)?\b", re.MULTILINE)
+# Megabytes taken of each source of prose.
+PROSE = {
+    "pretraining2/prose_tinystories_pieces": 99,
+    "pretraining2/prose_squality_summaries": 99,
+    "pretraining2/prose_african_storybook_storyweaver": 99,
+    "pretraining2/prose_fairytaleqa": 99,
+    "pretraining2/sentences_wikisplit": 99,
+    "pretraining2/prose_openstax_ccby": 4,
+    "pretraining/classic_books_dialogue_1840_1928": 6,
+}
 
 
-def read(texts: Path, name: str) -> str:
-    """One text, its line ends normalised."""
-    with lzma.open(texts / name, "rt", encoding="utf-8") as file:
+def read(path: Path) -> str:
+    with lzma.open(path, "rt", encoding="utf-8") as file:
         return file.read().replace("\r\n", "\n")
 
 
-class Packer:
-    """Encode texts with slots into one flat uint16 array and offsets."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        pieces: list[str] = []
-        plans: list[list[int]] = []  # a piece's index, or -1 - slot number
-        for text in texts:
-            plan: list[int] = []
-            end = 0
-            for match in SLOT.finditer(text):
-                if match.start() > end:
-                    plan.append(len(pieces))
-                    pieces.append(text[end : match.start()])
-                number = 2 * (ord(match.group(2)) - FIRST_SLOT) + bool(match.group(1))
-                plan.append(-1 - number)
-                end = match.end()
-            if end < len(text):
-                plan.append(len(pieces))
-                pieces.append(text[end:])
-            plans.append(plan)
-        encoded = [
-            encoding.ids
-            for encoding in self.tokenizer.encode_batch(pieces, add_special_tokens=False)
-        ]
-        return [
-            np.array(
-                [
-                    token
-                    for step in plan
-                    for token in (encoded[step] if step >= 0 else [FIRST - 1 - step])
-                ],
-                dtype=np.uint16,
-            )
-            for plan in plans
-        ]
-
-    def save(self, path: Path, **columns: list[str]) -> None:
-        """Write `tokens` and `offsets` of each column of texts."""
-        arrays: dict[str, np.ndarray] = {}
-        for column, texts in columns.items():
-            encoded = self.encode(texts)
-            arrays[f"{column}_offsets"] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-            flat = np.concatenate(encoded) if encoded else np.zeros(0, np.uint16)
-            arrays[f"{column}_tokens"] = flat
-        np.savez(path, **arrays)  # type: ignore[arg-type]
-        sizes = ", ".join(f"{len(v) / 1e6:.2f} M {k}" for k, v in arrays.items() if "tokens" in k)
-        print(f"{path.name}: {len(texts)} texts, {sizes}", flush=True)
+def passages(text: str) -> list[str]:
+    """What blank lines separate."""
+    return [part.strip() for part in text.split("\n\n") if part.strip()]
 
 
-def casual(text: str, rng: np.random.Generator) -> str:
-    """Sometimes type as in a messenger: no full stop at the end, lower case."""
-    draw = rng.random()
-    if draw < 0.35 and text.endswith(".") and not text.endswith(".."):
-        text = text[:-1]
-    if draw < 0.2:
-        text = text.lower()
-    return text
+def rows(path: Path) -> list[Row]:
+    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open()
+    with opened as file:
+        return [json.loads(line) for line in file]
 
 
-def chat(lines: list[str], rng: np.random.Generator) -> list[Turn]:
-    """Give plain lines named speakers: two in turn, sometimes three; a label decides who speaks."""
+def lines(dialogue: str) -> list[tuple[str, str]]:
+    """(speaker, text) of every turn."""
+    pairs = (line.split(": ", 1) for line in dialogue.split("\n") if ": " in line)
+    return [(speaker.strip(), text.strip()) for speaker, text in pairs]
+
+
+def slots(names: list[str], told: str) -> dict[str, str]:
+    """The slot of every name. A name of unknown gender stays where a pronoun would depend on it."""
+    table: dict[str, str] = {}
+    used: Counter[str] = Counter()
+    for name in names:
+        gender = GENDER.get(name, "x")
+        unsure = gender == "x" and re.search(r"\b(?:he|she|his|her|him)\b", told, re.IGNORECASE)
+        if re.fullmatch(r"[A-Z][a-z]+", name) and not unsure and used[gender] < SLOTS:
+            table[name] = slot(gender, used[gender])
+            used[gender] += 1
+    return table
+
+
+def mark(text: str, table: dict[str, str]) -> str:
+    """The text with slots for names."""
+    if not table:
+        return text
+    return re.sub(rf"\b({'|'.join(map(re.escape, table))})\b", lambda m: table[m[1]], text)
+
+
+def named(conversation: str) -> list[Turn]:
+    """The turns of a chat whose lines begin with names."""
+    said = lines(conversation)
+    table = slots(list(dict.fromkeys(who for who, _ in said)), "")
+    return [
+        Turn(table.get(who, who), GENDER.get(who, "x"), mark(text, table)) for who, text in said
+    ]
+
+
+def unnamed(conversation: str, rng: np.random.Generator) -> list[Turn]:
+    """The turns of plain lines, given two speakers in turn, sometimes three."""
     genders = [str(rng.choice(["f", "m", "x"], p=[0.48, 0.48, 0.04])) for _ in range(3)]
     speakers = [slot(gender, person) for person, gender in enumerate(genders)]
     group = rng.random() < 0.15
     turns: list[Turn] = []
     who = 1
-    for line in lines:
+    for line in conversation.split("\n"):
         who = (who + int(rng.integers(1, 3))) % 3 if group else 1 - who
         if line.startswith(("User: ", "Assistant: ")):
             label, line = line.split(": ", 1)
@@ -123,249 +110,129 @@ def chat(lines: list[str], rng: np.random.Generator) -> list[Turn]:
     return turns
 
 
-def spoken(passage: str) -> list[str]:
-    """What the persons of a novel say, a paragraph a line, without `said Ann` and the narration."""
-    lines: list[str] = []
-    for paragraph in passage.split("\n"):
-        line = " ".join(re.findall(r'"([^"]+)"', paragraph))
-        # A comma closes speech that `said Ann` interrupts or ends.
-        for end in set(re.findall(r'([^" ]+),"', paragraph)):
-            line = re.sub(rf"{re.escape(end)},(?= [A-Z]|$)", f"{end}.", line)
-        if len(line.split()) > 1:
-            lines.append(line.strip())
-    return lines
+def embedded(bookings: Path) -> set[str]:
+    """The long lines of the embedded service chats, by which they are known among the texts."""
+    pairs = [pair for path in sorted(bookings.glob("*.jsonl")) for pair in rows(path)]
+    return {
+        text for pair in pairs for _, text in lines(pair["dialogue"]) if len(text.split()) > 9
+    }
 
 
-def show(turns: list[Turn]) -> str:
-    """A dialogue as a messenger exports it."""
-    return "\n".join(f"{turn.speaker}: {turn.text}" for turn in turns)
+def chats(texts: Path, bookings: Path, rng: np.random.Generator) -> Iterator[tuple[str, Row]]:
+    """(source, chat) of every conversation, its turns as [speaker, gender, text]."""
+    taken = embedded(bookings)
+    for name in ("chat_chitchat_byu", "chat_synthetic_persona_chat", "chat_topical_chat_valid_test"):
+        for conversation in passages(read(texts / f"pretraining2/{name}.txt.xz")):
+            yield name, {"turns": named(conversation)}
+    for name in ("self_dialogue", "sgd", "taskmaster4"):
+        for conversation in passages(read(texts / f"pretraining/{name}.txt.xz")):
+            said = [line.split(": ", 1)[-1] for line in conversation.split("\n")]
+            if not (name == "sgd" and taken.intersection(said)):
+                yield name, {"turns": unnamed(conversation, rng)}
+    for meeting in passages(read(texts / "pretraining/qmsum_meetings.txt.xz")):
+        said = lines(re.sub(r" ([.,?!'])", r"\1", meeting))
+        for start in range(0, len(said), 120):  # a third of each meeting
+            yield "qmsum", {"turns": [Turn(who, "x", text) for who, text in said[start : start + 40]]}
+    told: set[str] = set()
+    for row in rows(texts / "pretraining/dialogue_summary_pairs.jsonl.xz"):
+        if row["source"] == "CRD3" and row["dialogue"] not in told:
+            told.add(row["dialogue"])
+            yield "crd3", {"turns": crd3(row, GENDER)[0]}
 
 
-def windows(turns: list[Turn], rng: np.random.Generator, words: int = 170) -> list[list[Turn]]:
-    """Cut a conversation into stretches of 3 to 14 turns and at most `words` words."""
-    found: list[list[Turn]] = []
-    start = 0
-    while start < len(turns):
-        size = int(rng.integers(4, 15))
-        end, length = start, 0
-        while end < min(start + size, len(turns)) and length < words:
-            length += len(turns[end].text.split())
-            end += 1
-        if end - start >= 3 and length <= words + 60:
-            found.append(turns[start:end])
-        start = end
-    return found
+def pairs(texts: Path, bookings: Path, rng: np.random.Generator) -> Iterator[tuple[str, Row]]:
+    """(source, pair): dialogue and summary with slots, and `kind`, which names the manner."""
+    taken = {
+        pair["id"].rsplit("-", 1)[0] for p in bookings.glob("*.jsonl") for pair in rows(p)
+    }
+    files = {"sgd": "service", "multiwoz": "service", "star": "service",
+             "casino": "deal", "spc_persona": "facts"}  # fmt: skip
+    for name, kind in files.items():
+        rule = "" if name == "spc_persona" else "_rule"
+        for row in rows(texts / f"pretraining2/pairs_{name}{rule}_summaries.jsonl.xz"):
+            if row["id"].rsplit("-", 1)[0] in taken:
+                continue
+            summary = row["summary"]
+            for _ in range(3 if kind == "service" else 1):  # several wordings
+                told = reword(summary, rng) if kind == "service" else summary
+                if len(told.split()) < 5:
+                    continue
+                table = slots(list(dict.fromkeys(who for who, _ in lines(row["dialogue"]))), told)
+                dialogue = mark(row["dialogue"], table)
+                yield name, {"kind": kind, "dialogue": dialogue, "summary": mark(told, table)}
+    for row in rows(texts / "pretraining/dialogue_summary_pairs.jsonl.xz"):
+        if row["source"] == "CRD3":
+            turns, summary = crd3(row, GENDER)
+            limits = [int(rng.integers(*words)) for words in ((60, 150), (120, 220))]
+            found = {crd3_window(turns, summary, limit)[1]: show(crd3_window(turns, summary, limit)[0])
+                     for limit in limits}  # fmt: skip
+        else:
+            dialogue = re.sub(r" ([.,?!'])", r"\1", row["dialogue"])
+            found = {row["summary"]: "\n".join(f"{who}: {text}" for who, text in lines(dialogue))}
+        for told, dialogue in found.items():
+            fits = 5 <= len(told.split()) <= 60 and len(dialogue.split()) <= 260
+            if fits and "\n" in dialogue:
+                kind = {"CRD3": "game", "QMSum": "meeting"}.get(row["source"], "visit")
+                yield kind, {"kind": kind, "dialogue": dialogue, "summary": told}
 
 
-def crd3(pair: dict[str, str], genders: dict[str, str]) -> tuple[list[Turn], str]:
-    """Turns and summary of a CRD3 pair, its persons as slots.
-
-    Players become their characters; other capitalised words of the summary stay as they are.
-    """
-    campaign = "C1" if "-C1E" in pair["id"] else "C2"
-    table: dict[str, tuple[str, str]] = {}
-    used: Counter[str] = Counter()
-    for player, (gender, *characters) in PLAYERS[campaign].items():
-        person = slot(gender, used[gender])
-        used[gender] += 1
-        for name in (player, *characters):
-            table[name] = (person, gender)
-    lines = [line.split(": ", 1) for line in pair["dialogue"].split("\n") if ": " in line]
-    for name in (line[0] for line in lines):
-        if name not in table and re.fullmatch(r"[A-Z][a-z]+", name) and used["x"] < SLOTS:
-            gender = genders.get(name, "x")
-            if used[gender] < SLOTS:
-                table[name] = (slot(gender, used[gender]), gender)
-                used[gender] += 1
-    longest_first = sorted(map(re.escape, table), key=len, reverse=True)
-    names = re.compile(rf"\b({'|'.join(longest_first)})\b")
-
-    def mark(text: str) -> str:
-        return names.sub(lambda match: table[match.group(1)][0], text)
-
-    turns = []
-    for name, text in lines:
-        speaker, gender = table.get(name, (mark(name), "x"))
-        text = re.sub(r"\((?:[a-z ,'-]+)\) ?", "", mark(text)).strip()
-        if text:
-            turns.append(Turn(speaker, gender, text))
-    return turns, mark(pair["summary"])
+def narratives(texts: Path) -> Iterator[tuple[str, Row]]:
+    """Everyday chats, retold in two to four sentences (`narrative`) and in one (`summary`)."""
+    for row in rows(texts / "plainchat/pretraining.jsonl"):
+        table = slots(row["names"], row["narrative"] + row["summary"])
+        fields = ("dialogue", "narrative", "summary")
+        yield "plainchat", {field: mark(row[field], table) for field in fields}
 
 
-def unknown(dialogue: str, sentence: str) -> bool:
-    """Whether a sentence names somebody or something that the dialogue does not."""
-    people = {match.group(2) for match in SLOT.finditer(sentence)}
-    return any(name not in dialogue for name in [*people, *CAPITAL.findall(sentence)])
+def prose(texts: Path) -> Iterator[tuple[str, Row]]:
+    for name, megabytes in PROSE.items():
+        left = megabytes * 1_000_000
+        for passage in passages(read(texts / f"{name}.txt.xz")):
+            left -= len(passage)
+            if left > 0:
+                yield name, {"text": passage}
 
 
-def nearest(turns: list[Turn], summary: str, words: int = 220) -> list[Turn]:
-    """The consecutive turns, at most `words` long, that share most words with the summary."""
-    wanted = {word[:5] for word in content(summary)}
-    best: tuple[int, int, int] = (-1, 0, 0)
-    for start in range(len(turns)):
-        end, length = start, 0
-        seen: set[str] = set()
-        while end < len(turns):
-            length += len(turns[end].text.split())
-            if length > words:
-                break
-            seen |= {turns[end].speaker, *(word[:5] for word in content(turns[end].text))}
-            end += 1
-        best = max(best, (len(seen & wanted), -start, end))
-    return turns[-best[1] : best[2]]
-
-
-def faithful(dialogue: str, summary: str, least: float = 0.25) -> str:
-    """The summary's sentences that the dialogue supports: known names, `least` of the words shared.
-
-    A sentence that begins with a pronoun goes with the sentence before it.
-    """
-    kept: list[str] = []
-    follows = True
-    for sentence in re.findall(r"\S.*?[.!?]+(?=\s|$)|\S.*$", summary):
-        pronoun = re.match(r"(?:she|he|they|it|her|his|their|this|to|and|but)\b", sentence, re.I)
-        good = (
-            not unknown(dialogue, sentence)
-            and overlap(dialogue, sentence) >= least
-            and re.match("[A-Z\ue000-\ue02f]", sentence)
-            and sentence.count('"') % 2 == 0
-            and not re.search(r"\bQ:|[()\[\]]", sentence)
-        )
-        follows = bool(good and (follows or not pronoun))
-        if follows and (kept or not pronoun):
-            kept.append(sentence)
-    return " ".join(kept)
-
-
-def crd3_window(turns: list[Turn], summary: str, words: int) -> tuple[list[Turn], str]:
-    """The turns nearest to a summary, and what of it they support: nothing if it names nobody."""
-    turns = nearest(turns, summary, words)
-    summary = faithful(show(turns), summary)
-    return turns, summary if SLOT.search(summary) else ""
-
-
-def overlap(dialogue: str, summary: str) -> float:
-    """The share of the summary's content words that occur in the dialogue, names apart."""
-    words = {word[:5] for word in content(SLOT.sub("", summary))}
-    there = {word[:5] for word in content(dialogue)}
-    return len(words & there) / max(len(words), 1)
-
-
-def passages(text: str) -> list[str]:
-    """What blank lines separate."""
-    return [part.strip() for part in text.split("\n\n") if part.strip()]
+def write(path: Path, found: Iterator[tuple[str, Row]]) -> list[Row]:
+    """Write the rows with their split: of each source the last fiftieth is held out."""
+    by_source: dict[str, list[Row]] = defaultdict(list)
+    for source, row in found:
+        by_source[source].append(row)
+    kept: list[Row] = []
+    for source, group in by_source.items():
+        cut = len(group) - len(group) // HELD_OUT_EVERY
+        kept += [{"split": "train" if place < cut else "heldout", "source": source.split("/")[-1], **row}
+                 for place, row in enumerate(group)]  # fmt: skip
+        print(f"{path.name}: {len(group):,} of {source}", flush=True)
+    with lzma.open(path, "wt", encoding="utf-8", preset=9) as file:
+        for row in kept:
+            file.write(json.dumps(row, ensure_ascii=False, default=astuple) + "\n")
+    return kept
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--texts", type=Path, default=Path("../shared/data/pretraining"))
-    parser.add_argument("--tokenizer", type=Path, default=Path("build/pocket-bart/tokenizer.json"))
+    parser.add_argument("--texts", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("build/pocket-bart/data"))
-    parser.add_argument("--prose", type=int, default=100_000, help="characters of each novel")
+    parser.add_argument("--bookings", type=Path, default=ASSETS / "bookings")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = np.random.default_rng(arguments.seed)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    packer = Packer(Tokenizer.from_file(str(arguments.tokenizer)))
-    held: dict[str, list[str]] = {}
-
-    def save(split: str, name: str, **columns: list[str]) -> None:
-        packer.save(arguments.out / f"{split}-{name}.npz", **columns)
-
-    # Novels: whole ones held out; speech passages that quote a held-out novel go too.
-    novels = passages(read(arguments.texts, "classic_books_1860_1928.txt.xz"))
-    speech = passages(read(arguments.texts, "classic_books_dialogue_1840_1928.txt.xz"))
-    last, novels = novels[-HELD_OUT_NOVELS:], novels[:-HELD_OUT_NOVELS]
-    held["novels"] = [novel[:80] for novel in last]
-    forbidden = {line for novel in last for line in novel.split("\n") if len(line) > 40}
-    speech = [part for part in speech if not forbidden & set(part.split("\n"))]
-    cut = len(speech) - len(speech) // HELD_OUT_EVERY
-    held["speech"] = [f"the last {len(speech) - cut} passages"]
-    speech_in_train = speech[: cut - 200]
-    pool = harvest(line for part in speech_in_train for line in part.split("\n"))
-    (arguments.out / "names.json").write_text(json.dumps(pool, indent=0))
-    print({gender: len(names) for gender, names in pool.items()})
-    save("train", "prose", text=[n[: arguments.prose] for n in novels] + speech_in_train)
-    save("heldout", "prose", text=[n[: arguments.prose] for n in last] + speech[cut:])
-
-    # Chats: conversations in a messenger's shape, and what the rules make of them.
-    chats: dict[str, list[str]] = {"train": [], "heldout": []}
-    pseudo: dict[str, list[tuple[str, str]]] = {"train": [], "heldout": []}
-
-    def add(split: str, turns: list[Turn]) -> None:
-        for stretch in windows(turns, rng):
-            typed = [Turn(t.speaker, t.gender, casual(t.text, rng)) for t in stretch]
-            chats[split].append(show(typed))
-            summary = summarize(stretch, rng)
-            if summary:
-                pseudo[split].append((show(typed), summary))
-
-    for name in ("self_dialogue", "sgd", "taskmaster4"):
-        conversations = passages(read(arguments.texts, f"{name}.txt.xz"))
-        # Each source repeats itself nearby (one worker, one service): hold out its end.
-        cut = len(conversations) - len(conversations) // HELD_OUT_EVERY
-        held[name] = [f"the last {len(conversations) - cut} of {len(conversations)} conversations"]
-        for place, conversation in enumerate(conversations):
-            add("train" if place < cut else "heldout", chat(conversation.split("\n"), rng))
-
-    for passage in speech_in_train:
-        add("train", chat(spoken(passage), rng))
-
-    # Pairs: episodes and meetings held out whole.
-    pairs: dict[str, list[tuple[str, str]]] = {"train": [], "heldout": []}
-    rows = [json.loads(line) for line in read(arguments.texts, "dialogue_summary_pairs.jsonl.xz")
-            .splitlines()]  # fmt: skip
-
-    def group(row: dict[str, str]) -> str:
-        found = re.search(r"C\dE\d+", row["id"])
-        return found.group() if found else row["id"].rsplit("-", 1)[0] if row["id"].startswith(
-            "qmsum") else row["id"]  # fmt: skip
-
-    groups = sorted({group(row) for row in rows if not row["id"].startswith("mts")})
-    out = set(groups[HELD_OUT_EPISODES // 2 :: HELD_OUT_EPISODES])
-    mts = sorted({row["id"] for row in rows if row["id"].startswith("mts")})
-    out |= set(mts[HELD_OUT_EPISODES // 2 :: HELD_OUT_EPISODES])
-    held["pairs"] = sorted(out)
-    genders = {name: g for g in "fm" for name in pool[g]}
-    dropped: Counter[str] = Counter()
-    told: set[str] = set()
-    for row in rows:
-        split = "heldout" if group(row) in out else "train"
-        if row["source"] == "CRD3":
-            turns, summary = crd3(row, genders)
-            if row["dialogue"] not in told:
-                told.add(row["dialogue"])
-                add(split, turns)
-            # Two windows, so that a summary that comes again comes with another source.
-            found = [crd3_window(turns, summary, int(rng.integers(*words)))
-                     for words in ((60, 150), (120, 220))]  # fmt: skip
-            found = found[:1] if found[0] == found[1] else found
-        else:
-            lines = [line.split(": ", 1) for line in row["dialogue"].split("\n") if ": " in line]
-            turns = [Turn(who, "x", re.sub(r" ([.,?!'])", r"\1", text).strip())
-                     for who, text in lines if text.strip()]  # fmt: skip
-            found = [(turns, row["summary"])]
-        for turns, summary in found:
-            words = len(summary.split())
-            reason = (
-                "long summary" if words > 60 else
-                "no supported sentence" if words < 5 else
-                "long dialogue" if len(show(turns).split()) > 280 else
-                "one turn" if len(turns) < 2 else ""
-            )  # fmt: skip
-            if reason:
-                dropped[reason] += 1
-            else:
-                pairs[split].append((show(turns), summary))
-    print(f"pairs dropped: {dict(dropped)}")
-    for split in ("train", "heldout"):
-        save(split, "chat", text=chats[split])
-        save(split, "pseudo", text=[p[0] for p in pseudo[split]],
-             summary=[p[1] for p in pseudo[split]])  # fmt: skip
-        save(split, "pairs", text=[p[0] for p in pairs[split]],
-             summary=[p[1] for p in pairs[split]])  # fmt: skip
-    held["genders of slots"] = [f"{GENDERS}: {SLOTS} each"]
-    (arguments.out / "heldout.json").write_text(json.dumps(held, indent=1))
+    texts, out = arguments.texts, arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    told = write(out / "narratives.jsonl.xz", narratives(texts))
+    found = write(out / "pairs.jsonl.xz", pairs(texts, arguments.bookings, rng))
+    write(out / "chats.jsonl.xz", chats(texts, arguments.bookings, rng))
+    write(out / "prose.jsonl.xz", prose(texts))
+    seen = Counter(
+        name
+        for row in [*told, *found]
+        if row["split"] == "train" and row.get("kind", "service") == "service"
+        for name in CAPITAL.findall(row.get("narrative", row["summary"]))
+    )
+    places = sorted(name for name in seen if name not in NOT_PLACES and name not in GENDER)
+    (out / "places.json").write_text(json.dumps(places, indent=0))
+    print(f"{len(places)} places")
 
 
 if __name__ == "__main__":

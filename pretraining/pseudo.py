@@ -24,6 +24,11 @@ class Turn:
     text: str
 
 
+def show(turns: list[Turn]) -> str:
+    """A dialogue as a messenger exports it."""
+    return "\n".join(f"{turn.speaker}: {turn.text}" for turn in turns)
+
+
 PRONOUNS = {
     "f": {"i": "she", "me": "her", "my": "her", "mine": "hers", "myself": "herself"},
     "m": {"i": "he", "me": "him", "my": "his", "mine": "his", "myself": "himself"},

@@ -2,9 +2,9 @@
 
 BART's conventions (Lewis et al. 2020, section 2.1, after RoBERTa): `<s>` 0, `<pad>` 1, `</s>` 2,
 `<unk>` 3, `<mask>` last; a text is encoded as `<s> ... </s>`; a leading space belongs to its word;
-capitals and digits are kept as they stand.
+capitals are kept; a number is a token a digit.
 
-    python pretraining/tokenizer.py --texts ../shared/data/pretraining
+    python pretraining/tokenizer.py --texts ../shared/data
 """
 
 import argparse
@@ -12,20 +12,24 @@ import lzma
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 FIRST_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 MASK = "<mask>"
 
-# Modern dialogue decides the vocabulary; novels are only sampled. Megabytes of each text.
+# Modern chats and plain prose decide the vocabulary. Megabytes of each text.
 SHARES = {
-    "self_dialogue.txt.xz": 19,
-    "sgd.txt.xz": 4,
-    "taskmaster4.txt.xz": 1,
-    "crd3_transcripts.txt.xz": 6,
-    "dialogue_summary_pairs.jsonl.xz": 6,
-    "qmsum_meetings.txt.xz": 1,
-    "classic_books_dialogue_1840_1928.txt.xz": 8,
+    "plainchat/pretraining.jsonl": 2,
+    "pretraining2/chat_chitchat_byu.txt.xz": 8,
+    "pretraining2/chat_topical_chat_valid_test.txt.xz": 4,
+    "pretraining2/chat_synthetic_persona_chat.txt.xz": 2,
+    "pretraining2/prose_tinystories_pieces.txt.xz": 3,
+    "pretraining2/prose_squality_summaries.txt.xz": 3,
+    "pretraining2/prose_african_storybook_storyweaver.txt.xz": 1,
+    "pretraining2/prose_openstax_ccby.txt.xz": 1,
+    "pretraining/self_dialogue.txt.xz": 6,
+    "pretraining/sgd.txt.xz": 3,
+    "pretraining/dialogue_summary_pairs.jsonl.xz": 2,
 }
 
 
@@ -33,18 +37,26 @@ def lines(texts: Path) -> Iterator[str]:
     """Yield the lines of every text, up to its share of megabytes."""
     for name, megabytes in SHARES.items():
         left = megabytes * 1_000_000
-        with lzma.open(texts / name, "rt", encoding="utf-8") as file:
+        path = texts / name
+        opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open()
+        with opened as file:
             for line in file:
                 left -= len(line)
                 if left < 0:
                     break
-                yield line.replace("\\n", "\n") if name.endswith(".jsonl.xz") else line
+                yield line.replace("\\n", "\n") if ".jsonl" in name else line
 
 
 def train(texts: Iterator[str], size: int) -> Tokenizer:
     """Train a byte-level BPE of exactly `size` entries, `<mask>` the last of them."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Every digit is a token of its own, so that a number is copied digit by digit.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\p{N}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size - 1,
@@ -62,7 +74,7 @@ def train(texts: Iterator[str], size: int) -> Tokenizer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--texts", type=Path, default=Path("../shared/data/pretraining"))
+    parser.add_argument("--texts", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("build/pocket-bart/tokenizer.json"))
     parser.add_argument("--size", type=int, default=8192)
     arguments = parser.parse_args()

@@ -1,15 +1,16 @@
-"""Pre-train pocket-bart: copying first, then infilling, then summaries, by a curriculum of lengths.
+"""Pre-train pocket-bart for a given number of minutes, evaluate it, write its weights.
 
-BART's denoising (Lewis et al. 2020, section 2) and dialogue summaries with one loss; the curriculum
-is `curriculum.py`. Progress is counted in tokens read and written (source + target), never in
-hours, so that a run can be stopped, continued and repeated. The learning rate is constant and then
-falls to zero over the last part (warm-up, stable, decay; Hu et al. 2024, section 4).
+BART's denoising (Lewis et al. 2020, section 2) and retelling, by the stages of `examples.py`. The
+learning rate warms up, is constant, and falls linearly to zero over the last part of the time
+(warm-up, stable, decay; Hu et al. 2024, section 4).
 
-    python pretraining/train.py --data build/pocket-bart/data --out build/pocket-bart/run
+    python pretraining/train.py --minutes 9 --device cuda --workers 13
+    python pretraining/train.py --minutes 600 --workers 1          # two CPU cores
 
-Run the same command again to go on from the last checkpoint. SIGTERM and Ctrl-C save first. Started
-by `torchrun --nproc-per-node 2 pretraining/train.py --threads 1`, each process draws batches of its
-own and all sum their gradients.
+It writes `log.jsonl` (held-out losses), `samples.txt`, and the weights in 16 bits in parts of at
+most 15 MiB with the run's settings; `export.py` makes the shipped directory from them. SIGTERM and
+Ctrl-C end the run early and write what there is. `--checkpoint FILE` keeps the whole state every
+few minutes, and the same command goes on from it.
 """
 
 import argparse
@@ -18,223 +19,210 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from curriculum import PAD, STAGES, Batch, Source
-from model import SHAPE, evaluate, evaluation_batches, loss_of, new_model, new_optimizers
-from safetensors.torch import load_file
+from checkpoint import read_checkpoint, write_checkpoint
+from examples import ANNEAL, STAGES, Batch, Source
+from model import evaluate, evaluation_batches, loss_of, new_model, new_optimizers, samples
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
-COUNTS = 5  # targets, tokens, CPU seconds, whether to stop, whether to save
-START = {"step": 0, "tokens": 0, "targets": 0, "cpu_seconds": 0.0}  # what is counted of a run
-
-
-def world() -> tuple[int, int]:
-    """This process's rank and their number; several if `torchrun` started us."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    return dist.get_rank(), dist.get_world_size()
+PART = 15 * 2**20  # bytes of a file of weights
 
 
-def share_gradients(parameters: list[nn.Parameter], device: str) -> tuple[Tensor, Tensor]:
-    """One buffer of which every gradient is a view, and COUNTS numbers at its end.
+class Stream(IterableDataset[Batch]):
+    """Batches without end, of the stage that the shared number names."""
 
-    All that the processes tell each other in a step is the sum of this buffer.
-    """
-    buffer = torch.zeros(sum(p.numel() for p in parameters) + COUNTS, device=device)
-    pieces = buffer.split([*(p.numel() for p in parameters), COUNTS])
-    for parameter, piece in zip(parameters, pieces, strict=False):
-        parameter.grad = piece.view_as(parameter)
-    return buffer, pieces[-1]
+    def __init__(self, source: Source, stage: Tensor, seed: int, rounds: int) -> None:
+        self.source, self.stage, self.seed, self.rounds = source, stage, seed, rounds
+
+    def __iter__(self) -> Iterator[Batch]:
+        torch.set_num_threads(1)
+        worker = torch.utils.data.get_worker_info()
+        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
+        while True:
+            number = int(self.stage)
+            stage = [*STAGES, ANNEAL][number]
+            rounds = self.rounds if number >= len(STAGES) - 1 else 2
+            for batch in self.source.batches(stage, rng, rounds):
+                yield batch
+                if int(self.stage) != number:
+                    break
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
+    add("--minutes", type=float, default=9.0, help="of training, evaluation not counted")
     add("--data", type=Path, default=Path("build/pocket-bart/data"))
     add("--tokenizer", type=Path, default=Path("build/pocket-bart/tokenizer.json"))
     add("--out", type=Path, default=Path("build/pocket-bart/run"))
-    add("--init", type=Path, help="begin with the weights of this directory (the shipped one)")
-    add("--history", type=Path, help="losses.jsonl of --init's weights; counting goes on from it")
-    add("--total", type=float, default=18.8, help="million tokens, source + target")
-    add("--decay", type=float, default=7.7, help="million tokens over which the rate falls to zero")
-    add("--optimizer", default="adamw", choices=["adamw", "muon"])
-    add("--rate", type=float, default=1e-3)
-    add("--warmup", type=int, default=100, help="steps")
-    add("--budget", type=int, default=3000, help="padded tokens a batch, in every process")
-    add("--layers", type=int, default=3)
+    add("--checkpoint", type=Path, help="keep the whole state here and go on from it")
+    add("--decay", type=float, default=0.35, help="share of the time in which the rate falls")
+    add("--optimizer", default="muon", choices=["adamw", "muon"])
+    add("--rate", type=float, default=2e-3)
+    add("--dropout", type=float, default=0.1, help="while the rate falls")
+    add("--warmup", type=int, default=200, help="steps")
+    add("--layers", type=int, default=5)
     add("--decoder-layers", type=int, default=3)
-    add("--width", type=int, default=256)
-    add("--heads", type=int, default=4)
-    add("--init-std", type=float, default=0.06)
-    add("--evaluate-every", type=float, default=1.0, help="million tokens")
-    add("--save-every", type=float, default=120.0, help="seconds")
+    add("--width", type=int, default=384)
+    add("--heads", type=int, default=6)
+    add("--init-std", type=float, default=0.05)
+    add("--evaluate-every", type=float, default=50.0, help="million tokens")
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--precision", default="bf16", choices=["bf16", "fp32"], help="fp32 on Intel without AMX")
-    add("--threads", type=int, default=2, help="of every process")
+    add("--workers", type=int, default=1, help="processes that make the batches")
+    add("--rounds", type=int, default=32, help="batches that a worker sorts by length at a time")
+    add("--compile", action="store_true", help="compile each kind of layer once")
+    add("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     add("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    if (arguments.init is None) != (arguments.history is None):
-        parser.error("--init and --history go together")
-    if arguments.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        parser.error("--optimizer muon needs a newer torch than " + torch.__version__)
-    if arguments.device == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        parser.error("several processes are for CPU cores; a GPU takes one")
-    return arguments
+    return parser.parse_args()
 
 
-def go_on(
-    checkpoint: Path,
-    arguments: argparse.Namespace,
-    model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> tuple[dict[str, Any], int, list[dict[str, Any]]]:
-    """Fill model and optimizers. What was done, the first step of the warm-up, each rank's rng."""
-    weights, moments, saved = read_checkpoint(checkpoint)
-    if (used := saved["arguments"]["optimizer"]) != arguments.optimizer:
-        raise SystemExit(f"{checkpoint} is of a run with {used}: name another --out")
-    model.load_state_dict(weights, strict=False)  # a tied weight is there under one name
-    for optimizer, known in zip(optimizers, moments, strict=False):
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": known})
-    return saved["state"], saved.get("first_step", saved["state"]["step"]), saved["rngs"]
-
-
-def warm_start(arguments: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
-    """Fill the model with the weights of --init. What had been done by the end of --history."""
-    weights = load_file(arguments.init / "model.safetensors")
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    given = {name: weight.shape for name, weight in weights.items()}
-    if shapes.items() - given.items() or given.keys() - model.state_dict().keys():
-        raise SystemExit(f"{arguments.init} has other layers than --layers and --width say")
-    model.load_state_dict(weights, strict=False)  # a tied weight is there under one name
-    last = json.loads(arguments.history.read_text().splitlines()[-1])
-    return {key: last[key] for key in START}
+def write_weights(model: torch.nn.Module, out: Path, saved: dict[str, Any]) -> None:
+    """The weights in float16, in parts that are small enough to be carried."""
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach().half().cpu().contiguous()
+        if size + tensor.nbytes > PART:
+            parts.append({})
+            size = 0
+        parts[-1][name.replace("_orig_mod.", "")] = tensor
+        size += tensor.nbytes
+    for number, part in enumerate(parts, 1):
+        name = f"weights-{number}-of-{len(parts)}.safetensors"
+        save_file(part, out / name, metadata={"json": json.dumps(saved)})
 
 
 def main() -> None:
+    began = time.monotonic()
     arguments = parse()
-    rank, processes = world()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    rng = np.random.default_rng([arguments.seed, rank] if rank else arguments.seed)
+    torch.set_float32_matmul_precision("high")
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(arguments.tokenizer))
-    train = Source.load(arguments.data, "train", tokenizer)
-    sets = evaluation_batches(Source.load(arguments.data, "heldout", tokenizer))
-
+    held = Source(arguments.data, "heldout", tokenizer)
+    sets = evaluation_batches(held)
+    train = Source(arguments.data, "train", tokenizer)
+    stage = torch.zeros((), dtype=torch.int64).share_memory_()
+    cuda = arguments.device == "cuda"
+    loader = DataLoader(
+        Stream(train, stage, arguments.seed, arguments.rounds), batch_size=None,
+        num_workers=arguments.workers, pin_memory=cuda,
+        prefetch_factor=2 if arguments.workers else None,
+        multiprocessing_context="fork" if arguments.workers else None,
+    )  # fmt: skip
+    drawn = iter(loader)
     model = new_model(arguments).to(arguments.device)
     optimizers = new_optimizers(model, arguments.optimizer, arguments.rate)
-    checkpoint = arguments.out / CHECKPOINT
-    if checkpoint.exists():
-        state, first, rngs = go_on(checkpoint, arguments, model, optimizers)
-        if rank < len(rngs):
-            rng.bit_generator.state = rngs[rank]
-    elif arguments.init:
-        state = warm_start(arguments, model)
-        first = state["step"]
-    else:
-        state, first = dict(START), 0
-    if state["tokens"] >= arguments.total * 1e6:
-        raise SystemExit(f"{state['tokens'] / 1e6:.1f} M tokens are done: give a larger --total")
-    if rank == 0:
-        print(f"{model.num_parameters() / 1e6:.2f} M parameters, {state}", flush=True)
-    buffer, counts = share_gradients(list(model.parameters()), arguments.device)
+    state = {"step": 0, "tokens": 0, "targets": 0, "seconds": 0.0}
+    if arguments.checkpoint and arguments.checkpoint.exists():
+        weights, moments, saved = read_checkpoint(arguments.checkpoint)
+        model.load_state_dict(weights, strict=False)  # a tied weight is there under one name
+        for optimizer, known in zip(optimizers, moments, strict=False):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": known})
+        state = saved["state"]
+    settings = {
+        name: value if isinstance(value, int | float | str) else str(value)
+        for name, value in vars(arguments).items()
+    }
+    saved = {"arguments": settings, "state": state}
+    if arguments.compile:
+        for layer in [*model.model.encoder.layers, *model.model.decoder.layers]:
+            layer.compile(dynamic=True)
+    print(f"{model.num_parameters() / 1e6:.2f} M parameters, {state}, "
+          f"{time.monotonic() - began:.0f} s to start", flush=True)  # fmt: skip
 
-    asked = False  # this process, to stop; all of them stop after the same step
+    stopped = False
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
 
-    def save() -> None:
-        rngs: list[Any] = [rng.bit_generator.state] * processes
-        if processes > 1:
-            dist.all_gather_object(rngs, rng.bit_generator.state)
-        settings = {name: str(value) for name, value in vars(arguments).items()}
-        numbers = {name: vars(arguments)[name] for name in SHAPE}
-        if rank == 0:
-            now = {"state": state, "first_step": first, "rngs": rngs}
-            write_checkpoint(
-                checkpoint, model, optimizers, {**now, "arguments": {**settings, **numbers}}
-            )
-
     def report(**more: Any) -> None:
-        if rank > 0:  # the others wait for the next sum
-            return
-        wanted = evaluate(model, sets, arguments.device, arguments.precision)
-        row = json.dumps({**state, **more, **wanted})
+        scores = evaluate(model, sets, arguments.device, arguments.precision)
+        row = json.dumps({**state, **more, **scores})
         with (arguments.out / "log.jsonl").open("a") as file:
             file.write(row + "\n")
         print(row, flush=True)
 
-    def batches() -> Iterator[tuple[str, Batch]]:
-        while True:
-            stage = next(stage for stage in STAGES if state["tokens"] < stage.until * 1e6)
-            yield from train.batches(stage, arguments.budget, rng)
-
-    total, decay = arguments.total * 1e6, arguments.decay * 1e6
-    losses: dict[str, float] = {}
-    worked, saved_at = time.process_time(), time.monotonic()
-    spoke, spoke_tokens = time.monotonic(), state["tokens"]
-    drawn = batches()
-    stopping = 0.0
-    while state["tokens"] < total and not stopping:
-        task, batch = next(drawn)
-        fall = min(1.0, (total - state["tokens"]) / decay)
-        rate = arguments.rate * min(1.0, (state["step"] - first + 1) / arguments.warmup) * fall
+    total = 60 * arguments.minutes
+    fall = total * (1 - arguments.decay)  # when the rate begins to fall
+    losses: list[Tensor] = []
+    clock = shown = kept = time.monotonic()
+    shown_tokens = state["tokens"]
+    pending: list[tuple[int, int]] = []  # tokens of steps, counted on the CPU by the batch's shape
+    while state["seconds"] < total and not stopped:
+        falling = state["seconds"] >= fall
+        number = next(n for n, s in enumerate(STAGES) if state["tokens"] < s.until * 1e6)
+        wanted = len(STAGES) if falling else number
+        if int(stage) != wanted:
+            stage.fill_(wanted)
+            model.train()
+            if falling:
+                for module in model.modules():
+                    if type(getattr(module, "dropout", None)) is float and not hasattr(
+                        module, "k_proj"
+                    ):  # in the layers, not in attention
+                        module.dropout = arguments.dropout
+        batch = next(drawn)
+        left = (total - state["seconds"]) / (total - fall) if falling else 1.0
+        rate = arguments.rate * min(1.0, (state["step"] + 1) / arguments.warmup) * left
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = max(rate, 0.0)
-        targets = int((batch["labels"] != PAD).sum())
-        buffer.zero_()
+        targets = int((batch["labels"] != 1).sum())
+        pending.append((targets, targets + int(batch["attention_mask"].sum())))
         loss = loss_of(model, batch, arguments.device, arguments.precision)
-        (loss * targets).backward()
-        if not math.isfinite(loss.item()):
-            raise SystemExit(f"step {state['step']}: loss {loss.item()} in a {task} batch")
-        late = rank == 0 and time.monotonic() - saved_at > arguments.save_every
-        seconds, worked = time.process_time() - worked, time.process_time()
-        read = int(batch["attention_mask"].sum())
-        counts.copy_(torch.tensor([targets, targets + read, seconds, asked, late]))
-        if processes > 1:
-            dist.all_reduce(buffer)
-        all_targets, tokens, seconds, stopping, saving = counts.tolist()
-        buffer[:-COUNTS] /= all_targets  # the mean over every process's targets
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
         before = state["tokens"]
         state["step"] += 1
-        state["targets"] += int(all_targets)
-        state["tokens"] += int(tokens)
-        state["cpu_seconds"] += seconds
-        losses[task] = 0.95 * losses.get(task, loss.item()) + 0.05 * loss.item()
-        if state["step"] % 50 == 0 and rank == 0:
-            speed = (state["tokens"] - spoke_tokens) / (time.monotonic() - spoke)
-            spoke, spoke_tokens = time.monotonic(), state["tokens"]
-            shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            print(f"{state['step']} {state['tokens'] / 1e6:.2f}M {shown} lr {rate:.1e} "
-                  f"{speed:.0f} tokens/s", flush=True)  # fmt: skip
+        state["targets"] += pending[-1][0]
+        state["tokens"] += pending[-1][1]
+        pending.clear()
+        if state["step"] % 50 == 0:
+            mean = float(torch.stack(losses).mean())  # waits for the device
+            losses.clear()
+            if not math.isfinite(mean):
+                raise SystemExit(f"step {state['step']}: loss {mean}")
+            speed = (state["tokens"] - shown_tokens) / (time.monotonic() - shown)
+            shown, shown_tokens = time.monotonic(), state["tokens"]
+            print(f"{state['step']} {state['tokens'] / 1e6:.1f}M stage {int(stage)} "
+                  f"loss {mean:.3f} rate {rate:.1e} {speed:,.0f} tokens/s", flush=True)  # fmt: skip
+        now = time.monotonic()
+        state["seconds"] += now - clock
+        clock = now
         every = arguments.evaluate_every * 1e6
         if state["tokens"] // every > before // every:
-            report(lr=rate)
-        if saving:
-            save()
-            saved_at = time.monotonic()
-    save()
-    if not stopping:  # `torchrun` ends a process that takes long to stop
-        report(done=True)
+            report(rate=rate)
+            clock = shown = time.monotonic()
+        if arguments.checkpoint and clock - kept > 300:
+            write_checkpoint(arguments.checkpoint, model, optimizers, saved)
+            kept = clock = time.monotonic()
+    write_weights(model, arguments.out, saved)
+    if arguments.checkpoint:
+        write_checkpoint(arguments.checkpoint, model, optimizers, saved)
+    report(done=True)
+    text = samples(model, held, arguments.device)
+    (arguments.out / "samples.txt").write_text(text)
+    print(text[:6000])
+    print(f"{time.monotonic() - began:.0f} s in all", flush=True)
+    os._exit(0)  # workers need no ceremony
 
 
 if __name__ == "__main__":
