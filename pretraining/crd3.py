@@ -1,4 +1,4 @@
-"""Dialogue-summary pairs of role-play transcripts (CRD3), as far as their dialogues support them."""
+"""Pairs of role-play transcripts (CRD3), as far as their dialogues support the summaries."""
 
 import re
 from collections import Counter

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from names import FEMALE, GENDERS, MALE, SLOTS, SLOT_CHARACTER, invent, slot
+from names import FEMALE, GENDERS, MALE, SLOT_CHARACTER, SLOTS, invent, slot
 from noise import infill, mask_tokens, permute_sentences
 from pseudo import Turn, show, summarize
 from tokenizers import Tokenizer
@@ -30,13 +30,15 @@ Batch = dict[str, Tensor]
 Row = dict[str, Any]
 SENTENCE_END = re.compile(r"(?<=[.!?\"”])\s+(?=[A-Z\"“\ue000-\ue02f])")
 MANNERS = {"pseudo": "Retell:", "line": "One line:", "service": "Service:", "game": "Game:",
-           "facts": "Facts:", "deal": "Deal:", "visit": "Notes:", "meeting": "Meeting:"}  # fmt: skip
+           "facts": "Facts:", "deal": "Deal:", "visit": "Notes:",
+           "meeting": "Meeting:"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Stage:
     """Until `until` million tokens: tasks by their share of the tokens, the longest segment to
-    denoise in tokens, the padded tokens of a batch."""
+    denoise in tokens, the padded tokens of a batch.
+    """
 
     until: float
     tasks: dict[str, float]
@@ -48,19 +50,20 @@ MAIN = {"chat": 0.36, "prose": 0.18, "gap": 0.10, "pseudo": 0.14, "service": 0.0
         "facts": 0.015, "deal": 0.01, "visit": 0.01, "meeting": 0.005, "narrative": 0.006,
         "line": 0.004}  # fmt: skip
 STAGES = [
-    Stage(2.0, {"mask": 1.0}, 24, 6_000),
-    Stage(4.0, {"mask": 0.6, "chat": 0.25, "prose": 0.15}, 48, 12_000),
-    Stage(10.0, {"chat": 0.5, "prose": 0.2, "pseudo": 0.3}, 64, 24_000),
-    Stage(30.0, {"chat": 0.4, "prose": 0.15, "gap": 0.1, "pseudo": 0.2, "service": 0.1, "game": 0.05},
-          110, 48_000),
-    Stage(float("inf"), MAIN, 200, 64_000),
+    Stage(2.0, {"mask": 1.0}, 24, 10_000),
+    Stage(4.0, {"mask": 0.6, "chat": 0.25, "prose": 0.15}, 48, 20_000),
+    Stage(10.0, {"chat": 0.5, "prose": 0.2, "pseudo": 0.3}, 64, 40_000),
+    Stage(30.0, {"chat": 0.4, "prose": 0.15, "gap": 0.1, "pseudo": 0.2, "service": 0.1,
+                 "game": 0.05}, 110, 80_000),
+    Stage(float("inf"), MAIN, 200, 128_000),
 ]  # fmt: skip
 # While the learning rate falls: more of what the base is for, and dropout.
 ANNEAL = Stage(
     float("inf"),
     {"chat": 0.34, "prose": 0.13, "gap": 0.08, "pseudo": 0.10, "service": 0.17, "game": 0.07,
-     "facts": 0.03, "deal": 0.01, "visit": 0.015, "meeting": 0.005, "narrative": 0.025, "line": 0.012},
-    200, 64_000,
+     "facts": 0.03, "deal": 0.01, "visit": 0.015, "meeting": 0.005, "narrative": 0.025,
+     "line": 0.012},
+    200, 128_000,
 )  # fmt: skip
 
 
@@ -241,7 +244,9 @@ class Source:
     def line(self, stage: Stage, rng: np.random.Generator) -> tuple[Any, Any]:
         return self.retold("summary", "line", rng)
 
-    def told(self, kind: str, dialogue: str, summary: str, rng: np.random.Generator) -> tuple[Any, Any]:
+    def told(
+        self, kind: str, dialogue: str, summary: str, rng: np.random.Generator
+    ) -> tuple[Any, Any]:
         source = self.encode(dialogue)
         if kind in {"narrative", "line"} and rng.random() < 0.4:  # not to be known by its words
             source = mask_tokens(np.array(source), 0.06, self.mask, rng).tolist()

@@ -5,6 +5,7 @@ import argparse
 import numpy as np
 import torch
 from examples import BOS, EOS, PAD, STAGES, Batch, Source, chunks, collate
+from muon import Muon
 from torch import Tensor
 from torch.nn import functional
 from transformers import BartConfig, BartForConditionalGeneration
@@ -23,7 +24,9 @@ def loss_of(
         if device == "cpu":  # fewer rows; on a GPU counting them would wait for it
             hidden, labels = hidden[labels != PAD], labels[labels != PAD]
         logits = functional.linear(hidden, model.lm_head.weight)
-    return functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=PAD)
+    return functional.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=PAD
+    )
 
 
 def shuffled(batch: Batch) -> Batch:
@@ -130,7 +133,5 @@ def new_optimizers(
     )  # fmt: skip
     if not hidden:
         return [adamw]
-    muon = torch.optim.Muon(
-        hidden.values(), lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = Muon(hidden.values(), lr=rate, weight_decay=0.01)
     return [adamw, muon]

@@ -7,8 +7,6 @@ anonymise entities to the same end.)
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -61,23 +59,6 @@ Steve Stuart Sven Tariq Ted Theo Thomas Tim Tobias Toby Todd Tom Tomas Tony Trev
 Umar Victor Viktor Vincent Vlad Walter Wayne Wei Will William Xavier Yan Yusuf Zack Zane"""
 )
 
-SPEECH = "said|asked|cried|replied|answered|exclaimed|whispered|murmured|returned|remarked"
-TAGGED = re.compile(rf"(?:{SPEECH}) ([A-Z][a-z]{{2,11}})\b(.{{0,80}})")
-SHE = re.compile(r"\b(?:she|her|herself)\b")
-HE = re.compile(r"\b(?:he|his|him|himself)\b")
-NO_NAMES = set(
-    words(
-        """The His Her She Then And But Miss Mrs Lord Lady Sir Captain Doctor Mother Father Aunt
-Uncle Colonel Major Madame Monsieur Judge Judy God Heaven Master Mistress Professor General King
-Queen Prince Princess Count Countess Duke Duchess Grandmother Grandfather Madam Mamma Papa
-Sister Brother Cousin Old Poor Young One This That What Why How Well Yes Not Now Saint Signor
-Herr Frau Baron Dame Sergeant Lieutenant Inspector Bishop Parson Squire Nurse Granny Grandma
-Grandpa Mademoiselle You My Your Our Its There Here When Where Who Never Oh All Both Little
-Another Dear"""
-    )
-)
-
-
 ONSETS = words(
     """b br c ch d dr f fr g gr h j k kh kl l m n p pr qu r rh s sh sl st sv t th tr v w y z zh
 sz"""
@@ -103,24 +84,3 @@ def invent(gender: str, count: int, rng: np.random.Generator) -> list[str]:
 def slot(gender: str, person: int) -> str:
     """The placeholder of one person."""
     return chr(FIRST_SLOT + GENDERS.index(gender) * SLOTS + person)
-
-
-def harvest(lines: Iterable[str], least: int = 3) -> dict[str, list[str]]:
-    """First names from novels' speech tags ("said Norah"), by the pronoun that follows them.
-
-    Added to the lists above: what a neighbouring "her" or "his" does not decide goes to `x`.
-    """
-    seen: Counter[str] = Counter()
-    she: Counter[str] = Counter()
-    for line in lines:
-        for name, after in TAGGED.findall(line):
-            seen[name] += 1
-            she[name] += len(SHE.findall(after)) - len(HE.findall(after))
-    pool = {"f": list(FEMALE), "m": list(MALE), "x": []}
-    known = {*FEMALE, *MALE}
-    for name in sorted(seen):
-        if seen[name] >= least and name not in NO_NAMES and name not in known:
-            side = she[name]
-            pool["f" if side > 1 else "m" if side < -1 else "x"].append(name)
-    pool["x"] = sorted({*pool["x"], *pool["f"], *pool["m"]})
-    return pool

@@ -27,7 +27,7 @@ from vary import CAPITAL, NOT_PLACES
 
 HELD_OUT_EVERY = 50  # one text in so many is held out, the last of its source
 ASSETS = Path(__file__).parents[1] / "minilora/summarization/assets"
-GENDER = {name: "f" for name in FEMALE} | {name: "m" for name in MALE}
+GENDER = dict.fromkeys(FEMALE, "f") | dict.fromkeys(MALE, "m")
 Row = dict[str, Any]
 
 # Megabytes taken of each source of prose.
@@ -53,8 +53,8 @@ def passages(text: str) -> list[str]:
 
 
 def rows(path: Path) -> list[Row]:
-    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open()
-    with opened as file:
+    opener = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
@@ -113,15 +113,17 @@ def unnamed(conversation: str, rng: np.random.Generator) -> list[Turn]:
 def embedded(bookings: Path) -> set[str]:
     """The long lines of the embedded service chats, by which they are known among the texts."""
     pairs = [pair for path in sorted(bookings.glob("*.jsonl")) for pair in rows(path)]
-    return {
-        text for pair in pairs for _, text in lines(pair["dialogue"]) if len(text.split()) > 9
-    }
+    return {text for pair in pairs for _, text in lines(pair["dialogue"]) if len(text.split()) > 9}
 
 
 def chats(texts: Path, bookings: Path, rng: np.random.Generator) -> Iterator[tuple[str, Row]]:
     """(source, chat) of every conversation, its turns as [speaker, gender, text]."""
     taken = embedded(bookings)
-    for name in ("chat_chitchat_byu", "chat_synthetic_persona_chat", "chat_topical_chat_valid_test"):
+    for name in (
+        "chat_chitchat_byu",
+        "chat_synthetic_persona_chat",
+        "chat_topical_chat_valid_test",
+    ):
         for conversation in passages(read(texts / f"pretraining2/{name}.txt.xz")):
             yield name, {"turns": named(conversation)}
     for name in ("self_dialogue", "sgd", "taskmaster4"):
@@ -132,7 +134,10 @@ def chats(texts: Path, bookings: Path, rng: np.random.Generator) -> Iterator[tup
     for meeting in passages(read(texts / "pretraining/qmsum_meetings.txt.xz")):
         said = lines(re.sub(r" ([.,?!'])", r"\1", meeting))
         for start in range(0, len(said), 120):  # a third of each meeting
-            yield "qmsum", {"turns": [Turn(who, "x", text) for who, text in said[start : start + 40]]}
+            yield (
+                "qmsum",
+                {"turns": [Turn(who, "x", text) for who, text in said[start : start + 40]]},
+            )
     told: set[str] = set()
     for row in rows(texts / "pretraining/dialogue_summary_pairs.jsonl.xz"):
         if row["source"] == "CRD3" and row["dialogue"] not in told:
@@ -142,9 +147,7 @@ def chats(texts: Path, bookings: Path, rng: np.random.Generator) -> Iterator[tup
 
 def pairs(texts: Path, bookings: Path, rng: np.random.Generator) -> Iterator[tuple[str, Row]]:
     """(source, pair): dialogue and summary with slots, and `kind`, which names the manner."""
-    taken = {
-        pair["id"].rsplit("-", 1)[0] for p in bookings.glob("*.jsonl") for pair in rows(p)
-    }
+    taken = {pair["id"].rsplit("-", 1)[0] for p in bookings.glob("*.jsonl") for pair in rows(p)}
     files = {"sgd": "service", "multiwoz": "service", "star": "service",
              "casino": "deal", "spc_persona": "facts"}  # fmt: skip
     for name, kind in files.items():
@@ -164,8 +167,8 @@ def pairs(texts: Path, bookings: Path, rng: np.random.Generator) -> Iterator[tup
         if row["source"] == "CRD3":
             turns, summary = crd3(row, GENDER)
             limits = [int(rng.integers(*words)) for words in ((60, 150), (120, 220))]
-            found = {crd3_window(turns, summary, limit)[1]: show(crd3_window(turns, summary, limit)[0])
-                     for limit in limits}  # fmt: skip
+            windows = [crd3_window(turns, summary, limit) for limit in limits]
+            found = {told: show(nearest) for nearest, told in windows}
         else:
             dialogue = re.sub(r" ([.,?!'])", r"\1", row["dialogue"])
             found = {row["summary"]: "\n".join(f"{who}: {text}" for who, text in lines(dialogue))}
@@ -201,8 +204,9 @@ def write(path: Path, found: Iterator[tuple[str, Row]]) -> list[Row]:
     kept: list[Row] = []
     for source, group in by_source.items():
         cut = len(group) - len(group) // HELD_OUT_EVERY
-        kept += [{"split": "train" if place < cut else "heldout", "source": source.split("/")[-1], **row}
-                 for place, row in enumerate(group)]  # fmt: skip
+        for place, row in enumerate(group):
+            split = "train" if place < cut else "heldout"
+            kept.append({"split": split, "source": source.split("/")[-1], **row})
         print(f"{path.name}: {len(group):,} of {source}", flush=True)
     with lzma.open(path, "wt", encoding="utf-8", preset=9) as file:
         for row in kept:

@@ -12,7 +12,16 @@ import lzma
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 FIRST_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 MASK = "<mask>"
@@ -38,8 +47,8 @@ def lines(texts: Path) -> Iterator[str]:
     for name, megabytes in SHARES.items():
         left = megabytes * 1_000_000
         path = texts / name
-        opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open()
-        with opened as file:
+        opener = lzma.open if path.suffix == ".xz" else open
+        with opener(path, "rt", encoding="utf-8") as file:
             for line in file:
                 left -= len(line)
                 if left < 0:

@@ -20,15 +20,16 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from checkpoint import read_checkpoint, write_checkpoint
-from examples import ANNEAL, STAGES, Batch, Source
+from examples import ANNEAL, PAD, STAGES, Batch, Source
 from model import evaluate, evaluation_batches, loss_of, new_model, new_optimizers, samples
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -39,8 +40,9 @@ PART = 15 * 2**20  # bytes of a file of weights
 class Stream(IterableDataset[Batch]):
     """Batches without end, of the stage that the shared number names."""
 
-    def __init__(self, source: Source, stage: Tensor, seed: int, rounds: int) -> None:
+    def __init__(self, source: Source, stage: Tensor, seed: int, rounds: int, size: float) -> None:
         self.source, self.stage, self.seed, self.rounds = source, stage, seed, rounds
+        self.size = size
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
@@ -49,6 +51,7 @@ class Stream(IterableDataset[Batch]):
         while True:
             number = int(self.stage)
             stage = [*STAGES, ANNEAL][number]
+            stage = replace(stage, budget=int(self.size * stage.budget))
             rounds = self.rounds if number >= len(STAGES) - 1 else 2
             for batch in self.source.batches(stage, rng, rounds):
                 yield batch
@@ -64,6 +67,8 @@ def parse() -> argparse.Namespace:
     add("--tokenizer", type=Path, default=Path("build/pocket-bart/tokenizer.json"))
     add("--out", type=Path, default=Path("build/pocket-bart/run"))
     add("--checkpoint", type=Path, help="keep the whole state here and go on from it")
+    add("--init", type=Path, help="begin with the weights of this directory (the shipped one)")
+    add("--seen", type=float, default=0.0, help="million tokens that --init's weights have read")
     add("--decay", type=float, default=0.35, help="share of the time in which the rate falls")
     add("--optimizer", default="muon", choices=["adamw", "muon"])
     add("--rate", type=float, default=2e-3)
@@ -77,6 +82,7 @@ def parse() -> argparse.Namespace:
     add("--evaluate-every", type=float, default=50.0, help="million tokens")
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--precision", default="bf16", choices=["bf16", "fp32"], help="fp32 on Intel without AMX")
+    add("--batch", type=float, default=1.0, help="times the stages' tokens a batch (CPU: 0.1)")
     add("--workers", type=int, default=1, help="processes that make the batches")
     add("--rounds", type=int, default=32, help="batches that a worker sorts by length at a time")
     add("--compile", action="store_true", help="compile each kind of layer once")
@@ -113,10 +119,9 @@ def main() -> None:
     sets = evaluation_batches(held)
     train = Source(arguments.data, "train", tokenizer)
     stage = torch.zeros((), dtype=torch.int64).share_memory_()
-    cuda = arguments.device == "cuda"
     loader = DataLoader(
-        Stream(train, stage, arguments.seed, arguments.rounds), batch_size=None,
-        num_workers=arguments.workers, pin_memory=cuda,
+        Stream(train, stage, arguments.seed, arguments.rounds, arguments.batch), batch_size=None,
+        num_workers=arguments.workers,
         prefetch_factor=2 if arguments.workers else None,
         multiprocessing_context="fork" if arguments.workers else None,
     )  # fmt: skip
@@ -130,6 +135,15 @@ def main() -> None:
         for optimizer, known in zip(optimizers, moments, strict=False):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": known})
         state = saved["state"]
+    elif arguments.init:
+        missing, unexpected = model.load_state_dict(
+            load_file(arguments.init / "model.safetensors"), strict=False
+        )
+        if unexpected or any("layers." in name for name in missing):
+            raise SystemExit(f"{arguments.init} has other layers than --layers and --width say")
+        state["tokens"] = int(arguments.seen * 1e6)
+    if state["seconds"] >= 60 * arguments.minutes:
+        raise SystemExit(f"{state['seconds'] / 60:.1f} minutes are done: give more --minutes")
     settings = {
         name: value if isinstance(value, int | float | str) else str(value)
         for name, value in vars(arguments).items()
@@ -162,7 +176,6 @@ def main() -> None:
     losses: list[Tensor] = []
     clock = shown = kept = time.monotonic()
     shown_tokens = state["tokens"]
-    pending: list[tuple[int, int]] = []  # tokens of steps, counted on the CPU by the batch's shape
     while state["seconds"] < total and not stopped:
         falling = state["seconds"] >= fall
         number = next(n for n, s in enumerate(STAGES) if state["tokens"] < s.until * 1e6)
@@ -181,8 +194,8 @@ def main() -> None:
         rate = arguments.rate * min(1.0, (state["step"] + 1) / arguments.warmup) * left
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = max(rate, 0.0)
-        targets = int((batch["labels"] != 1).sum())
-        pending.append((targets, targets + int(batch["attention_mask"].sum())))
+        targets = int((batch["labels"] != PAD).sum())
+        read = int(batch["attention_mask"].sum())
         loss = loss_of(model, batch, arguments.device, arguments.precision)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -192,9 +205,8 @@ def main() -> None:
         losses.append(loss.detach())
         before = state["tokens"]
         state["step"] += 1
-        state["targets"] += pending[-1][0]
-        state["tokens"] += pending[-1][1]
-        pending.clear()
+        state["targets"] += targets
+        state["tokens"] += targets + read
         if state["step"] % 50 == 0:
             mean = float(torch.stack(losses).mean())  # waits for the device
             losses.clear()
@@ -222,7 +234,7 @@ def main() -> None:
     (arguments.out / "samples.txt").write_text(text)
     print(text[:6000])
     print(f"{time.monotonic() - began:.0f} s in all", flush=True)
-    os._exit(0)  # workers need no ceremony
+    os._exit(0)  # does not wait for the workers
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ MONTH = re.compile(
     r"(\d(?:st|nd|rd|th)?(?: of)? |\bin |\bof )(" + "|".join(MONTHS) + r")\b|"
     r"\b(" + "|".join(MONTHS) + r")(?= (?:the )?\d)"
 )  # fmt: skip
-ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
-fifteen sixteen seventeen eighteen nineteen twenty""".split()
+ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+        "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+        "nineteen", "twenty"]  # fmt: skip
 TENS = {20: "twenty", 30: "thirty", 40: "forty", 50: "fifty", 60: "sixty", 70: "seventy",
         80: "eighty", 90: "ninety"}  # fmt: skip
 VALUES = {word: value for value, word in enumerate(ONES)} | {w: v for v, w in TENS.items()}
