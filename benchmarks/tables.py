@@ -36,7 +36,7 @@ def merge_latency(result: dict[str, Any]) -> Rows:
 
 
 def exactness(result: dict[str, Any]) -> Rows:
-    """One row a library: how far merged weights and unmerged ones are from what they should be."""
+    """One row a library: the errors of merged and of unmerged weights."""
     rows = [["", "bf16", "fp16", "1 cycle", "10 cycles", "100 cycles"]]
     for name, figures in result["results"].items():
         wrong = [f"{figures[dtype]['not_nearest']:.3%}" for dtype in ("bf16", "fp16")]
@@ -46,7 +46,7 @@ def exactness(result: dict[str, Any]) -> Rows:
 
 
 def default_run(result: dict[str, Any]) -> Rows:
-    """One row: what `python train.py --rank 8` gained."""
+    """The scores of `python train.py --rank 8`, before and after."""
     rows = [["", "ROUGE-1", "ROUGE-2", "ROUGE-L", "tokens"]]
     scores = {key: result[key] for key in ("base", "finetuned")}
     names = {"base": "pocket-bart as it ships", "finetuned": "with LoRA, rank 8"}
@@ -58,7 +58,7 @@ def default_run(result: dict[str, Any]) -> Rows:
 
 
 def pocket(result: dict[str, Any]) -> Rows:
-    """One row a method: test scores over the seeds, and what training took."""
+    """One row a method: test scores over the seeds, and the time of training."""
     measures = ("rouge1", "rouge2", "rougeL")
     count = len(result["per_dialogue"]["ids"])
     head = [f"{count} test dialogues of {result['data']}", "trainable"]
@@ -78,7 +78,7 @@ def pocket(result: dict[str, Any]) -> Rows:
 
 
 def layer(result: dict[str, Any]) -> Rows:
-    """One row a contestant: forward and backward beside the frozen layer's, and what is kept."""
+    """One row a contestant: forward and backward relative to the frozen layer's, and memory."""
     settings, widths = result["settings"], result["results"]
     width = next(iter(widths))
     precisions = [name for name in widths[width] if name != "bf16"] or list(widths[width])
@@ -128,7 +128,7 @@ def evaluation(result: dict[str, Any]) -> Rows:
 
 
 def quality(result: dict[str, Any]) -> Rows:
-    """One row a contestant: where it ended, and how long it took."""
+    """One row a contestant: final loss and time."""
     rows = [["pocket-bart on minichat", "validation loss", "training", "time to an equal loss"]]
     for name, row in result["results"].items():
         equal = row["times_minilora_to_equal_loss"]
@@ -185,7 +185,7 @@ def qlora_quality(result: dict[str, Any]) -> Rows:
 
 
 def nf4_parity(result: dict[str, Any]) -> Rows:
-    """One row a dtype: how many values were compared, and how many numbers differ."""
+    """One row a dtype: how many values are compared, and how many differ."""
     names = ["codes", "absmax", "scales", "offset", "dequantized", "forward", "input_gradient"]
     other = f"differing from bitsandbytes {result['bitsandbytes']}"
     rows = [[f"{other}, BART-large's shapes", "values", *(n.replace("_", " ") for n in names)]]
@@ -302,14 +302,14 @@ def load(name: str) -> dict[str, Any]:
 
 
 def markdown(rows: Rows) -> str:
-    """The first row is the head; numbers to the right."""
+    """A table in Markdown: the first row is the head, numbers are aligned to the right."""
     head, *body = [f"| {' | '.join(row)} |" for row in rows]
     rule = f"| --- |{' ---: |' * (len(rows[0]) - 1)}"
     return "\n".join([head, rule, *body])
 
 
 def source(name: str, result: dict[str, Any], path: str) -> str:
-    """Where the figures come from."""
+    """The caption: date, hardware, versions and file of the figures."""
     machine = result["machine"]
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     hardware = machine["gpu"] or f"{machine['processor']}, {threads}"
@@ -320,7 +320,7 @@ def source(name: str, result: dict[str, Any], path: str) -> str:
 
 
 def waiting(name: str) -> str:
-    """What stands where a table will be."""
+    """The line in place of a table that is not measured yet."""
     if name == "samsum":
         return "Not measured yet: `benchmarks/pocket.py` with `--data` and `--name samsum`."
     if name.endswith("_avx2"):

@@ -113,7 +113,9 @@ for cycle in range(CYCLES):
 changed = (by_subtraction != W).double().mean().item()
 print(f"merged once: error {rounding.mean():.2f} ulp on average, {rounding.max():.2f} at most")
 print(f"rounding removed {lost:.1%} of the update's norm")
-print(f"after {CYCLES} cycles with subtraction, {changed:.0%} of the weights differ from the base's")
+print(
+    f"after {CYCLES} cycles with subtraction, {changed:.0%} of the weights differ from the base's"
+)
 print(f"with minilora, {(exact.weight != W).double().mean():.0%}")
 
 # %%
