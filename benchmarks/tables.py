@@ -222,7 +222,10 @@ def beside_peft(
     shares = (changed["minilora"], changed["PEFT"], least)
     return [
         ["", "minilora", "PEFT + Trainer", "the same at its best"],
-        ["training BART-base's dimensions, tokens a second", *(f"{row['tokens_per_second']:,.0f}" for row in trained)],
+        [
+            "training BART-base's dimensions, tokens a second",
+            *(f"{row['tokens_per_second']:,.0f}" for row in trained),
+        ],
         ["peak memory of training", *(f"{row['peak_bytes'] / 2**30:.2f} GiB" for row in trained)],
         ["validation loss afterwards", *(f"{row['validation_loss']:.3f}" for row in trained)],
         ["summarizing with pocket-bart, dialogues a second", *(f"{speed:.1f}" for speed in speeds)],
