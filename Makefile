@@ -1,11 +1,11 @@
-# Two commands on a fresh machine: `make train` and `make test`. Everything lands in .venv.
+# Two commands on a fresh machine: `make train` and `make test`. All packages go into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := dev,plot,lessons
 
-.PHONY: train test lint format unit bench figures lessons docs-check faults clean help
+.PHONY: train test lint format unit bench figures lessons docs docs-check api faults clean help
 
-help:  ## this list
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 train: .venv/runtime  ## set up, then fine-tune the embedded model on the embedded dialogues
@@ -21,20 +21,30 @@ lint: .venv/development  ## ruff and mypy
 unit: .venv/development  ## pytest
 	$(BIN)/python -m pytest
 
-format: .venv/development  ## let ruff put the code into its form
+format: .venv/development  ## format with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs-check: .venv/development  ## run the commands and the Python of README and docs
+docs: .venv/development  ## write figures, line counts and recording into README and docs
+	$(BIN)/python docs/reading.py
+	$(BIN)/python docs/record.py --paste
+	$(BIN)/python benchmarks/tables.py
+
+docs-check: .venv/development  ## run the commands and the Python of README and docs, check their figures
 	$(BIN)/python docs/check.py
+	$(BIN)/python docs/reading.py --check
 	$(BIN)/python docs/record.py --check
 	$(BIN)/python benchmarks/tables.py --check
 
-bench: .venv/development  ## every benchmark, small, to see that it runs: benchmarks/results/small/
+api: .venv/development  ## the API reference from the docstrings: build/api/index.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[api]"
+	$(BIN)/python -m pdoc --docformat google --math -o build/api minilora '!minilora[.](inject|merge|quantize)'
+
+bench: .venv/development  ## every benchmark at a small size: benchmarks/results/small/
 	for name in merge_latency exactness layer training evaluation quality qlora; do \
 		$(BIN)/python benchmarks/$$name.py --small || exit 1; done
 
-figures: .venv/development  ## the published figures: two hours and more of a quiet machine
+figures: .venv/development  ## the published figures: over two hours on a machine with nothing else to do
 	for name in default_run merge_latency exactness layer training evaluation quality nf4_parity \
 		qlora qlora_quality full_update pocket; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	test ! -d ../shared/data/samsum || $(BIN)/python benchmarks/pocket.py --name samsum \
@@ -43,14 +53,14 @@ figures: .venv/development  ## the published figures: two hours and more of a qu
 	$(BIN)/python benchmarks/pocket_page.py
 	$(BIN)/python benchmarks/tables.py
 
-lessons: .venv/development  ## execute the lessons and write them as notebooks with their outputs
+lessons: .venv/development  ## execute the lessons, write them as notebooks with their outputs
 	$(BIN)/python lessons/render.py
 
-faults: .venv/development  ## kill fifty runs and resume them; memory and files over 2,000 steps
+faults: .venv/development  ## kill and resume fifty runs; memory and files over 2,000 steps
 	$(BIN)/python -m tests.faults --kills 50
 	$(BIN)/python -m tests.soak
 
-clean:  ## remove the environment and what tools leave behind
+clean:  ## remove the environment and the files that tools write
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/runtime: pyproject.toml constraints.txt

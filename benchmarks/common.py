@@ -1,4 +1,4 @@
-"""What every benchmark shares: alternate the contestants, take medians, write JSON."""
+"""Shared by the benchmarks: alternate the contestants, take medians, write JSON."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that every benchmark has: --device and --small."""
+    """The flags of every benchmark: --device and --small."""
     flags = argparse.ArgumentParser(
         description=(description or " ").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -34,10 +34,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def keep_freed_memory() -> None:
-    """Start the script again, with glibc told to keep what is freed.
+    """Start the script again with settings that make glibc keep freed memory.
 
-    Otherwise it gives memory back at times and gets fresh pages for it, at about 1 us each, and
-    which contestant of a short measurement that strikes is luck.
+    Otherwise glibc returns memory to the system at times and gets new pages, at about 1 us each.
+    In a short measurement it depends on chance which contestant pays for that.
     """
     settings = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
     if not settings.items() <= os.environ.items():
@@ -49,8 +49,8 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Seconds of every contestant in every round; each round runs all of them once, in turn.
 
-    A machine that grows slower for a while does so for all contestants alike, so that ratios
-    within a round hold where absolute times do not. The order is rotated from round to round.
+    A machine that is slower for a while is slower for all contestants, so the ratios within a round
+    are more reliable than absolute times. The order rotates from round to round.
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -80,7 +80,7 @@ def synchronize() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Versions and hardware, to stand beside every figure."""
+    """Versions and hardware, for the caption of every table."""
     packages = ["torch", "transformers", "peft", "safetensors"]
     return {
         "python": platform.python_version(),
@@ -102,17 +102,22 @@ def processor() -> str:
 
 
 def beside_bitsandbytes(name: str) -> str:
-    """A result's name: bitsandbytes has other code for AVX-512, so without it this is another."""
+    """The name of a result: with a suffix on processors without AVX-512.
+
+    bitsandbytes has special code for AVX-512, so the two results cannot be compared.
+    """
     vectors = torch.backends.cpu.get_cpu_capability()
     return name if vectors == "AVX512" else f"{name}_{vectors.lower()}"
 
 
-def write_result(name: str, result: Mapping[str, Any], small: bool = False) -> Path:
-    """benchmarks/results/NAME.json: the figures with the date, versions and hardware.
+def write_result(
+    name: str, result: Mapping[str, Any], small: bool = False, folder: Path | None = None
+) -> Path:
+    """Write benchmarks/results/NAME.json: the figures with the date, versions and hardware.
 
-    A small run says nothing about speed: its result is kept apart, where no table finds it.
+    A small run says nothing about speed. Its result goes to another folder, which no table reads.
     """
-    folder = RESULTS / "small" if small else RESULTS
+    folder = folder or (RESULTS / "small" if small else RESULTS)
     folder.mkdir(exist_ok=True, parents=True)
     path = folder / f"{name}.json"
     content = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), **result}

@@ -1,4 +1,4 @@
-"""What a newcomer's first command does: `python train.py --rank 8`, timed as a whole process.
+"""The first command of a new user, `python train.py --rank 8`, timed as a whole process.
 
     python benchmarks/default_run.py [flags of train.py]
 

@@ -2,15 +2,15 @@
 
     python benchmarks/evaluation.py [--model pocket base] [--limit 0] [--device cuda]
 
-minilora's `summarize` (dialogues of like length share a batch; the beams of one share its encoder
-output) against PEFT with Seq2SeqTrainer.predict, at its default batch of 8 and at minilora's.
-The same weights, adapter, beams and lengths. Two models: pocket-bart, which writes real sentences
-of different lengths, and BART-base's dimensions with random weights, which always writes the most
-tokens. Each contestant has a process of its own; they take turns by parts of the dialogues, each
-part with short and long ones alike.
+minilora's `summarize` batches dialogues of like length, and the beams of a dialogue share its
+encoder output. It is compared with PEFT and Seq2SeqTrainer.predict, at the default batch size of 8
+and at minilora's. Weights, adapter, beams and lengths are the same. There are two models:
+pocket-bart, whose summaries have different lengths, and BART-base's dimensions with random weights,
+whose summaries always have the largest length. Each contestant has a process of its own; they take
+turns by parts of the dialogues, and each part has short and long ones.
 
-The summaries are compared one by one. Under bf16 another padding rounds otherwise, and a near tie
-of two beams can then fall otherwise: that they are the same is to be read from fp32.
+The summaries are compared one by one. In bf16 another padding gives another rounding, which can
+decide between two beams of nearly equal score. So fp32 shows whether the summaries are the same.
 """
 
 import statistics
@@ -47,7 +47,7 @@ TRAINER = "PEFT + Seq2SeqTrainer.predict"
 
 
 def minilora_summarize(folder: Path, device: str, precision: str, options: Any) -> Any:
-    """As evaluate.py does it."""
+    """As evaluate.py summarizes."""
     import minilora
     from minilora.summarization.evaluation import summarize
     from minilora.summarization.speed import hold_frozen_linears
@@ -79,7 +79,7 @@ def predict(
     )
 
     plain = AutoModelForSeq2SeqLM.from_pretrained(folder / "model", dtype=torch.float32)
-    plain.generation_config.max_new_tokens = None  # it would go before max_length
+    plain.generation_config.max_new_tokens = None  # it would override max_length
     tokenizer = load_tokenizer(str(folder / "model"))
     model = peft.PeftModel.from_pretrained(plain, str(folder / "adapter")).to(device).eval()
     arguments = Seq2SeqTrainingArguments(
@@ -116,7 +116,7 @@ def predict(
             {
                 "input_ids": [row.source for row in rows],
                 "attention_mask": [[1] * len(row.source) for row in rows],
-                # Without labels its extra forward pass for their loss falls away.
+                # Without labels there is no extra forward pass for the loss.
                 **({"labels": [row.target for row in rows]} if batch_size is None else {}),
             }
         )
@@ -139,7 +139,7 @@ def builders(batch_size: int) -> dict[str, Any]:
 def work(
     turns: Turns, name: str, folder: Path, device: str, precision: str, options: Any, threads: int
 ) -> None:
-    """A process: each turn summarizes the rows named."""
+    """The work of a process: each turn summarizes the given rows."""
     if threads:
         torch.set_num_threads(threads)
     run = builders(options.evaluation_batch_size)[name](folder, device, precision, options)
@@ -164,14 +164,14 @@ def work(
 
 
 def prepare(folder: Path, model_name: str, options: Any) -> int:
-    """Model, adapter (B random, so that it matters) and test rows; how many there are."""
+    """Write model, adapter (B random, so that it has an effect) and test rows; their number."""
     examples = samsum("test")
     if model_name == "pocket":
         tokenizer = load_tokenizer("pocket-bart")
         model: Any = load_model("pocket-bart", torch.device("cpu"))
         longest = 512
     else:
-        # Weights five times as wide as at a start of training: no near ties between the tokens.
+        # Weights five times as large as at the start of training: no near ties between tokens.
         tokenizer = bart_tokenizer()
         model = random_bart(model_name, len(tokenizer), 0, std=0.1).eval()
         longest = MAX_SOURCE
@@ -188,7 +188,7 @@ def prepare(folder: Path, model_name: str, options: Any) -> int:
 
 
 def parts(folder: Path, number: int, warmup: int) -> list[list[int]]:
-    """Rows of the warm-up, then of each part: every n-th by length."""
+    """The rows of the warm-up, then of each part: every n-th by length."""
     rows = read_rows(folder)["test"]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].source))
     middle = order[len(order) // 2 :][:warmup]

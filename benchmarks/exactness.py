@@ -1,19 +1,19 @@
-"""How exact are merging and unmerging, here and elsewhere?
+"""How exact are merging and unmerging, in minilora and in other libraries?
 
     python benchmarks/exactness.py [--size 1024] [--cycles 100]
 
-One layer, W (size, size) of the size of a pre-trained weight, rank 8, alpha 20, an update of about
-a tenth of W. Each contestant merges the same adapter into the same weight, in fp32, bf16 and
+One layer: W (size, size) with the norm of a pre-trained weight, rank 8, alpha 20, an update of
+about a tenth of W. Each contestant merges the same adapter into the same weight, in fp32, bf16 and
 fp16:
 
 - error: of the merged weight against W + s B A in float64, and the share of entries that are not
   the nearest number of the dtype;
-- drift: the share of entries of W that merging and unmerging 1, 10 and 100 times has changed, and
-  the largest change relative to the largest entry of W; once with the same adapter each time, and
-  once with another each time, as when one is tried after the other or trained in between.
+- drift: the share of entries of W that differ after 1, 10 and 100 cycles of merging and unmerging,
+  and the largest change relative to the largest entry of W. One series uses the same adapter in
+  each cycle, another series a new one, as after more training or when switching between adapters.
 
-"half-precision adapters" hold A and B in the weight's dtype, as loralib always does; their error is
-measured against their own A and B.
+"half-precision adapters" have A and B in the weight's dtype, as always in loralib; their error is
+measured with their own A and B.
 """
 
 import argparse
@@ -155,7 +155,7 @@ def main() -> None:
                 f"{name:30} {precision}  error {figures['error']:.2e}, not the nearest "
                 f"{figures['not_nearest']:.3%}, changed after {arguments.cycles} cycles: {drift}"
             )
-    # What the README says of minilora holds, or nothing is written.
+    # The README claims this of minilora. If it does not hold, nothing is written.
     for figures in results["minilora"].values():
         drifts = [*figures["drift"].values(), *figures["drift_other_adapters"].values()]
         assert all(d["changed"] == 0 for d in drifts), figures

@@ -1,8 +1,8 @@
 """Ways to fine-tune a BART, each made to pause after every window of steps.
 
-All start from the same weights and the same adapter, take the same examples, batch size, learning
-rate and schedule, clip alike, and compute under autocast of the same precision. They differ in what
-is theirs: how batches are put together, what is computed, and what is kept.
+All have the same weights, start of the adapter, examples, batch size, learning rate, schedule,
+clipping, and precision of autocast. They differ in how they form batches, what they compute, and
+what they keep in memory.
 """
 
 import json
@@ -24,12 +24,12 @@ from minilora.summarization.data import IGNORED, Encoded, by_length, collate
 from minilora.summarization.training import learning_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FULL_RATE = 0.1  # of LoRA's learning rate: each method at one that suits it
+FULL_RATE = 0.1  # of LoRA's learning rate, since full fine-tuning needs a lower one
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a contestant is told. `windows`: the steps of each; the first is warm-up."""
+    """The setting of a contestant. `windows`: the steps of each window; the first is warm-up."""
 
     folder: Path
     windows: tuple[int, ...]
@@ -63,7 +63,7 @@ Lengths = list[tuple[int, int]]  # real (source, target) tokens of the examples 
 
 
 class Windows:
-    """Counts steps and what they hold; after the last step of a window answers and waits."""
+    """Counts steps and tokens. After the last step of a window it answers and waits."""
 
     def __init__(self, turns: Turns, setting: Setting, full: bool) -> None:
         self.turns, self.setting, self.full = turns, setting, full
@@ -72,7 +72,7 @@ class Windows:
         self.config = setting.config
 
     def open(self) -> None:
-        """Wait for the word, then start the clock."""
+        """Wait for the turn, then start the clock."""
         self.turns.wait()
         self.steps = 0
         self.batches: list[Callable[[], tuple[Lengths, int]]] = []
@@ -84,7 +84,7 @@ class Windows:
         self.start = time.perf_counter()
 
     def batch(self, lengths: Callable[[], tuple[Lengths, int]]) -> None:
-        """Note a batch: real lengths and positions with padding, read after the clock stopped."""
+        """Record a batch: real lengths, and positions with padding. Read after the clock stops."""
         self.batches.append(lengths)
 
     def step_done(self) -> None:
@@ -118,7 +118,7 @@ class Windows:
 
 
 def operations(profiler: torch.profiler.profile) -> dict[str, float]:
-    """Seconds of each operation itself, without what it calls: the twenty that take longest."""
+    """Seconds of the twenty longest operations, without the operations that they call."""
     profiler.stop()
     times = {
         event.key: (event.self_device_time_total or event.self_cpu_time_total) / 1e6
@@ -142,7 +142,7 @@ class Prepared:
 
 
 def minilora_loop(setting: Setting, **settings: Any) -> Prepared:
-    """What `train.py` does, from its flags on: minilora's session and its loop."""
+    """As `train.py`, from the flags on: minilora's session and its loop."""
     import minilora
     from minilora.summarization.presets import RunConfig
     from minilora.summarization.session import open_session
@@ -215,11 +215,11 @@ def peft_trainer(
     """PEFT and transformers' Seq2SeqTrainer.
 
     Args:
-        setting: what all are told.
+        setting: the setting of all contestants.
         grouped: batches of like length, `train_sampling_strategy="group_by_length"`; otherwise
             shuffled. Either way padded to the longest of the batch.
-        base: dtype of the frozen linear weights: fp32 as people load them, or bf16 (on a GPU of
-            all weights; on a CPU LayerNorm cannot take them under autocast).
+        base: dtype of the frozen linear weights: fp32 as people load them, or bf16. On a GPU this
+            is the dtype of all weights; on a CPU LayerNorm does not support it under autocast.
         fixed: `padding="max_length"` for all, 1,024 and 128 tokens: a notebook's preprocessing.
         full: no adapter, every weight trains.
     """
@@ -241,7 +241,7 @@ def peft_trainer(
         setting.folder / "model", dtype=torch.bfloat16 if whole else torch.float32
     )
     if base == "bf16" and not whole:
-        head = model.get_output_embeddings()  # tied to the embeddings: stays
+        head = model.get_output_embeddings()  # tied to the embeddings: not changed
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and module is not head:
                 module.to(torch.bfloat16)
@@ -282,7 +282,7 @@ def peft_trainer(
     )
 
     class SameSchedule(Seq2SeqTrainer):  # type: ignore[misc]
-        """With the schedule that minilora has, to the step."""
+        """With minilora's schedule, step by step."""
 
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
             last = setting.steps
@@ -355,7 +355,7 @@ def _dataset(rows: Sequence[Encoded], pad: int, setting: Setting, fixed: bool) -
 
 
 def minilora_eager(setting: Setting) -> Prepared:
-    """The same loop without the hand-written backward: what the rest of it brings."""
+    """The same loop without the hand-written backward pass."""
     from minilora import LoRALinear
 
     LoRALinear.fused = False
@@ -379,7 +379,7 @@ BUILDERS: dict[str, Callable[[Setting], Prepared]] = {
 
 
 def fine_tune(turns: Turns, name: str, setting: Setting) -> None:
-    """Load and answer with the facts of the start; train by windows; answer with how it ended."""
+    """Load, answer with the facts of the start, train by windows, answer with the result."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
     prepared = BUILDERS[name](setting)
@@ -404,7 +404,7 @@ def fine_tune(turns: Turns, name: str, setting: Setting) -> None:
         {
             "peak_bytes": peak,
             "validation_loss": measure(),
-            # B starts at zero: did every module's learn?
+            # B starts at zero: did the B of every module change?
             "adapters_moved": sum(bool(tensor.any()) for tensor in ends),
             "adapters": len(ends),
         }
@@ -412,7 +412,7 @@ def fine_tune(turns: Turns, name: str, setting: Setting) -> None:
 
 
 def _same_start(setting: Setting, prepared: Prepared) -> None:
-    """The adapter holds the very tensors that every contestant starts from."""
+    """Check that the adapter has the tensors that every contestant starts from."""
     if prepared.full:
         return
     start = load_file(setting.folder / "adapter" / "adapter_model.safetensors")
@@ -424,7 +424,7 @@ def _same_start(setting: Setting, prepared: Prepared) -> None:
 
 @torch.no_grad()
 def validation_loss(model: Any, rows: Sequence[Encoded], setting: Setting) -> float:
-    """Nats per target token, by one plain computation for all; the model's modes are put back."""
+    """Nats per target token, computed alike for all; the modes of the model are restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     pad = setting.config["pad_token_id"]

@@ -1,17 +1,19 @@
-"""How many floating-point operations a step of BART needs, and how many the machine can do.
+"""The floating-point operations of a step of BART, and the rate of the machine.
 
-Multiply-adds count two. d is the width, f the feed-forward's, v the vocabulary, s and t the real
-source and target tokens of one example (padding needs none), L the layers of each side. Forward:
+A multiply-add counts as two. d is the width, f the width of the feed-forward, v the vocabulary, s
+and t the real source and target tokens of one example (padding does not count), L the layers of
+each side. The forward pass:
 
     encoder, a layer     s (8 d^2 + 4 d f)              q, k, v, o; the two of the feed-forward
                        + 4 s^2 d                        Q K^T and P V
-    decoder, a layer     t (8 d^2 + 4 d f) + 4 t^2 d    the same (the causal half is not spared)
+    decoder, a layer     t (8 d^2 + 4 d f) + 4 t^2 d    the same (causal attention counts in full)
                        + 4 t d^2 + 4 s d^2 + 4 s t d    cross-attention: q, o; k, v; Q K^T, P V
     head                 2 t d v
 
-A product with a frozen weight has one more in backward (of its input), with a trained weight two;
-Q K^T and P V have two each. So a step takes 2 x the linear part + 3 x attention with LoRA, whose
-own products (r / d of a linear) are left out, and 3 x both when all weights train.
+In the backward pass a product with a frozen weight needs one more product (for its input), a
+product with a trained weight two, and Q K^T and P V two each. So a step needs 2 x the linear part +
+3 x attention with LoRA, and 3 x both when all weights train. LoRA's own products (r / d of a
+linear) are left out.
 """
 
 import time
@@ -27,7 +29,7 @@ SHAPES = ((1024, 768, 3072), (1024, 1024, 4096), (2048, 2048, 2048), (8192, 4096
 
 
 def step_flops(config: Mapping[str, int], lengths: Sequence[tuple[int, int]], full: bool) -> float:
-    """Of one step of training on examples of (s, t) real tokens; see above.
+    """Operations of one training step on examples of (s, t) real tokens; see above.
 
     Args:
         config: d_model, encoder_layers, decoder_layers, encoder_ffn_dim, decoder_ffn_dim,
@@ -48,7 +50,7 @@ def step_flops(config: Mapping[str, int], lengths: Sequence[tuple[int, int]], fu
 
 
 def matrix_rate(turns: Turns, device: str, dtype: torch.dtype, seconds: float) -> None:
-    """A contestant: each turn multiplies matrices, and answers the FLOP/s of each shape."""
+    """A contestant that multiplies matrices and answers with the FLOP/s of each shape."""
     kinds = SHAPES if device.startswith("cuda") else SHAPES[:3]
     pairs = []
     for n, k, m in kinds:

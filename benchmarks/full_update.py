@@ -1,10 +1,10 @@
-"""How low is the rank of what a whole full fine-tune of pocket-bart does? For lesson 1.
+"""How low is the rank of the update of a whole full fine-tune of pocket-bart? For lesson 1.
 
     python benchmarks/full_update.py [flags of train.py]
 
-Runs `train.py --method full`, takes the update of every linear layer apart, and measures the
-validation loss with each update cut to its first r singular pieces (embeddings, biases and norms
-as fine-tuned).
+Runs `train.py --method full`, decomposes the update of every linear layer, and measures the
+validation loss with each update cut to its first r singular pieces. Embeddings, biases and norms
+stay fine-tuned.
 """
 
 import subprocess

@@ -1,11 +1,11 @@
-"""Which learning rate for each method? By the validation split alone.
+"""The best learning rate of each method on the validation split.
 
     python benchmarks/grid.py [--jobs 2] [--epochs 4]
 
-Every method gets the same number of rates. A row is a run of `train.py --no-evaluate`: the test
-split is never read. The rate with the highest ROUGE-1 of the last epoch's (greedy) summaries is
-chosen, not the best of all epochs, which would reward noise. Runs share the machine, so their
-times say nothing. Finished rows are kept in --keep.
+Every method gets the same number of rates. A row is a run of `train.py --no-evaluate`, so the test
+split is never read. The chosen rate has the highest ROUGE-1 of the last epoch's (greedy) summaries.
+The best of all epochs would reward noise. Runs share the machine, so their times say nothing.
+Finished rows are stored in --keep.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--keep", type=Path, default=ROOT / "build" / "grid")
     parser.add_argument("--name", default="grid", help="benchmarks/results/NAME.json")
-    options, more = parser.parse_known_args()  # what is left is for train.py
+    options, more = parser.parse_known_args()  # the other flags are for train.py
     grid = [(method, rate) for method in options.methods for rate in RATES[method]]
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(lambda row: run(*row, options, more), grid))

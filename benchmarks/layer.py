@@ -1,18 +1,19 @@
-"""What does one adapted linear layer cost to train, in time and in memory?
+"""The cost of training one adapted linear layer, in time and memory.
 
     python benchmarks/layer.py [--device cuda] [--widths 768 1024] [--tokens 1024]
 
-A square layer as q_proj of BART-base (768) or BART-large (1024), rank 8, inside a network (its
-input wants a gradient), 8 x 128 tokens; alone, and as the q and v of an attention, which read the
-same input. Contestants: the frozen layer, the layer trained in full, PEFT, loralib, minilora's
-eager equation and its hand-written backward; each with and without dropout. Precisions:
+A square layer like q_proj of BART-base (768) or BART-large (1024), rank 8, inside a network (its
+input requires a gradient), 8 x 128 tokens. It is measured alone, and as the q and v of an
+attention, which read the same input. Contestants: the frozen layer, the layer trained in full,
+PEFT, loralib, minilora's plain equation (eager) and its hand-written backward pass (fused), each
+with and without dropout. Precisions:
 
     fp32           all in float32
     bf16           weight and input in bf16, no autocast
-    bf16 autocast  frozen weight in bf16, input in fp32, as LayerNorm leaves it
+    bf16 autocast  frozen weight in bf16, input in fp32, the output of LayerNorm
 
-Time: forward, and forward with backward, run by turns; medians, and ratios to the frozen layer.
-Saved bytes: what autograd keeps from forward to backward, each storage once, parameters left out.
+Times: forward, and forward with backward, in turns; medians, and ratios to the frozen layer. Saved
+bytes: what autograd keeps between forward and backward, each storage once, without parameters.
 """
 
 import copy
@@ -77,25 +78,27 @@ LIBRARIES: dict[str, Callable[[nn.Linear, float], nn.Module]] = {
 
 
 def adapters(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r), wherever the library keeps them."""
+    """A (r, in) and B (out, r) of a layer of any of the libraries."""
     a, b = (getattr(layer, name) for name in ("lora_A", "lora_B"))
     if isinstance(a, nn.ModuleDict):
         return a["default"].weight, b["default"].weight
     return a, b
 
 
-def build(width: int, precision: str, device: str, heads: int) -> tuple[dict[str, Any], list[str]]:
-    """Each contestant as `heads` layers of the same weights and adapters; what is missing."""
+def build(
+    width: int, precision: str, device: str, heads: int, out: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Each contestant as `heads` layers of the same weights and adapters, and what is missing."""
     generator = torch.Generator().manual_seed(0)
     bases = []
     for _ in range(heads):
-        base = nn.Linear(width, width)
-        base.weight.data = torch.randn(width, width, generator=generator) * 0.02
+        base = nn.Linear(width, out)
+        base.weight.data = torch.randn(out, width, generator=generator) * 0.02
         bases.append(base.to(device, torch.float32 if precision == "fp32" else torch.bfloat16))
     pairs = [
         (
             torch.randn(RANK, width, generator=generator),
-            torch.randn(width, RANK, generator=generator),
+            torch.randn(out, RANK, generator=generator),
         )
         for _ in range(heads)
     ]
@@ -116,8 +119,8 @@ def build(width: int, precision: str, device: str, heads: int) -> tuple[dict[str
                 missing.append(f"{name}: {error}")
                 continue
             for layer, values in zip(layers, pairs, strict=True):
-                layer.train()  # loralib's returns nothing
-                half = library == "loralib" and precision == "bf16"  # it casts nothing
+                layer.train()  # loralib's train() returns None
+                half = library == "loralib" and precision == "bf16"  # it does not cast
                 for parameter, value in zip(adapters(layer), values, strict=True):
                     parameter.data = value.to(device, torch.bfloat16 if half else torch.float32) / 8
             made[name] = layers
@@ -131,13 +134,13 @@ def context(precision: str, device: str) -> AbstractContextManager[Any]:
 
 
 def forward(layers: list[nn.Module], x: Tensor, precision: str) -> list[Tensor]:
-    x = x.view_as(x)  # no leaf: autocast would keep its cast, which inside a network it does not
+    x = x.view_as(x)  # not a leaf: autocast would cache its cast, unlike inside a network
     with context(precision, str(x.device)):
         return [layer(x) for layer in layers]
 
 
 def step(layers: list[nn.Module], x: Tensor, gradient: Tensor, precision: str) -> None:
-    """Forward and backward, gradients of the step before let go."""
+    """Forward and backward, without the gradients of the step before."""
     x.grad = None
     for layer in layers:
         for parameter in layer.parameters():
@@ -146,7 +149,7 @@ def step(layers: list[nn.Module], x: Tensor, gradient: Tensor, precision: str) -
 
 
 def saved_bytes(run: Callable[[], object], parameters: set[int]) -> int:
-    """Bytes that autograd keeps for backward: each storage once, those of parameters left out."""
+    """Bytes that autograd keeps for backward: each storage once, without parameters."""
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -162,12 +165,21 @@ def saved_bytes(run: Callable[[], object], parameters: set[int]) -> int:
     return total
 
 
+def peak(run: Callable[[], object]) -> int:
+    """Most bytes on the GPU during a run, above what is there already; the first one warms up."""
+    run()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def storages(layers: list[nn.Module]) -> set[int]:
     return {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
 
 
 def check(made: dict[str, list[nn.Module]], x: Tensor, precision: str) -> None:
-    """All compute one function where nothing is dropped; the fused one by its own backward."""
+    """Without dropout all compute the same function; the fused one uses its own backward."""
     outputs = {name: forward(layers, x, precision)[0] for name, layers in made.items()}
     tolerance = 1e-4 if precision == "fp32" else 0.03  # relative to the largest; bf16 has 8 bits
     wanted = outputs["PEFT"].float()
@@ -183,15 +195,17 @@ def check(made: dict[str, list[nn.Module]], x: Tensor, precision: str) -> None:
 
 
 def measure(
-    width: int, tokens: int, precision: str, heads: int, options: Any
+    width: int, tokens: int, precision: str, heads: int, options: Any, out: int | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    made, missing = build(width, precision, options.device, heads)
+    """Times and bytes of each contestant on layers width -> out (None: width -> width)."""
+    out = out or width
+    made, missing = build(width, precision, options.device, heads, out)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    out = torch.float32 if precision == "fp32" else torch.bfloat16
+    out_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(8, tokens // 8, width, generator=generator).to(options.device, dtype)
     x.requires_grad_(True)
-    gradient = torch.randn(x.shape, generator=generator).to(options.device, out)
+    gradient = torch.randn(*x.shape[:-1], out, generator=generator).to(options.device, out_dtype)
     check(made, x, precision)
     rows: dict[str, Any] = {
         name: {
@@ -201,6 +215,11 @@ def measure(
         }
         for name, layers in made.items()
     }
+    if x.is_cuda:
+        for name, layers in made.items():
+            rows[name]["peak_bytes"] = peak(
+                lambda layers=layers: step(layers, x, gradient, precision)
+            )
 
     def repeated(run: Callable[[], object]) -> Callable[[], object]:
         return lambda: [run() for _ in range(options.repeat)]

@@ -1,11 +1,11 @@
-"""Which length settings suit the base best? Chosen on the validation split, before any fine-tune.
+"""The best length settings for the base, on the validation split, before any fine-tuning.
 
     python benchmarks/lengths.py [--preset pocket]
     python benchmarks/lengths.py --data ../shared/data/samsum --limit 100 --name lengths_samsum
 
-A base made to look worse than it is would make every fine-tune look better. So the preset's
-decoding is the one with which the *base* scores highest here (the shortest within 0.1 ROUGE-1 of
-the best), and base and fine-tuned model are both decoded with it.
+If the base scored less than it can, every fine-tune would look better than it is. So the preset
+decodes with the settings at which the *base* scores highest here (the shortest within 0.1 ROUGE-1
+of the best), for base and fine-tuned model alike.
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
     python benchmarks/merge_latency.py [--device cuda] [--rounds 24]
 
-Four models from the same weights run in turn within every round: the base, the base with an
-active adapter (rank 8 on q_proj and v_proj, B random), the same merged, and the same unwrapped.
-Once for a forward pass over 8 dialogues of 64 tokens, once for greedy decoding of 64 tokens.
-The base runs twice, as two contestants: their ratio says how far one and the same thing varies
-here. Random weights, since a latency does not depend on them.
+Four models with the same weights take turns in every round: the base, the base with an active
+adapter (rank 8 on q_proj and v_proj, B random), the same merged, and the same unwrapped. They are
+timed on a forward pass over 8 dialogues of 64 tokens, and on greedy decoding of 64 tokens. The base
+runs twice, as two contestants; their ratio shows the noise. Weights are random, since the latency
+does not depend on them.
 """
 
 import copy

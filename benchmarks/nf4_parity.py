@@ -1,10 +1,11 @@
-"""Is minilora's NF4 bitsandbytes', bit for bit? Counted over every weight shape of BART-large.
+"""Does minilora's NF4 equal bitsandbytes' bit for bit? Over every weight shape of BART-large.
 
     OMP_NUM_THREADS=1 python benchmarks/nf4_parity.py
 
-No timing: a count. For float32, bf16 and fp16, with and without double quantization: codes, absmax,
-offset and dequantized values, and NF4Linear's forward and input gradient against `matmul_4bit`.
-One thread, since the last bit of the offset, a mean, depends on how many there are.
+It counts differences; nothing is timed. For float32, bf16 and fp16, with and without double
+quantization, it compares codes, absmax, offset and dequantized values, and NF4Linear's forward and
+input gradient with `matmul_4bit`. It uses one thread, because the last bit of the offset, a mean,
+depends on the number of threads.
 """
 
 import argparse
@@ -32,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def draw(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Weights as they are in models, with a few rows of what is hard: outliers, ties, zeros."""
+    """Weights as in models, with a few difficult rows: outliers, ties, zeros."""
     weight = 0.03 * torch.randn(shape, generator=generator)
     weight[::7] *= 30 * torch.rand(weight[::7].shape, generator=generator) ** 8  # heavy tails
     ties = torch.tensor([*MIDPOINTS, *CODEBOOK.tolist(), 0.0])
@@ -44,7 +45,7 @@ def draw(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator)
 
 
 def differing(left: Tensor, right: Tensor) -> int:
-    """Values that are not the same, bit for bit (-0 is not 0)."""
+    """How many values differ, bit for bit (-0 is not 0)."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[left.element_size()]
     return int((left.reshape(-1).view(integer) != right.reshape(-1).view(integer)).sum())
 

@@ -1,13 +1,13 @@
-"""What does LoRA gain on pocket-bart, beside its base, full fine-tuning and the first turns?
+"""LoRA's gain on pocket-bart, beside the base, full fine-tuning and the first turns.
 
     python benchmarks/pocket.py [--seeds 0 1 2] [--jobs 2] [--contestants NAME ...]
     python benchmarks/pocket.py --data ../shared/data/samsum --name samsum [flags of train.py]
 
-Every contestant trains by the default preset in a process of its own, with the learning rate that
+Every contestant trains with the default preset in a process of its own, at the learning rate that
 the validation split chose for its method (benchmarks/grid.py), and summarizes the test split. With
---jobs 2 two of them run side by side on one core each: minutes are those of one core, of the steps
-alone, without validation. Finished runs are kept (--keep), so that an interrupted benchmark goes
-on where it was.
+--jobs 2 two of them run side by side on one core each. Minutes are those of one core, for the steps
+alone, without validation. Finished runs are stored in --keep, so an interrupted benchmark
+continues.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def work(name: str, seed: int, more: Sequence[str], directory: Path) -> None:
         invented_names(summary.text, example.dialogue)
         for summary, example in zip(summaries, test.examples, strict=True)
     ]
-    if session.run.data.data == "minichat":  # its texts may stand in the repository
+    if session.run.data.data == "minichat":  # its licence allows texts in the repository
         result["summaries"] = [summary.text for summary in summaries]
     log = directory / "run" / "log.jsonl"
     if log.exists():
@@ -90,7 +90,7 @@ def work(name: str, seed: int, more: Sequence[str], directory: Path) -> None:
 
 
 def minutes(records: Sequence[dict[str, Any]]) -> float:
-    """Of all steps, at the median time a token: what else the machine did does not count."""
+    """Of all steps, at the median time per token, so that other work does not count."""
     steps = [(r["seconds"], r["tokens"]) for r in records if r["kind"] == "step" and "tokens" in r]
     pace = statistics.median(seconds / tokens for seconds, tokens in steps)
     return pace * sum(tokens for _, tokens in steps) / 60
@@ -110,7 +110,7 @@ def reload_best(session: Any, output: Path) -> None:
 
 
 def invented_names(summary: str, dialogue: str) -> int:
-    """Capitalized words within sentences of the summary that the dialogue never says."""
+    """Capitalized words within sentences of the summary that are not in the dialogue."""
     said = dialogue.lower()
     pairs = itertools.pairwise(summary.split())  # the first word of a sentence is no evidence
     inside = [word for before, word in pairs if not before.endswith((".", "!", "?"))]
@@ -131,7 +131,7 @@ def lead(data: str, turns: int = 3) -> dict[str, Any]:
 
 
 def run(job: tuple[str, int], options: argparse.Namespace, more: Sequence[str]) -> dict[str, Any]:
-    """The result of one run: read if it is there, else made."""
+    """The result of one run: read if it exists, otherwise computed."""
     name, seed = job
     directory = options.keep / f"{name.replace(' ', '_').replace('/', '-').replace(',', '')}-{seed}"
     directory.mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--keep", type=Path, help="finished runs; build/NAME if not given")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options, more = parser.parse_known_args()  # what is left is for train.py
+    options, more = parser.parse_known_args()  # the other flags are for train.py
     options.keep = options.keep or ROOT / "build" / options.name
     if options.worker:
         work(options.worker, options.seeds[0], ["--data", options.data, *more], options.keep)
@@ -216,7 +216,7 @@ def main() -> None:
     rows = []
     for name in options.contestants:
         runs = [r for r in others if r["name"] == name]
-        used = runs[0]["flags"][::-1]  # of a flag given twice the last one counts
+        used = runs[0]["flags"][::-1]  # if a flag is given twice, the last one counts
         taken = float(used[used.index("--learning-rate") - 1])
         rows.append({"name": name, "learning_rate": taken, **summarized(runs, base)})
     content: dict[str, Any] = {

@@ -13,42 +13,42 @@ from tables import markdown
 
 ROOT = Path(__file__).parent.parent
 TEXT = """\
-# pocket-bart: what it is, and what LoRA makes of it
+# pocket-bart, and what LoRA changes
 
-pocket-bart is a BART with 7.9 million parameters, pre-trained by
-[pretraining/](../pretraining/README.md) and embedded in the package: small enough to fine-tune in
-minutes on a laptop, and to show what a fine-tune changes. It never saw minichat, SAMSum or
-DialogSum. It is a teaching model: it invents, and it confuses who did what. For work, take a large
-BART ([recipes](recipes.md)).
+pocket-bart is a BART with 7.9 million parameters. It is pre-trained by
+[pretraining/](../pretraining/README.md), comes with the package, and fine-tunes in minutes on a
+laptop. Its pre-training data contains nothing of minichat, SAMSum or DialogSum. It is a model for
+teaching: it invents facts and confuses who did what. For real use take a large BART
+([recipes](recipes.md)).
 
-## Held-out loss while it was pre-trained
+## Held-out loss during pre-training
 
 ![held-out loss by tokens seen](pocket-bart-loss.svg)
 
-Nats per target token on whole books and whole conversations that training never saw. What to see:
-the distance between a solid line and the dashed one of its colour, which is the loss when the model
-reads *another* example's source. As long as both are close, it writes without reading. The bumps
-are changes of stage (longer texts, other tasks); at 18.8 and at 21.8 million tokens the rate rose
-again. From the grey line on the held-out texts are others: the weights of 18.8 million tokens have
-there 1.41 for infilling, 0.77 for pseudo-summaries and 4.03 for written ones. The figures:
+Nats per target token on whole books and conversations that are not in the training data. A dashed
+line is the loss when the model reads the source of *another* example. While it is close to the
+solid line of its colour, the model ignores its source. The bumps are changes of stage (longer
+texts, other tasks); at 18.8 and 21.8 million tokens the learning rate rose again. From the grey
+line on, the held-out texts are different: on them the weights of 18.8 million tokens have a loss of
+1.41 for infilling, 0.77 for pseudo-summaries and 4.03 for written summaries. The figures are in
 [losses.jsonl](../pretraining/losses.jsonl).
 
 ## On minichat's test split
 
 {table}
 
-ROUGE F1 with stemming, in brackets the 95% bootstrap interval over the {n} test dialogues (of the
-mean over the seeds); the gain is over the base, paired by dialogue. The preset is rank 8 on q_proj
-and v_proj: on the validation split a tie with all linear layers, decided for the fewer parameters
-when these scores were known. All are decoded alike, with the
-lengths that suit the *base* best on the validation split. Minutes and memory are those of a
-training run on one core while the other had work of its own; minutes are the steps alone, at the
-median time a token. "Names invented" counts the capitalized words within a summary's sentences that
-the dialogue never says.
+ROUGE is F1 with stemming. In brackets is the 95% bootstrap interval over the {n} test dialogues,
+of the mean over the seeds. The gain is over the base, paired by dialogue. The preset is rank 8 on
+q_proj and v_proj. On the validation split it ties with all linear layers; the tie went to fewer
+parameters when these scores were known. All methods are decoded alike, with the lengths that are
+best for the *base* on the validation split. Minutes and memory are those of a training run on one
+core while the other core had other work; minutes are the steps alone, at the median time per token.
+"Names invented" counts the capitalized words within a summary's sentences that are not in the
+dialogue.
 
 ## The first twenty test dialogues
 
-By id, not the best. LoRA is `{name}`, its first seed.
+The first by id; they are not selected. LoRA is `{name}`, its first seed.
 
 {examples}
 """

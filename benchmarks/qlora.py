@@ -1,13 +1,13 @@
-"""What does a base in four bits save, and what does it cost?
+"""What a base in four bits saves, and what it costs.
 
     python benchmarks/qlora.py [--rounds 31] [--step-rounds 31] [--no-loading] [--small]
 
-Speed of quantizing and dequantizing beside bitsandbytes (and torchao, where it is installed), the
-training step of one layer at 1,024 tokens beside LoRA on a bf16 base, the reconstruction error
-beside plain int4 and int8, bits a weight as the tensors have them, and the memory that loading a
-model of BART-large's size takes, each way in a process of its own.
+It measures the speed of quantizing and dequantizing beside bitsandbytes (and torchao, if
+installed), the training step of one layer at 1,024 tokens beside LoRA on a bf16 base, the
+reconstruction error beside plain int4 and int8, the bits per weight in the tensors, and the memory
+for loading a model of BART-large's size, each way of loading in a process of its own.
 
-bitsandbytes has code of its own for AVX-512, so a processor without it has a result of its own.
+bitsandbytes has special code for AVX-512, so a processor without it has a separate result.
 """
 
 import argparse
@@ -37,7 +37,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def conversion(shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Quantizing and dequantizing one weight, ours beside others'; double quantization in both."""
+    """Quantizing and dequantizing one weight by each library, with double quantization."""
     import bitsandbytes.functional as bnb
 
     weight = (0.03 * torch.randn(shape)).to(DEVICE, dtype)
@@ -69,10 +69,10 @@ def conversion(shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[
 
 
 def conversions(rounds: int) -> dict[str, Any]:
-    """By shape, dtype and threads: one, and as many as torch takes by itself."""
+    """By shape, dtype and number of threads: one, and the default of torch."""
     results, threads = {}, torch.get_num_threads()
     for count in sorted({1, threads}):
-        torch.set_num_threads(count)  # bitsandbytes' too: one OpenMP serves both
+        torch.set_num_threads(count)  # also bitsandbytes': both use one OpenMP
         for name, shape in SHAPES.items():
             for precision, dtype in DTYPES.items():
                 key = f"{name} {precision}, {count} thread{'s' * (count > 1)}"
@@ -114,7 +114,7 @@ def steps(tokens: int, rounds: int) -> dict[str, Any]:
 
 
 def plain_integers(weight: Tensor, bits: int) -> Tensor:
-    """Rounded to evenly spaced numbers, symmetric, with one float32 scale for each 64."""
+    """Rounded to evenly spaced, symmetric numbers, with one float32 scale for each 64."""
     blocks = weight.reshape(-1, 64)
     scale = blocks.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
     return ((blocks / scale.clamp(min=1e-38)).round() * scale).view(weight.shape)
@@ -153,7 +153,7 @@ from minilora.quantize import quantize, quantize_report
 from minilora.summarization.four_bits import FourBits
 from minilora.summarization.model import load_model
 how, path = sys.argv[1:]
-def anonymous():  # without pages of the file itself, which the system takes back at will
+def anonymous():  # without pages of the file itself, which the system can drop
     for line in open("/proc/self/status"):
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -183,7 +183,7 @@ print(json.dumps({
 
 
 def loading() -> dict[str, Any]:
-    """Peak memory of reading a model of BART-large's size, three ways. Its weights are random."""
+    """Peak memory of loading a model of BART-large's size in three ways, with random weights."""
     from transformers import BartConfig, BartForConditionalGeneration
 
     results = {}
@@ -200,7 +200,7 @@ def loading() -> dict[str, Any]:
 
 
 def bits() -> dict[str, float]:
-    """Bits a weight, from the tensors of BART-large's linears."""
+    """Bits per weight, from the tensors of BART-large's linear layers."""
     found = {}
     for name, double in (("double", True), ("single", False)):
         model = nn.Sequential(*(nn.Linear(in_, out) for out, in_ in SHAPES.values()))

@@ -1,11 +1,11 @@
-"""What does a 4-bit base cost in ROUGE? LoRA, QLoRA and QLoRA with LoftQ's start, seed by seed.
+"""The cost of a 4-bit base in ROUGE: LoRA, QLoRA, and QLoRA with LoftQ's start, by seed.
 
     python benchmarks/qlora_quality.py [--seeds 0 1 2] [--name qlora_quality]
 
 Other flags are those of train.py. Every row is `python train.py` as a whole process: test scores,
-minutes, memory. With --jobs 2 two of them run side by side on one core each: minutes are those of
-one core. What differs between two methods is given with its paired bootstrap interval over the
-dialogues, each scored by its mean over the seeds.
+minutes, memory. With --jobs 2 two of them run side by side on one core each, and minutes are those
+of one core. A difference between two methods has its paired bootstrap interval over the dialogues,
+whose scores are means over the seeds.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def run(method: str, seed: int, jobs: int, keep: Path, flags: list[str]) -> dict
         "method": method,
         "seed": seed,
         "finetuned": evaluation["finetuned"],
-        "base": evaluation["base"],  # of QLoRA the quantized one
+        "base": evaluation["base"],  # for QLoRA the quantized base
         "each": [example["rouge1_finetuned"] for example in evaluation["examples"]],
         "minutes": round(float((output / "minutes.txt").read_text()), 2),
         "training_minutes": round(end["seconds"] / 60, 2),

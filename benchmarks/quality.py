@@ -3,12 +3,13 @@
     python benchmarks/quality.py [--epochs 2] [--seeds 0 1 2] [--device cuda]
 
 pocket-bart on minichat, rank 8 on q_proj and v_proj: minilora, and PEFT + Seq2SeqTrainer as people
-run it, from the same start, by turns; the loss of the validation dialogues, computed alike for
-both, after every quarter of an epoch. Three seeds: of the adapter's start, the order of the batches
-and dropout. Over examples the curves should lie on each other, over time not. Validation is not in
-the time; the first steps, warm-up, are in the examples, not in the time.
+run it. Both have the same start and take turns. After every quarter of an epoch the loss of the
+validation dialogues is computed in the same way for both. There are three seeds, which set the
+start of the adapter, the order of the batches and dropout. Over examples the two curves should be
+equal, over time they should not. Validation does not count in the time. The first steps, the
+warm-up, count in the examples but not in the time.
 
-Beside the JSON stands a plot, quality.svg, if matplotlib is there.
+With matplotlib a plot, quality.svg, is written beside the JSON.
 """
 
 import math
@@ -31,7 +32,7 @@ Curve = list[dict[str, float]]
 
 
 def curve(start: float, windows: Sequence[Mapping[str, float]]) -> Curve:
-    """Examples seen, seconds trained (without the first window) and the loss after each window."""
+    """Examples, seconds of training (without the first window) and loss, after each window."""
     points = [{"examples": 0.0, "seconds": 0.0, "loss": start}]
     for i, window in enumerate(windows):
         last = points[-1]
@@ -85,7 +86,7 @@ def means(curves: Sequence[Curve]) -> Curve:
 
 
 def seconds_to(loss: float, points: Curve) -> float | None:
-    """When the curve first falls to a loss, linear between its points."""
+    """The time at which the curve first reaches a loss, linear between its points."""
     for before, after in pairwise(points):
         if after["loss"] <= loss < before["loss"]:
             share = (before["loss"] - loss) / (before["loss"] - after["loss"])
@@ -97,7 +98,7 @@ def compare(averages: Mapping[str, Curve]) -> dict[str, dict[str, float | None]]
     """Each contestant beside minilora: loss at equal examples, time to an equal loss."""
     ours, result = averages[BASE], {}
     for name, points in averages.items():
-        # both have been there: the higher of the two lowest losses
+        # both reach it: the higher of the two lowest losses
         target = max(min(p["loss"] for p in points), min(p["loss"] for p in ours))
         mine, theirs = seconds_to(target, ours), seconds_to(target, points)
         gaps = [a["loss"] / b["loss"] - 1 for a, b in zip(ours, points, strict=True)]

@@ -1,13 +1,13 @@
-"""How many bytes does a data-parallel step send, with LoRA and with a full fine-tune?
+"""The bytes that a data-parallel step sends, with LoRA and with full fine-tuning.
 
     python benchmarks/scaling.py            print the table of docs/scaling.md
     python benchmarks/scaling.py --update   write it there
 
-Arithmetic on the models' shapes, built without weights (on PyTorch's `meta` device): nothing is
-timed. Each step the gradients of the parameters that train are summed over the processes, 4 bytes
-each (float32). A ring all-reduce over n processes makes each send 2 (n - 1) / n times as much
-(Patarasuk and Yuan 2009); the column of seconds is that divided by the link, latency and overlap
-with the backward pass left out.
+Arithmetic on the shapes of the models, which are built without weights (on PyTorch's `meta`
+device). Nothing is timed. In each step the gradients of the parameters that train are summed over
+the processes, 4 bytes each (float32). In a ring all-reduce over n processes each process sends
+2 (n - 1) / n times as much (Patarasuk and Yuan 2009). The columns of seconds divide this by the
+speed of the link, without latency and without overlap with the backward pass.
 """
 
 import argparse

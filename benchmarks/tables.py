@@ -1,20 +1,24 @@
-"""Write the tables of README.md anew from benchmarks/results/*.json.
+"""Write the figures of README.md and docs/benchmarks.md from benchmarks/results/*.json.
 
     python benchmarks/tables.py            write them
-    python benchmarks/tables.py --check    exit code 1 if one is not what the results say
+    python benchmarks/tables.py --check    exit code 1 if a page and the results differ
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Figures are never typed by hand.
-Where there is no result yet, a line says what would measure it.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, a figure within a sentence between
+`<!-- figure: NAME -->` and `<!-- end -->`. No figure is typed by hand. A table without a result
+names the command that measures it.
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
 Rows = list[list[str]]
 
 
@@ -32,7 +36,7 @@ def merge_latency(result: dict[str, Any]) -> Rows:
 
 
 def exactness(result: dict[str, Any]) -> Rows:
-    """One row a library: how far merged weights and unmerged ones are from what they should be."""
+    """One row a library: the errors of merged and of unmerged weights."""
     rows = [["", "bf16", "fp16", "1 cycle", "10 cycles", "100 cycles"]]
     for name, figures in result["results"].items():
         wrong = [f"{figures[dtype]['not_nearest']:.3%}" for dtype in ("bf16", "fp16")]
@@ -42,7 +46,7 @@ def exactness(result: dict[str, Any]) -> Rows:
 
 
 def default_run(result: dict[str, Any]) -> Rows:
-    """One row: what `python train.py --rank 8` gained."""
+    """The scores of `python train.py --rank 8`, before and after."""
     rows = [["", "ROUGE-1", "ROUGE-2", "ROUGE-L", "tokens"]]
     scores = {key: result[key] for key in ("base", "finetuned")}
     names = {"base": "pocket-bart as it ships", "finetuned": "with LoRA, rank 8"}
@@ -54,7 +58,7 @@ def default_run(result: dict[str, Any]) -> Rows:
 
 
 def pocket(result: dict[str, Any]) -> Rows:
-    """One row a method: test scores over the seeds, and what training took."""
+    """One row a method: test scores over the seeds, and the time of training."""
     measures = ("rouge1", "rouge2", "rougeL")
     count = len(result["per_dialogue"]["ids"])
     head = [f"{count} test dialogues of {result['data']}", "trainable"]
@@ -74,7 +78,7 @@ def pocket(result: dict[str, Any]) -> Rows:
 
 
 def layer(result: dict[str, Any]) -> Rows:
-    """One row a contestant: forward and backward beside the frozen layer's, and what is kept."""
+    """One row a contestant: forward and backward relative to the frozen layer's, and memory."""
     settings, widths = result["settings"], result["results"]
     width = next(iter(widths))
     precisions = [name for name in widths[width] if name != "bf16"] or list(widths[width])
@@ -124,7 +128,7 @@ def evaluation(result: dict[str, Any]) -> Rows:
 
 
 def quality(result: dict[str, Any]) -> Rows:
-    """One row a contestant: where it ended, and how long it took."""
+    """One row a contestant: final loss and time."""
     rows = [["pocket-bart on minichat", "validation loss", "training", "time to an equal loss"]]
     for name, row in result["results"].items():
         equal = row["times_minilora_to_equal_loss"]
@@ -181,7 +185,7 @@ def qlora_quality(result: dict[str, Any]) -> Rows:
 
 
 def nf4_parity(result: dict[str, Any]) -> Rows:
-    """One row a dtype: how many values were compared, and how many numbers differ."""
+    """One row a dtype: how many values are compared, and how many differ."""
     names = ["codes", "absmax", "scales", "offset", "dequantized", "forward", "input_gradient"]
     other = f"differing from bitsandbytes {result['bitsandbytes']}"
     rows = [[f"{other}, BART-large's shapes", "values", *(n.replace("_", " ") for n in names)]]
@@ -193,7 +197,47 @@ def nf4_parity(result: dict[str, Any]) -> Rows:
     return rows
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
+def at_its_best(training: dict[str, Any]) -> str:
+    """The faster of the two ways to run PEFT with the Trainer as well as it can be run."""
+    rows = training["results"]
+    names = [name for name in rows if name.startswith("PEFT + Trainer, best")]
+    return max(names, key=lambda name: float(rows[name]["tokens_per_second"]))
+
+
+def beside_peft(
+    training: dict[str, Any], evaluation: dict[str, Any], exactness: dict[str, Any]
+) -> Rows:
+    """One row a measure: minilora, PEFT with the Trainer as people run them, and at their best."""
+    names = ("minilora", "PEFT + Trainer", at_its_best(training))
+    trained = [training["results"][name] for name in names]
+    summarized = evaluation["results"]["pocket"]["fp32"]
+    rates = {name: row["dialogues_per_second"] for name, row in summarized.items()}
+    theirs = [rate for name, rate in rates.items() if name.startswith("PEFT")]
+    speeds = (rates["minilora"], theirs[0], max(theirs))  # the first is the Trainer's own default
+    changed = {
+        name: row["bf16"]["drift_other_adapters"]["100"]["changed"]
+        for name, row in exactness["results"].items()
+    }
+    least = min(share for name, share in changed.items() if name.startswith("PEFT"))
+    shares = (changed["minilora"], changed["PEFT"], least)
+    return [
+        ["", "minilora", "PEFT + Trainer", "the same at its best"],
+        [
+            "training BART-base's dimensions, tokens a second",
+            *(f"{row['tokens_per_second']:,.0f}" for row in trained),
+        ],
+        ["peak memory of training", *(f"{row['peak_bytes'] / 2**30:.2f} GiB" for row in trained)],
+        ["validation loss afterwards", *(f"{row['validation_loss']:.3f}" for row in trained)],
+        ["summarizing with pocket-bart, dialogues a second", *(f"{speed:.1f}" for speed in speeds)],
+        ["bf16 weights changed by 100 merges and unmerges", *(f"{s:.1%}" for s in shares)],
+    ]
+
+
+# What a table reads, where that is not the one result of its name.
+READS = {"beside_peft": ("training_base", "evaluation", "exactness")}
+
+TABLES: dict[str, Callable[..., Rows]] = {
+    "beside_peft": beside_peft,
     "merge_latency": merge_latency,
     "exactness": exactness,
     "default_run": default_run,
@@ -216,25 +260,70 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
 }
 
 
+def beside_the_trainer(key: str, form: str) -> str:
+    """A ratio to PEFT with the Trainer: as people run it, and at its best."""
+    training = load("training_base")
+    ratios = training["minilora_to_others"]
+    found = sorted(ratios[name][key] for name in ("PEFT + Trainer", at_its_best(training)))
+    return " to ".join(f"{ratio:{form}}" for ratio in found)
+
+
+def drift() -> str:
+    """The share of bf16 weights that 100 merges and unmerges with PEFT change."""
+    merged = load("exactness")["results"]["PEFT"]["bf16"]
+    return f"{merged['drift_other_adapters']['100']['changed']:.0%}"
+
+
+def rouge(key: str) -> str:
+    """ROUGE-1 of the default run, before or after."""
+    return f"{load('default_run')[key]['rouge1']:.1f}"
+
+
+def kills() -> str:
+    """How many runs were killed, and how often."""
+    faults = load("faults")
+    if {faults["identical_adapters"], faults["identical_logs"]} != {faults["runs"]}:
+        raise SystemExit("results/faults.json: not every run ended like the whole one")
+    return f"{faults['runs']} training runs, killed {faults['kills']} times"
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "speed": lambda: beside_the_trainer("speed", ".1f"),
+    "memory": lambda: beside_the_trainer("memory", ".0%"),
+    "drift": drift,
+    "kills": kills,
+    "minutes": lambda: f"{load('default_run')['whole_process_seconds'] / 60:.0f} minutes",
+    "before": lambda: rouge("base"),
+    "after": lambda: rouge("finetuned"),
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    """A committed result."""
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return result
+
+
 def markdown(rows: Rows) -> str:
-    """The first row is the head; numbers to the right."""
+    """A table in Markdown: the first row is the head, numbers are aligned to the right."""
     head, *body = [f"| {' | '.join(row)} |" for row in rows]
     rule = f"| --- |{' ---: |' * (len(rows[0]) - 1)}"
     return "\n".join([head, rule, *body])
 
 
-def source(name: str, result: dict[str, Any]) -> str:
-    """Where the figures come from."""
+def source(name: str, result: dict[str, Any], path: str) -> str:
+    """The caption: date, hardware, versions and file of the figures."""
     machine = result["machine"]
-    hardware = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    hardware = machine["gpu"] or f"{machine['processor']}, {threads}"
     return (
         f"Measured {result['date']} on {hardware}, torch {machine['torch']}, transformers "
-        f"{machine['transformers']}: [results/{name}.json](benchmarks/results/{name}.json)."
+        f"{machine['transformers']}: [results/{name}.json]({path}/{name}.json)."
     )
 
 
 def waiting(name: str) -> str:
-    """What stands where a table will be."""
+    """The line in place of a table that is not measured yet."""
     if name == "samsum":
         return "Not measured yet: `benchmarks/pocket.py` with `--data` and `--name samsum`."
     if name.endswith("_avx2"):
@@ -248,33 +337,48 @@ def waiting(name: str) -> str:
     return f"Not measured yet: `python benchmarks/{script}.py{size}{device}`."
 
 
-def render(text: str) -> str:
-    """The README with every table as the results say."""
+def render(text: str, folder: Path = ROOT) -> str:
+    """A page in `folder` with every table and figure as the results say."""
+    path = os.path.relpath(RESULTS, folder)  # links lead there from the page
 
     def table(found: re.Match[str]) -> str:
         name = found.group(1)
-        path = ROOT / "benchmarks" / "results" / f"{name}.json"
-        if not path.exists():
-            return f"<!-- table: {name} -->\n{waiting(name)}\n<!-- end -->"
-        result = json.loads(path.read_text())
-        body = f"{markdown(TABLES[name](result))}\n\n{source(name, result)}"
-        if path.with_suffix(".svg").exists():
-            body += f"\n\n![The same as curves](benchmarks/results/{name}.svg)"
-        return f"<!-- table: {name} -->\n{body}\n<!-- end -->"
+        return f"<!-- table: {name} -->\n{body(name)}\n<!-- end -->"
 
+    def body(name: str) -> str:
+        names = READS.get(name, (name,))
+        if not all((RESULTS / f"{name}.json").exists() for name in names):
+            return waiting(name)
+        results = [load(name) for name in names]
+        text = f"{markdown(TABLES[name](*results))}\n\n"
+        if name in READS:
+            links = ", ".join(f"[{name}]({path}/{name}.json)" for name in names)
+            return f"{text}From {links}; [all tables](docs/benchmarks.md) with dates and machines."
+        text += source(name, results[0], path)
+        if (RESULTS / f"{name}.svg").exists():
+            text += f"\n\n![The same as curves]({path}/{name}.svg)"
+        return text
+
+    def figure(found: re.Match[str]) -> str:
+        return f"<!-- figure: {found.group(1)} -->{FIGURES[found.group(1)]()}<!-- end -->"
+
+    text = re.sub(r"<!-- figure: (\w+) -->.*?<!-- end -->", figure, text, flags=re.DOTALL)
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    wanted = render(text)
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        wanted = render(text, page.parent)
+        if wanted != text:
+            stale.append(page.relative_to(ROOT))
+            if "--check" not in sys.argv:
+                page.write_text(wanted, encoding="utf-8")
     if "--check" in sys.argv:
-        print(
-            "README.md is up to date" if wanted == text else "README.md: run this without --check"
-        )
-        return int(wanted != text)
-    path.write_text(wanted)
+        for page in stale:
+            print(f"{page} and benchmarks/results differ: run `make docs`")
+        return int(bool(stale))
     return 0
 
 

@@ -1,22 +1,23 @@
-"""How fast does a BART train on SAMSum, how much memory does it take, and is it as good?
+"""Speed, memory and loss of fine-tuning a BART on SAMSum.
 
     python benchmarks/training.py [--size base|large] [--device cuda] [--examples 512]
 
 Contestants: minilora; PEFT + Seq2SeqTrainer as people run it (shuffled, padded to the longest of
 the batch); the same at its best (batches of like length, fused AdamW, an fp32 or a bf16 base); with
-the fixed-length preprocessing of many a notebook (every example 1,024 + 128 tokens); and full
-fine-tuning with the Trainer at its best. All under bf16 autocast, from the same weights (random,
-of BART's dimensions) and the same start of the adapter, over the same examples: one epoch of
-them, but for those that are given fewer batches for want of time (column `steps`).
+the fixed-length preprocessing of many notebooks (every example 1,024 + 128 tokens); and full
+fine-tuning with the Trainer at its best. All run under bf16 autocast with the same weights (random,
+of BART's dimensions) and the same start of the adapter, for one epoch over the same examples. The
+slowest get fewer batches (column `steps`).
 
-Each has a process of its own; they are loaded one after the other and train by turns, window by
-window; the first window is warm-up. Between them the machine multiplies matrices: the share of that
-rate that a step reaches counts real tokens only (benchmarks/flops.py has the formula).
+Each contestant has a process of its own. They are loaded one after the other and train in turns,
+window by window; the first window is warm-up. Between windows the machine multiplies matrices. The
+share of that rate which a step reaches counts real tokens only (benchmarks/flops.py has the
+formula).
 
 Figures: examples per second over all windows, and the median of the windows; real source and target
-tokens per second; most memory of the process after loading; loss per target token on validation
-dialogues before and after. Speeds are compared by real tokens: which examples fall into the warm-up
-differs (group_by_length begins with the longest), and over the same examples the two say the same.
+tokens per second; peak memory of the process after loading; loss per target token on validation
+dialogues before and after. Speeds are compared by real tokens, because the examples of the warm-up
+differ (group_by_length begins with the longest). Over the same examples both measures agree.
 """
 
 import statistics
@@ -34,7 +35,7 @@ from workplace import DIMENSIONS, require_samsum, samsum_workplace
 
 BASE = "minilora"
 MATRICES = "matrix products"
-# Share of the steps that each trains for: the rate of these does not change from batch to batch.
+# The share of the steps that the slowest train for: all their batches have one size.
 SHARE = {"PEFT + Trainer, fixed length": 1 / 8, "full fine-tuning, Trainer": 1 / 2}
 DEFAULT = [name for name in BUILDERS if not name.startswith("minilora, ")]
 
@@ -42,7 +43,7 @@ DEFAULT = [name for name in BUILDERS if not name.startswith("minilora, ")]
 def measure(
     folder: Path, options: Any, names: list[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any], dict[str, Any]]:
-    """What each contestant said: at the start, of each window, at the end; the rate; the data."""
+    """The answers of each contestant (start, windows, end), the matrix rate, the data."""
     steps = options.examples // options.batch_size
     examples = (steps + options.warmup) * options.batch_size
     data = samsum_workplace(
@@ -81,7 +82,7 @@ def measure(
 
 
 def check_start(started: Mapping[str, Contestant], trainable: int) -> None:
-    """Adapters of one size, and one loss before the first step."""
+    """Check that all adapters have one size, and that the loss before the first step is equal."""
     losses = {}
     for name, contestant in started.items():
         if name == MATRICES:
@@ -91,7 +92,7 @@ def check_start(started: Mapping[str, Contestant], trainable: int) -> None:
         if not name.startswith("full"):
             assert facts["trainable"] == trainable, (name, facts["trainable"], trainable)
     first = next(iter(losses.values()))
-    # A bf16 base rounds its weights once; under autocast that is what an fp32 base does each time.
+    # A bf16 base rounds its weights once; autocast rounds those of an fp32 base at each call.
     assert all(abs(loss / first - 1) < 0.002 for loss in losses.values()), losses
 
 
@@ -132,7 +133,7 @@ def figures(row: Mapping[str, Any], rate: float) -> dict[str, Any]:
 
 
 def compare(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of minilora to each other contestant; `median` is the median of the rounds' ratios."""
+    """Ratios of minilora to each contestant; `median` is the median over the rounds."""
     ours = results.get(BASE)
     if ours is None:
         return {}

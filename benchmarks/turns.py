@@ -1,14 +1,14 @@
-"""Contestants in processes of their own that compute by turns.
+"""Contestants in processes of their own that compute in turns.
 
-Memory can be compared between processes only, times within the same minutes only. So each
-contestant gets a process, is loaded, and waits; the parent gives the word to one after the other,
-round by round, and who has not got it computes nothing.
+Memory can be compared only between processes, and times only within the same minutes. So each
+contestant gets a process, is loaded, and waits. The parent lets one after the other compute, round
+by round; the others wait.
 
     parent                                worker, in `work(turns, *arguments)`
     contestant = Contestant(name, work)   turns.answer(facts)           loaded and ready
     contestant.facts
     contestant.turn(word)                 turns.wait() -> word
-                                          turns.answer(what it measured)
+                                          turns.answer(measured)
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-# A waiting process must not spin; each worker reads these as it starts.
+# A waiting process must not spin. Each worker reads these variables at its start.
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
     "HF_HUB_OFFLINE": "1",
@@ -43,13 +43,13 @@ class Turns:
         self.connection.send(("answer", value))
 
     def wait(self) -> Any:
-        """The parent's next word; memory that is free goes back to the system meanwhile."""
+        """Wait for the next turn, and return free memory to the system before. Returns the word."""
         trim()
         return self.connection.recv()
 
 
 class Contestant:
-    """The parent's end: a process, started here, and what it said when it was ready.
+    """The parent's end: a process, started here, and its first answer.
 
     Args:
         name: for messages.
@@ -74,7 +74,7 @@ class Contestant:
             raise
 
     def turn(self, word: Any = None) -> Any:
-        """Give it the word; returns its answer, and nobody computes before that."""
+        """Give it the turn and wait for its answer."""
         self.connection.send(word)
         return self._receive()
 
@@ -100,7 +100,7 @@ class Contestant:
 def _serve(connection: Connection, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     try:
         work(Turns(connection), *arguments)
-    except (EOFError, KeyboardInterrupt):  # the parent has gone, or wants us gone
+    except (EOFError, KeyboardInterrupt):  # the parent has ended, or ends this process
         pass
     except BaseException:
         connection.send(("failed", traceback.format_exc()))
@@ -110,7 +110,7 @@ def _serve(connection: Connection, work: Callable[..., None], arguments: tuple[A
 def contestants(
     works: Mapping[str, tuple[Callable[..., None], tuple[Any, ...]]],
 ) -> Iterator[dict[str, Contestant]]:
-    """Start one after the other, so that none is loaded while another is; end them all."""
+    """Start one after the other, so that only one loads at a time; end all of them."""
     started: dict[str, Contestant] = {}
     try:
         for name, (work, arguments) in works.items():
@@ -124,7 +124,7 @@ def contestants(
 def rounds(
     started: Mapping[str, Contestant], number: int, word: Callable[[int], Any] = lambda _: None
 ) -> dict[str, list[Any]]:
-    """Each round gives everybody the word once, in an order that rotates; their answers."""
+    """In each round every contestant has one turn, in rotating order. Returns their answers."""
     names = list(started)
     answers: dict[str, list[Any]] = {name: [] for name in names}
     for i in range(number):
@@ -137,18 +137,18 @@ def rounds(
 
 
 def reset_peak(device: str) -> None:
-    """From here on the peak is counted: what loading took before is left out, for all alike."""
+    """Start counting the peak here, so that loading does not count."""
     trim()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):  # then the peak is that of the whole process, for all alike
+    with suppress(OSError):  # otherwise the peak includes loading, for all contestants
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(device: str) -> int:
-    """Most memory since `reset_peak`: of the GPU's allocator, or resident, of this process.
+    """Peak memory since `reset_peak`: of the GPU's allocator, or resident memory of this process.
 
-    Not getrusage's ru_maxrss: a started process inherits its parent's.
+    It is not getrusage's ru_maxrss, because a new process inherits its parent's.
     """
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated())
@@ -168,6 +168,6 @@ def _status(field: str) -> int:
 
 
 def trim() -> None:
-    """Give freed memory back (glibc), so that a waiting process holds what it needs only."""
+    """Return freed memory to the system (glibc), so that a waiting process holds little."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,12 +1,12 @@
-"""What all contestants of one benchmark are given: one model, one start, the same token ids.
+"""The input of all contestants of a benchmark: one model, one start, the same token ids.
 
     FOLDER/model/      config, weights (safetensors) and tokenizer
-    FOLDER/adapter/    where every adapter starts, in PEFT's format: A Kaiming, B zero
-    FOLDER/data/       the dialogues as train.jsonl and validation.jsonl, for minilora's own reader
+    FOLDER/adapter/    the start of every adapter, in PEFT's format: A Kaiming, B zero
+    FOLDER/data/       the dialogues as train.jsonl and validation.jsonl, for minilora's reader
     FOLDER/rows.json   the same as token ids, for the others
 
-The folder is a temporary one. SAMSum may be read, not passed on (CC BY-NC-ND): nothing of it, and
-no text made from it, goes into a result.
+The folder is temporary. SAMSum's licence (CC BY-NC-ND) does not allow derived texts: a result
+contains no text of SAMSum and no summary of its dialogues.
 """
 
 import json
@@ -52,7 +52,7 @@ def _bart(width: int, layers: int, heads: int, feed_forward: int, positions: int
     }
 
 
-# The dimensions of facebook/bart-base and bart-large (Lewis et al. 2020), and one to try things.
+# The dimensions of facebook/bart-base and bart-large (Lewis et al. 2020), and a tiny one.
 DIMENSIONS = {
     "base": _bart(768, 6, 12, 3072),
     "large": _bart(1024, 12, 16, 4096),
@@ -61,7 +61,7 @@ DIMENSIONS = {
 
 
 def require_samsum() -> None:
-    """End with one line, and without an error, where SAMSum is not at hand."""
+    """End with one line and without an error if there is no SAMSum."""
     for path in (SAMSUM, BART_TOKENIZER):
         if not path.is_dir():
             print(f"skipped: there is no {path} (SAMSum and BART's tokenizer)")
@@ -79,14 +79,14 @@ def bart_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def random_bart(size: str, vocabulary: int, seed: int, std: float = 0.02) -> Any:
-    """A BART of real dimensions with random weights: how fast it is does not depend on them."""
+    """A BART of real dimensions with random weights; its speed does not depend on them."""
     torch.manual_seed(seed)
     config = BartConfig(vocab_size=vocabulary, init_std=std, **DIMENSIONS[size])
     return BartForConditionalGeneration(config)
 
 
 def samsum(split: str) -> list[Example]:
-    """All rows with a dialogue, read by minilora: line ends are made alike."""
+    """All rows with a dialogue, read by minilora, which normalizes line ends."""
     data, _ = load(DataOptions(data=str(SAMSUM)), (split,))
     return [example for example in data[split] if example.dialogue.strip()]
 
@@ -102,7 +102,7 @@ def spread(examples: Sequence[Example], lengths: Sequence[int], count: int) -> l
 
 
 def write_adapter_start(model: Any, folder: Path, rank: int, dropout: float, seed: int) -> int:
-    """Inject, write the adapter as it starts, take it off again. Trainable parameters."""
+    """Inject, write the start of the adapter, remove it. Returns the trainable parameters."""
     torch.manual_seed(seed)
     config = LoRAConfig(
         rank=rank, alpha=4.0 * rank, dropout=dropout, targets=TARGETS, task_type="SEQ_2_SEQ_LM"
@@ -123,7 +123,7 @@ def furnish(
     dropout: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Write the folder; what is in it, in figures."""
+    """Write the folder. Returns its sizes."""
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "data").mkdir(parents=True)

@@ -1,19 +1,18 @@
-"""Run the commands and the Python of README.md and docs/*.md, and say what was not run.
+"""Run the commands and the Python of README.md, CONTRIBUTING.md and docs/*.md.
 
     python docs/check.py              run them, list every block; exit code 1 if one fails
     python docs/check.py docs/x.md    only this page
 
-Blocks fenced as `sh` or `python` are run, page by page and from top to bottom, in an empty folder
-that holds what `furnish` puts there: toy models, a few dialogues, a run and an adapter. The Python
-of a page shares one namespace, as in a notebook. What differs from the block as printed is said in
-a comment on the line before it:
+Blocks fenced as `sh` or `python` are run, page by page and from top to bottom, in a folder with
+toy models, a few dialogues, a run and an adapter (`furnish`). The Python of a page shares one
+namespace, as in a notebook. A comment on the line before a block changes what is run:
 
-    <!-- check: A => B; C => D -->    B is run where A stands
+    <!-- check: A => B; C => D -->    B replaces A
     <!-- check: toy -->               train.py gets the model, the data and the lengths of TOY
-    <!-- check: not run, WHY -->      only listed, with the reason
+    <!-- check: not run, WHY -->      the block is only listed, with the reason
 
-`python train.py`, `python evaluate.py` and `python -m minilora` are called within this process:
-starting Python anew for each of them would take most of the time.
+`python train.py`, `python evaluate.py` and `minilora` are called within this process, because
+starting Python for each of them would take most of the time.
 """
 
 import contextlib
@@ -34,12 +33,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TOY = (
     "--model toy-bart --data chats --max-steps 2 --max-source-length 64 --min-length 2 "
     "--max-length 12 --beams 1"
 )
-LINKED = ("train.py", "evaluate.py", "Makefile", "pyproject.toml", "constraints.txt", "docs")
+LINKED = (
+    "train.py", "evaluate.py", "Makefile", "pyproject.toml", "constraints.txt", "docs", "examples",
+)  # fmt: skip
 
 FENCE = re.compile(
     r"^(?:<!-- check: (?P<how>.*?) -->\n+)?```(?P<language>sh|bash|console|python)\n"
@@ -68,7 +69,7 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """The blocks of a page, what is to be run in place of what is printed already put in."""
+    """The blocks of a page, with the replacements of their comments made."""
     text, found = page.read_text(encoding="utf-8"), []
     for match in FENCE.finditer(text):
         line = text.count("\n", 0, match.start("language")) + 1
@@ -82,12 +83,12 @@ def blocks(page: Path) -> list[Block]:
             elif " => " in part and part.split(" => ")[0] in block.code:
                 block.code = block.code.replace(*part.split(" => "))
             else:
-                block.error = f"<!-- check: {part} --> says nothing about this block"
+                block.error = f"<!-- check: {part} --> changes nothing in this block"
         found.append(block)
     return found
 
 
-# What the commands find ---------------------------------------------------------------------------
+# The folder in which the commands run -------------------------------------------------------------
 
 
 def furnish(folder: Path) -> None:
@@ -146,21 +147,22 @@ def run(command: str, folder: Path, toy: bool = False) -> None:
     from minilora.summarization import cli
 
     words = shlex.split(command, comments=True)
-    doors = {
+    entry_points = {
         ("python", "train.py"): cli.train_main,
         ("python", "evaluate.py"): cli.evaluate_main,
         ("python", "-m", "minilora"): minilora_main,
+        ("minilora",): minilora_main,
     }
-    for start, door in doors.items():
+    if toy and {"train.py", "train"} & set(words) and "--resume" not in words:
+        words += _missing(words)
+    for start, entry_point in entry_points.items():
         if tuple(words[: len(start)]) == start:
-            arguments = words[len(start) :]
-            trains = "train.py" in start or arguments[:1] == ["train"]
-            if toy and trains and "--resume" not in arguments:
-                arguments += _missing(arguments)
             with _inside(folder):
-                code = _exit_code(door, arguments)
+                code = _exit_code(entry_point, words[len(start) :])
             break
     else:
+        if words[0] == "torchrun":
+            command = shlex.join([sys.executable, "-m", "torch.distributed.run", *words[1:]])
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             ["bash", "-c", command], cwd=folder, env=environment, check=False,
@@ -173,7 +175,7 @@ def run(command: str, folder: Path, toy: bool = False) -> None:
 
 
 def _missing(arguments: list[str]) -> list[str]:
-    """The flags of TOY that the command does not set itself, but always its model and data."""
+    """The flags of TOY that the command does not set; its model and data in every case."""
     pairs = re.findall(r"(--[a-z-]+) (\S+)", TOY)
     always = {"--model", "--data"} if not {"chats", "toy-bart"} & set(arguments) else set()
     return [w for f, v in pairs if f in always or f not in arguments for w in (f, v)]
@@ -181,7 +183,7 @@ def _missing(arguments: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _inside(folder: Path) -> Iterator[None]:
-    """contextlib.chdir, which Python 3.10 has not."""
+    """As contextlib.chdir, which Python 3.10 lacks."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -190,15 +192,15 @@ def _inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def _exit_code(door: Any, arguments: list[str]) -> int:
+def _exit_code(entry_point: Any, arguments: list[str]) -> int:
     try:
-        return int(door(arguments))
+        return int(entry_point(arguments))
     except SystemExit as end:  # --help, and argparse's errors
         return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
 def execute(block: Block, folder: Path, names: dict[str, Any]) -> None:
-    """Run a block; what goes wrong is kept in it."""
+    """Run a block, and store its error in it."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -218,14 +220,14 @@ def _execute_python(block: Block, names: dict[str, Any]) -> None:
         place = f"{block.page.name}:{block.line}"
         test = doctest.DocTestParser().get_doctest(block.code, names, place, place, 0)
         if doctest.DocTestRunner().run(test, clear_globs=False).failed:
-            raise RuntimeError("the output is another one")
+            raise RuntimeError("the output differs")
         names |= test.globs
     else:
         exec(compile(block.code, f"{block.page}:{block.line}", "exec"), names)
 
 
 def check(pages: list[Path]) -> Iterator[Block]:
-    """Run the pages' blocks, each page in a fresh folder."""
+    """Run the blocks of the pages, each page in a folder of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         toys = Path(scratch, "toys")
         toys.mkdir()

@@ -1,11 +1,12 @@
-"""Record what the two commands of the README show, and put it there.
+"""Record what the first commands print, and put it into the pages.
 
-    python docs/record.py             run them (minutes), write docs/recording.txt and README.md
-    python docs/record.py --paste     only paste docs/recording.txt into README.md again
-    python docs/record.py --check     exit code 1 if README.md is not what docs/recording.txt says
+    python docs/record.py             run them (minutes), write docs/recording.txt and the pages
+    python docs/record.py --paste     only write the pages from docs/recording.txt
+    python docs/record.py --check     exit code 1 if a page and docs/recording.txt differ
 
-The recording is what the commands write, whole, less the progress bar, which hides itself where
-nobody looks. The README shows it with all dialogues but the first one left out.
+docs/recording.txt holds all that the commands print, without the progress bar, which is not shown
+when stderr is not a terminal. docs/first-run.md leaves out all dialogues but the first, README.md
+shows the lines that training ends with.
 """
 
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDING = ROOT / "docs" / "recording.txt"
-README = ROOT / "README.md"
+README, FIRST_RUN = ROOT / "README.md", ROOT / "docs" / "first-run.md"
 
 CHAT = """\
 Mia: Are we still on for the cinema tonight?
@@ -34,15 +35,15 @@ COMMANDS = (
 
 
 def record() -> str:
-    """Run the commands one after the other where there is nothing but them and a chat."""
+    """Run the commands one after the other in a folder that holds only them and a chat."""
     threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count()
     lines = [
         f"Recorded {time.strftime('%Y-%m-%d')} with {threads} of {os.cpu_count()} threads, load "
         f"average {os.getloadavg()[0]:.1f} before."
     ]
     with tempfile.TemporaryDirectory() as folder:
-        for door in ("train.py", "evaluate.py"):
-            Path(folder, door).symlink_to(ROOT / door)
+        for name in ("train.py", "evaluate.py"):
+            Path(folder, name).symlink_to(ROOT / name)
         Path(folder, "chat.txt").write_text(CHAT)
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         for command in COMMANDS:
@@ -78,26 +79,38 @@ def excerpt(recording: str) -> str:
     return "\n\n".join(kept).split("\n", 1)[1].rstrip()
 
 
-def paste(readme: str, recording: str) -> str:
-    """The README with the recording between its marks."""
+def ending(recording: str) -> str:
+    """The lines that training ends with: its last two paragraphs, the scores and the summary."""
+    training, _, _ = recording.partition("$ cat chat.txt")
+    return "\n\n".join(training.rstrip().split("\n\n")[-2:])
+
+
+def paste(page: str, recording: str) -> str:
+    """A page with its part of the recording between its marks."""
     when, _, _ = recording.partition("\n")
-    body = (
-        f"<!-- recording -->\n```text\n{excerpt(recording)}\n```\n\n{when} All of it: "
-        "[docs/recording.txt](docs/recording.txt).\n<!-- end of recording -->"
+    whole = (
+        f"```text\n{excerpt(recording)}\n```\n\n{when} All of it: [recording.txt](recording.txt)."
     )
-    marks = r"<!-- recording -->\n.*?<!-- end of recording -->"
-    return re.sub(marks, lambda _: body, readme, flags=re.DOTALL)
+    for mark, part in (("recording", whole), ("ending", f"```text\n{ending(recording)}\n```")):
+        body = f"<!-- {mark} -->\n{part}\n<!-- end of {mark} -->"
+        marks = rf"<!-- {mark} -->\n.*?<!-- end of {mark} -->"
+        page = re.sub(marks, lambda _, body=body: body, page, flags=re.DOTALL)
+    return page
 
 
 def main() -> int:
     if not {"--paste", "--check"} & set(sys.argv):
         RECORDING.write_text(record())
-    readme = README.read_text()
-    wanted = paste(readme, RECORDING.read_text())
-    if "--check" in sys.argv:
-        return int(wanted != readme)
-    README.write_text(wanted)
-    return 0
+    recording, stale = RECORDING.read_text(), False
+    for page in (README, FIRST_RUN):
+        text = page.read_text()
+        wanted = paste(text, recording)
+        if "--check" not in sys.argv:
+            page.write_text(wanted)
+        elif wanted != text:
+            print(f"{page.relative_to(ROOT)} and docs/recording.txt differ: run `make docs`")
+            stale = True
+    return int(stale)
 
 
 if __name__ == "__main__":

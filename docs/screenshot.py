@@ -1,4 +1,4 @@
-"""The picture of a run's page in the README.
+"""The picture of a report in docs/first-run.md.
 
     python docs/screenshot.py RUN docs/report.png
 

@@ -1,26 +1,26 @@
 # %% [markdown]
 # # 1 · Why low rank
 #
-# **Question.** Fine-tuning changes every number of a weight. Why should a product of two thin
-# matrices be able to stand in for that change?
+# **Question.** Fine-tuning changes every entry of a weight. Why can the product of two thin matrices
+# replace that change?
 #
 # ## The math
 #
-# Full fine-tuning turns a weight $W$ (out, in) into $W + \Delta W$. Any such update is a sum of
-# rank-one pieces, the largest first (the singular value decomposition):
+# Full fine-tuning turns a weight $W$ (out, in) into $W + \Delta W$. The singular value decomposition
+# writes any such update as a sum of rank-one pieces, the largest first:
 #
 # $$ \Delta W = \sum_i \sigma_i\, u_i v_i^\top, \qquad \sigma_1 \ge \sigma_2 \ge \dots \ge 0 $$
 #
-# Keep the first $r$ pieces. By Eckart and Young (1936) no matrix of rank $r$ comes nearer, and what
-# is missed is known exactly:
+# Keep the first $r$ pieces. No matrix of rank $r$ is nearer to $\Delta W$ (Eckart and Young 1936), and
+# the error is known exactly:
 #
 # $$ \min_{\operatorname{rank} X \le r} \lVert \Delta W - X \rVert_F
 #    = \sqrt{\textstyle\sum_{i > r} \sigma_i^2} $$
 #
-# LoRA trains $\Delta W = s B A$ with $A$ (r, in) and $B$ (out, r): a matrix of rank $r$ at most, with
-# $r\,(\text{in} + \text{out})$ numbers instead of $\text{in} \cdot \text{out}$. It can only be good if
-# the $\sigma_i$ fall quickly. Do they? (Hu et al. 2021, section 4, conjectured it; Aghajanyan et al.
-# 2020, [arXiv:2012.13255](https://arxiv.org/abs/2012.13255), had measured something like it.)
+# LoRA trains $\Delta W = s B A$ with $A$ (r, in) and $B$ (out, r): a matrix of rank at most $r$, with
+# $r\,(\text{in} + \text{out})$ numbers instead of $\text{in} \cdot \text{out}$. This works well only if
+# the $\sigma_i$ fall quickly. Do they? (Hu et al. 2021, section 4, assumed it; Aghajanyan et al. 2020,
+# [arXiv:2012.13255](https://arxiv.org/abs/2012.13255), had measured something similar.)
 
 # %%
 import copy
@@ -38,8 +38,8 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## A real update
 #
-# Fine-tune all of pocket-bart for a few steps on short dialogues, and take the update of every
-# linear layer apart. It is a short run, to be quick; a long one follows below.
+# Fine-tune all of pocket-bart for a few steps on short dialogues, and decompose the update of every
+# linear layer. This run is short, to be quick; the plot below also shows a long one.
 
 # %%
 base, tokenizer = workshop.pocket()
@@ -56,30 +56,30 @@ pieces = {
 
 
 def energy(sigma: Tensor) -> Tensor:
-    """The share of the squared norm that the first r pieces hold, for r = 1, 2, ..."""
+    """The share of the squared norm in the first r pieces, for r = 1, 2, ..."""
     return sigma.square().cumsum(0) / sigma.square().sum()
 
 
 square = [name for name, W in weights.items() if W.shape[0] == W.shape[1]]
 shares = torch.stack([energy(pieces[name].S) for name in square])  # (matrices, k)
-noise = energy(torch.linalg.svdvals(torch.randn_like(weights[square[0]])))  # nothing to find in it
+noise = energy(torch.linalg.svdvals(torch.randn_like(weights[square[0]])))  # a random matrix
 for r in (1, 8, 32):
     print(
-        f"rank {r:2} holds {shares[:, r - 1].mean():4.0%} of an update's energy "
+        f"rank {r:2} has {shares[:, r - 1].mean():4.0%} of an update's energy "
         f"({shares[:, r - 1].min():.0%} to {shares[:, r - 1].max():.0%}), "
         f"{noise[r - 1]:.0%} of a random matrix's"
     )
 
 # %% [markdown]
-# Energy is not what we fine-tune for. So put the truncated updates into the model, and see how much
-# of the *gain* each rank keeps. (Embeddings, biases and norms stay as fine-tuned; rank 0 shows what
-# they do alone.)
+# Energy is not the goal of fine-tuning. So put the truncated updates into the model, and measure how
+# much of the *gain* each rank keeps. (Embeddings, biases and norms stay fine-tuned; rank 0 shows
+# their effect alone.)
 
 
 # %%
 @torch.no_grad()
 def loss_at(rank: int) -> float:
-    """Held-out loss of the fine-tuned model with every linear's update cut to its first pieces."""
+    """Held-out loss of the fine-tuned model, every linear's update cut to its first pieces."""
     for name, (U, sigma, Vt) in pieces.items():
         kept = (U[:, :rank] * sigma[:rank]) @ Vt[:rank]  # (out, in)
         tuned.get_submodule(name).weight.copy_(weights[name] + kept)
@@ -97,10 +97,9 @@ print("of what the linear layers gain,", ", ".join(f"rank {r}: {gain[r]:.0%}" fo
 # %% [markdown]
 # ## A planted update, learned
 #
-# The SVD needs to know $\Delta W$. LoRA does not: it sees inputs and wanted outputs, and follows the
-# gradient of $A$ and $B$. Does that end at the best matrix of its rank? Plant an update whose
-# singular values fall by a fifth each, let LoRA learn it from examples at ranks 1 to 16, and
-# compare with the bound.
+# The SVD needs $\Delta W$. LoRA does not: it sees inputs and target outputs, and follows the gradients
+# of $A$ and $B$. Does it find the best matrix of its rank? Choose an update whose singular values
+# each fall by a fifth, let LoRA learn it from examples at ranks 1 to 16, and compare with the bound.
 
 # %%
 torch.manual_seed(1)
@@ -155,7 +154,7 @@ middle.plot(KEPT[1:], [gain[r] for r in KEPT[1:]], "o-", label="this run")
 middle.axhline(1, color="black", linewidth=1, linestyle=":")
 middle.set(
     xlabel="pieces kept, r", ylabel="share of the gain in held-out loss", xscale="log",
-    ylim=(0, None), title="What they are worth",
+    ylim=(0, None), title="Their share of the gain",
 )  # fmt: skip
 middle.legend(fontsize=8, loc="lower right")
 for axis in (left, middle):
@@ -170,26 +169,26 @@ right.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# **What to see.** Left: the real updates lie far above a random matrix (dashed): a few pieces hold
-# much of them, if by no means all. Middle: what matters is more concentrated still; a handful of
-# pieces already brings most of the gain, and the long tail is worth little. Right: the dots lie on
-# the line. Gradient descent on $A$ and $B$ finds the best matrix of its rank, without ever seeing the
-# update.
+# **What to see.** Left: the curves of the real updates are far above that of a random matrix
+# (dashed). A few pieces have much of the energy, but not all of it. Middle: the gain is even more
+# concentrated. A few pieces give most of it, and the many small ones give little. Right: the dots are
+# on the line. Gradient descent on $A$ and $B$ finds the best matrix of its rank, although it never
+# sees the update.
 #
-# Be careful what you conclude. That the *energy* is spread over many pieces is Adam's doing: its steps
-# have nearly the same size in every entry. And that truncating the full update works does not prove
-# that training at a low rank finds as good a one; lesson 7 measures that.
+# Two warnings. The *energy* is spread over many pieces because Adam's steps have nearly the same size
+# in every entry. And a truncated full update that works does not prove that training at a low rank
+# finds an equally good one; lesson 7 measures that.
 #
 # ## The claim
 #
-# At rank 8 of at most 256, a real update keeps several times the energy that a random matrix would,
-# and most of the gain. LoRA's error is never below the Eckart–Young bound, and within 5% of it.
+# At rank 8 of at most 256, a real update keeps several times the energy of a random matrix, and most
+# of the gain. LoRA's error is never below the Eckart–Young bound, and at most 5% above it.
 
 
 # %%
 def claim(share: Tensor, kept: float, errors: dict[int, float]) -> None:
     times = (share[7] / noise[7]).item()
-    assert times > 2, f"8 pieces hold only {times:.1f} times what they hold of a random matrix"
+    assert times > 2, f"8 pieces have only {times:.1f} times the energy of a random matrix's"
     assert kept > 0.6, f"8 pieces keep only {kept:.0%} of the gain"
     for rank, found in errors.items():
         ratio = found / bound[rank]
@@ -205,9 +204,9 @@ workshop.must_fail(lambda: claim(shares.mean(0), gain[8], one_rank), "every rank
 # %% [markdown]
 # ## Exercises
 #
-# Fill the gaps in [`exercises/lesson_1.py`](exercises/lesson_1.py), then ask
+# Fill the gaps in [`exercises/lesson_1.py`](exercises/lesson_1.py), then run
 # `python -m pytest lessons/exercises/test_lesson_1.py`:
 #
 # 1. `best_factors`: $A$ and $B$ of rank $r$ whose product is the best approximation of an update.
 # 2. `rank_for`: the smallest rank that keeps a given share of an update's energy.
-# 3. `break_even`: from which rank on does LoRA train as many numbers as full fine-tuning?
+# 3. `break_even`: the rank from which LoRA trains at least as many numbers as full fine-tuning.

@@ -6,27 +6,27 @@
 #
 # ## The math
 #
-# A frozen weight $W$ (out, in) gets a branch beside it: $A$ (r, in) takes the input down to $r$
-# numbers, $B$ (out, r) takes them up again, and $s = \alpha / r$ scales the result. For a batch
+# A branch is added to a frozen weight $W$ (out, in): $A$ (r, in) projects the input down to $r$
+# numbers, $B$ (out, r) projects them up again, and $s = \alpha / r$ scales the result. For a batch
 # $x$ (n, in):
 #
 # $$ h = x A^\top \quad (n, r) \qquad\qquad y = x W^\top + s\, h B^\top \quad (n, \text{out}) $$
 #
-# Let $G = \partial L / \partial y$ (n, out) be the gradient that arrives from above. The chain rule
-# gives the gradients of the two factors, and what is passed on below:
+# Let $G = \partial L / \partial y$ (n, out) be the gradient of the loss with respect to the output. The
+# chain rule gives the gradients of the two factors and of the input:
 #
 # $$ \frac{\partial L}{\partial B} = s\, G^\top h \qquad
 #    \frac{\partial L}{\partial A} = s\, (G B)^\top x \qquad
 #    \frac{\partial L}{\partial x} = G W + s\, (G B) A $$
 #
-# Look at who stands in whose gradient. $\partial L / \partial B$ contains $A$ (through $h$) but not
-# $B$; $\partial L / \partial A$ contains $B$ but not $A$. So:
+# $\partial L / \partial B$ contains $A$ (through $h$) but not $B$; $\partial L / \partial A$ contains
+# $B$ but not $A$. So:
 #
 # | start | output | $\partial L / \partial A$ | $\partial L / \partial B$ |
 # | --- | --- | --- | --- |
-# | $A$ random, $B = 0$ (LoRA) | the base's | 0 | not 0: $B$ leaves zero, then $A$ moves too |
-# | $A = 0$, $B$ random | the base's | not 0 | 0: the mirror image |
-# | both zero | the base's | 0 | 0: a saddle point, nothing ever moves |
+# | $A$ random, $B = 0$ (LoRA) | the base's | 0 | not 0: $B$ moves first, then $A$ too |
+# | $A = 0$, $B$ random | the base's | not 0 | 0: $A$ moves first, then $B$ too |
+# | both zero | the base's | 0 | 0: a saddle point, neither ever moves |
 # | both random | **changed** | not 0 | not 0 |
 
 # %%
@@ -42,7 +42,7 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## The layer, by hand
 #
-# Forward and backward in a dozen lines, with the shapes beside them.
+# Forward and backward in a dozen lines, with shapes.
 
 
 # %%
@@ -67,11 +67,10 @@ class ByHand(torch.autograd.Function):
 
 
 # %% [markdown]
-# Three ways to the same gradients: by hand, as above; by autograd, which needs to be told nothing;
-# and by the library, which trains by equations like these too, since they keep less in memory
-# ([`functional.py`](../minilora/functional.py), with dropout and mixed precision). Compare them in
-# float64, with $B$ filled with random numbers: at $B = 0$ a wrong $\partial L / \partial A$ would
-# pass unnoticed.
+# Three ways to the same gradients: by hand, as above; by autograd; and by the library, which also
+# trains with such equations, because they keep less in memory, and adds dropout and mixed precision.
+# Compare them in float64, with random numbers in $B$: at $B = 0$ a wrong $\partial L / \partial A$
+# would not be noticed.
 
 # %%
 layer = LoRALinear(nn.Linear(48, 32, bias=False).double(), rank=4, alpha=10)  # s = 2.5
@@ -99,8 +98,8 @@ for name, *results in zip(
 # %% [markdown]
 # ## Four starts, one task
 #
-# The base $W$ is frozen. The task wants $W + \Delta$ with a $\Delta$ of rank 2. Every start trains
-# the same way; only the first values of $A$ and $B$ differ.
+# The base $W$ is frozen. The task needs $W + \Delta$ with a $\Delta$ of rank 2. All four runs train
+# alike; only the first values of $A$ and $B$ differ.
 
 # %%
 torch.manual_seed(1)
@@ -151,20 +150,20 @@ right.legend(loc="lower left", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# **What to see.** With one factor zero, training starts exactly at the base's loss (dotted) and
-# falls. With both zero the line stays on the dotted one for ever: both gradients vanish. With both
-# random, training works too, but the first loss is *above* the base's: the fine-tune begins by
-# damaging the model it was given, and has to repair that first.
+# **What to see.** With one factor at zero, the loss starts exactly at the base's (dotted) and falls.
+# With both at zero it stays there: both gradients are zero. With both random, training works too, but
+# the first loss is *above* the base's: the start has made the model worse, and training has to undo
+# that first.
 #
-# So one factor must be zero, and it does not matter to the output which. LoRA chose $B$ (Hu et al.
-# 2021, section 4.1). The two are not quite the same later on: $A$ sees large inputs and $B$ small
-# gradients, and starting from a random $A$ stays stable at larger learning rates
+# So one factor must be zero. For the first output it does not matter which. LoRA chose $B$ (Hu et al.
+# 2021, section 4.1). Later the two choices differ: training from a random $A$ stays stable at larger
+# learning rates
 # (Hayou et al. 2024, [The Impact of Initialization on LoRA](https://arxiv.org/abs/2406.08447)).
 #
 # ## The claim
 #
-# The equations above are the gradients; LoRA's start leaves the base's output as it is, bit for
-# bit, and trains; both factors at zero never leave it.
+# The equations above are the gradients. LoRA's start does not change the base's output, bit for bit,
+# and it trains. Two factors at zero never train.
 
 
 # %%
@@ -180,7 +179,7 @@ def claim(gradients: list[Tensor], start: str) -> None:
 claim(by_hand, "A random, B = 0 (LoRA)")
 claim(by_library, "A random, B = 0 (LoRA)")
 stuck = curves["both zero"][1]
-assert not stuck.lora_A.any() and not stuck.lora_B.any()  # after 150 steps, still exactly zero
+assert not stuck.lora_A.any() and not stuck.lora_B.any()  # exactly zero after 150 steps
 
 workshop.must_fail(lambda: claim(by_hand, "both zero"), "both start at zero")
 workshop.must_fail(lambda: claim(by_hand, "both random"), "both start at random")
@@ -190,10 +189,10 @@ workshop.must_fail(lambda: claim(without_s, "A random, B = 0 (LoRA)"), "dL/dB wi
 # %% [markdown]
 # ## Exercises
 #
-# Fill the gaps in [`exercises/lesson_2.py`](exercises/lesson_2.py), then ask
+# Fill the gaps in [`exercises/lesson_2.py`](exercises/lesson_2.py), then run
 # `python -m pytest lessons/exercises/test_lesson_2.py`:
 #
-# 1. `lora_forward`: the layer's output with dropout on the branch's input, never on the base's.
-# 2. `lora_gradients`: $\partial L/\partial A$ and $\partial L/\partial B$ when that dropout is on.
-# 3. `first_step`: $\Delta W = s B A$ after one step of plain gradient descent from LoRA's start, in
-#    closed form, without building the layer.
+# 1. `lora_forward`: the layer's output with dropout on the branch's input, but not on the base's.
+# 2. `lora_gradients`: $\partial L/\partial A$ and $\partial L/\partial B$ with that dropout.
+# 3. `first_step`: $\Delta W = s B A$ after one step of gradient descent from LoRA's start, in closed
+#    form, without a layer.

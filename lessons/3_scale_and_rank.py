@@ -1,35 +1,35 @@
 # %% [markdown]
 # # 3 · Scale and rank
 #
-# **Question.** You double the rank. Does the same learning rate still suit? It depends on the scale,
+# **Question.** You double the rank. Is the same learning rate still right? It depends on the scale,
 # $s = \alpha / r$ or $s = \alpha / \sqrt{r}$, and on the optimizer.
 #
 # ## The math
 #
-# Let $M = \partial L / \partial W = G^\top x$ (out, in) be the gradient of the full weight. At LoRA's
-# start $B = 0$, so only $B$ moves in the first step. Plain gradient descent with the rate $\eta$:
+# Let $M = \partial L / \partial W = G^\top x$ (out, in) be the gradient of the full weight. LoRA starts
+# with $B = 0$, so only $B$ moves in the first step. For gradient descent with learning rate $\eta$:
 #
 # $$ B_1 = -\eta\, s\, M A^\top \qquad\Longrightarrow\qquad
 #    \Delta W_1 = s B_1 A = -\eta\, s^2\, M A^\top A $$
 #
 # The entries of $A$ are uniform in $\pm 1/\sqrt{\text{in}}$, with variance $1/(3\,\text{in})$, so
 # $\mathbb{E}[A^\top A] = \frac{r}{3\,\text{in}} I$. How far does the step go downhill? Project it onto
-# the direction of steepest descent:
+# the direction of steepest descent, in units of the full gradient:
 #
 # $$ p = -\frac{\langle \Delta W_1, M \rangle}{\lVert M \rVert^2}
 #      = \eta\, s^2\, \frac{\lVert M A^\top \rVert^2}{\lVert M \rVert^2}
 #      \approx \eta\, s^2\, \frac{r}{3\,\text{in}} $$
 #
-# so that $p \propto 1/r$ with $s = \alpha/r$, and $p$ does not depend on $r$ with
-# $s = \alpha/\sqrt r$. That is rsLoRA's argument (Kalajdzievski 2023,
-# [arXiv:2312.03732](https://arxiv.org/abs/2312.03732)).
+# So $p \propto 1/r$ with $s = \alpha/r$, and $p$ does not depend on $r$ with $s = \alpha/\sqrt r$. This
+# is rsLoRA's argument (Kalajdzievski 2023, [arXiv:2312.03732](https://arxiv.org/abs/2312.03732)).
 #
-# Adam's first step forgets the size of the gradient: $B_1 = -\eta\, \mathrm{sign}(s\, M A^\top)$. One
-# factor of $s$ is gone, and
+# Adam's first step does not depend on the size of the gradient:
+# $B_1 = -\eta\, \mathrm{sign}(s\, M A^\top)$. One factor of $s$ disappears, and
 #
 # $$ p = \eta\, s\, \frac{\sum_{ik} |M A^\top|_{ik}}{\lVert M \rVert^2} \;\propto\; s\, r $$
 #
-# Now it is $s = \alpha/r$ that does not depend on $r$, and $\alpha/\sqrt r$ grows as $\sqrt r$!
+# Now $p$ does not depend on $r$ with $s = \alpha/r$, and grows as $\sqrt r$ with $s = \alpha/\sqrt r$.
+# The exponents of $r$ in $p$:
 #
 # | | $s = \alpha / r$ | $s = \alpha / \sqrt r$ |
 # | --- | --- | --- |
@@ -52,7 +52,7 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## The first step, measured
 #
-# One linear layer and a regression. Take a step, and see how far downhill it went.
+# One linear layer and a regression. Take a step, and measure how far downhill it went.
 
 # %%
 x, target = torch.randn(16, 256), torch.randn(16, 128)  # (n, in), (n, out)
@@ -112,7 +112,7 @@ for (optimizer, rule), slope in slopes.items():
 # %% [markdown]
 # ## Several steps
 #
-# From the second step on $A$ moves too, and nothing stays as simple. So measure: the norm of
+# From the second step on $A$ moves too, and the derivation no longer holds. So measure the norm of
 # $\Delta W$ over 40 steps of Adam, at a small and at a large rank.
 
 # %%
@@ -126,7 +126,7 @@ norms = {
 # ## Learning rates, on a real model
 #
 # pocket-bart, a few steps of AdamW on short dialogues: rank 8 with $\alpha = 32$ on every linear
-# layer, and full fine-tuning. The loss is that on held-out dialogues.
+# layer, and full fine-tuning. The loss is on held-out dialogues.
 
 # %%
 model, tokenizer = workshop.pocket()
@@ -180,12 +180,12 @@ axes[2].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# **What to see.** Left: straight lines with the four slopes derived above. Neither rule is right for
-# every optimizer; each makes one of them independent of the rank. Middle: over several steps of
-# Adam, and in norm (which also counts what does not lead downhill), rank 64 stays behind rank 4 with
-# $\alpha/r$ (solid) and runs ahead of it with $\alpha/\sqrt r$ (dashed): here no rule is
-# neutral. Right: the valley of LoRA lies to the right of that of full fine-tuning; a rate that ruins
-# the full model is what LoRA wants. So whoever compares the two at one common rate compares nothing.
+# **What to see.** Left: straight lines with the four slopes derived above. Neither rule fits every
+# optimizer; each makes one optimizer independent of the rank. Middle: over several steps of Adam,
+# and in norm (which also counts what does not go downhill), rank 64 is below rank 4 with $\alpha/r$
+# (solid) and above it with $\alpha/\sqrt r$ (dashed): here neither rule is neutral. Right: LoRA's
+# best learning rate is higher than that of full fine-tuning, and much too high for it. So a comparison
+# of the two at one common rate says nothing.
 #
 # ## The claim
 #
@@ -204,18 +204,18 @@ def claim(expected: dict[tuple[str, str], float], rates: dict[str, float]) -> No
 claim(EXPECTED, best)
 
 as_for_sgd = {(o, rule): EXPECTED["SGD", rule] for o, rule in EXPECTED}
-workshop.must_fail(lambda: claim(as_for_sgd, best), "SGD's exponents are expected of Adam too")
+workshop.must_fail(lambda: claim(as_for_sgd, best), "SGD's exponents are expected of Adam")
 workshop.must_fail(
-    lambda: claim(EXPECTED, dict.fromkeys(best, best["full"])), "one rate is taken for both"
+    lambda: claim(EXPECTED, dict.fromkeys(best, best["full"])), "both use one learning rate"
 )
 
 # %% [markdown]
 # ## Exercises
 #
-# Fill the gaps in [`exercises/lesson_3.py`](exercises/lesson_3.py), then ask
+# Fill the gaps in [`exercises/lesson_3.py`](exercises/lesson_3.py), then run
 # `python -m pytest lessons/exercises/test_lesson_3.py`:
 #
-# 1. `alpha_for`: change the rank and keep the scale: which alpha does each rule need?
-# 2. `step_ratio`: how many times as far downhill does the first step go at rank $r'$ as at rank $r$?
-# 3. `folded`: rewrite $s B A$ with $s = 1$, both factors changed by the same number. Is training
+# 1. `alpha_for`: the alpha that keeps the scale when the rank changes, for each rule.
+# 2. `step_ratio`: how many times as far downhill the first step goes at rank $r'$ as at rank $r$.
+# 3. `folded`: write $s B A$ with $s = 1$, with both factors multiplied by the same number. Is training
 #    then the same?

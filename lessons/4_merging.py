@@ -1,22 +1,22 @@
 # %% [markdown]
 # # 4 · Merging
 #
-# **Question.** What does a fine-tuned model cost at inference, and what does merging the adapter
-# into the weights do to them?
+# **Question.** What does a fine-tuned model cost at inference, and what does merging the adapter do
+# to the weights?
 #
 # ## The math
 #
-# The branch disappears into the weight, because a sum of linear maps is a linear map:
+# The branch can be added to the weight, because a sum of linear maps is a linear map:
 #
 # $$ x W^\top + s\,(x A^\top) B^\top = x\,(W + s B A)^\top $$
 #
-# In exact numbers that would be all. But $W$ is stored in bfloat16, with 8 significant bits, and
-# the sum has to be rounded to them. Neighbouring bfloat16 numbers around $w$ are one *ulp*
-# (unit in the last place) apart: $\mathrm{ulp}(w) = 2^{\lfloor \log_2 |w| \rfloor - 7}$. Rounding
-# once, to the nearest, is off by at most half an ulp. Two questions follow:
+# With exact numbers this would be all. But $W$ is stored in bfloat16, with 8 significant bits, and
+# the sum has to be rounded to them. Neighbouring bfloat16 numbers around $w$ are one *ulp* (unit in
+# the last place) apart: $\mathrm{ulp}(w) = 2^{\lfloor \log_2 |w| \rfloor - 7}$. Rounding once, to the
+# nearest, has an error of at most half an ulp. Two questions follow:
 #
-# - How much of a small $\Delta W$ survives the rounding?
-# - Can the base be had back? Subtracting does not do it: with $\mathrm{fl}$ for rounding,
+# - How much of a small $\Delta W$ does rounding remove?
+# - Can the base be restored? Subtracting does not restore it: with $\mathrm{fl}$ for rounding,
 #   $\mathrm{fl}(\mathrm{fl}(W + \Delta W) - \Delta W) \ne W$.
 
 # %%
@@ -37,8 +37,8 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## The cost: count the operations
 #
-# One model in four states. Beside the multiplications and additions of a forward pass, look at what
-# the model *is*: after `unwrap` it has the very modules it had before `inject`.
+# One model in four states. Count the multiplications and additions of a forward pass, and compare
+# the modules: after `unwrap` the model has the modules it had before `inject`.
 
 # %%
 base, tokenizer = workshop.pocket()
@@ -73,9 +73,9 @@ for name, count in cost.items():
 # %% [markdown]
 # ## The rounding: merge and unmerge, in ulps
 #
-# A real weight of pocket-bart in bfloat16, and adapters whose update is about 2% of it. A server
-# that switches between tasks merges one adapter, takes it out, merges the next. `by_subtraction`
-# does it as most libraries do; minilora keeps the untouched weight while merged.
+# A real weight of pocket-bart in bfloat16, and adapters whose update is about 2% of it. A server that
+# switches between tasks merges one adapter, unmerges it, and merges the next. `by_subtraction`
+# unmerges as most libraries do; minilora keeps the original weight while merged.
 
 
 # %%
@@ -111,9 +111,11 @@ for cycle in range(CYCLES):
     drift["minilora"].append(((exact.weight - W).double().abs() / ulp(W)).mean().item())
 
 changed = (by_subtraction != W).double().mean().item()
-print(f"merged once: {rounding.mean():.2f} ulp off on average, {rounding.max():.2f} at most")
-print(f"rounding swallowed {lost:.1%} of the update's norm")
-print(f"after {CYCLES} cycles of subtracting, {changed:.0%} of the weights are not the base's")
+print(f"merged once: error {rounding.mean():.2f} ulp on average, {rounding.max():.2f} at most")
+print(f"rounding removed {lost:.1%} of the update's norm")
+print(
+    f"after {CYCLES} cycles with subtraction, {changed:.0%} of the weights differ from the base's"
+)
 print(f"with minilora, {(exact.weight != W).double().mean():.0%}")
 
 # %%
@@ -133,7 +135,7 @@ left.set(
 )
 left.legend(fontsize=9)
 right.plot(range(1, CYCLES + 1), drift["subtract"], label="unmerge by subtracting")
-right.plot(range(1, CYCLES + 1), drift["minilora"], label="minilora: the untouched weight again")
+right.plot(range(1, CYCLES + 1), drift["minilora"], label="minilora: restore the original weight")
 right.set(
     xlabel="cycles of merging and unmerging",
     ylabel="mean distance from the base (ulp)",
@@ -143,30 +145,30 @@ right.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
-# **What to see.** Left: an active adapter on every linear layer adds operations; merged and
-# unwrapped, the count is the base's, exactly. The measured times are those of
-# [`benchmarks/merge_latency.py`](../benchmarks/merge_latency.py) (another, larger model with an
-# adapter on `q_proj` and `v_proj` only): there a ratio within 0.03 of 1 is noise, as its second
-# base shows. Right: subtracting leaves a random walk behind, which grows with every cycle and does
-# not come back. The flat line at zero is not a small number, it is zero.
+# **What to see.** Left: an active adapter on every linear layer adds operations. Merged or unwrapped,
+# the count equals the base's. The measured times come from
+# [`benchmarks/merge_latency.py`](../benchmarks/merge_latency.py), with a larger model and an adapter
+# on `q_proj` and `v_proj` only. There a ratio within 0.03 of 1 is noise, as a second copy of the base
+# shows. Right: with subtraction the distance from the base grows with every cycle. The flat line is
+# exactly zero.
 #
-# Note the printed share that rounding swallowed: bfloat16 is coarse, and an update of 2% of $W$
-# is only a few of its last places wide. That is the price of 8 bits, whoever merges; in float32
-# the share is $2^{16}$ times smaller.
+# Look at the printed share that rounding removed. bfloat16 is coarse: an update of 2% of $W$ is only
+# a few ulps wide. This is the cost of 8 bits for every library; in float32 the share is $2^{16}$
+# times smaller.
 #
 # ## The claim
 #
-# Unwrapped, the model has the base's modules and its operations. Merging rounds once: at most half
-# an ulp. Unmerging gives the base back bit for bit, and subtracting does not.
+# After `unwrap` the model has the base's modules and operations. Merging rounds once: the error is at
+# most half an ulp. Unmerging restores the base bit for bit, and subtracting does not.
 
 
 # %%
 def claim(model: nn.Module, after: Tensor) -> None:
-    assert modules(model) == modules(base), "other modules than the base's"
+    assert modules(model) == modules(base), "the modules differ from the base's"
     assert flops(model) == cost["base"], "more operations than the base's"
     assert rounding.max() <= 0.5 + 1e-4, "rounded more than once"  # 1e-4: the float32 sum's share
     moved = (after != W).double().mean().item()
-    assert moved == 0, f"{moved:.0%} of the weights are not the base's"
+    assert moved == 0, f"{moved:.0%} of the weights differ from the base's"
 
 
 claim(unwrapped, exact.weight)
@@ -178,9 +180,9 @@ workshop.must_fail(lambda: claim(adapted, exact.weight), "the adapter is still a
 # %% [markdown]
 # ## Exercises
 #
-# Fill the gaps in [`exercises/lesson_4.py`](exercises/lesson_4.py), then ask
+# Fill the gaps in [`exercises/lesson_4.py`](exercises/lesson_4.py), then run
 # `python -m pytest lessons/exercises/test_lesson_4.py`:
 #
-# 1. `merge`: $W + s B A$ rounded once to the dtype of $W$. Where does the sum have to be computed?
-# 2. `branch_flops`: the multiplications and additions that an active adapter adds to one token.
-# 3. `stays`: which entries of a bfloat16 weight does an update leave exactly as they were?
+# 1. `merge`: $W + s B A$ rounded once to the dtype of $W$. In which dtype must the sum be computed?
+# 2. `branch_flops`: the multiplications and additions that an active adapter adds for one token.
+# 3. `stays`: the entries of a bfloat16 weight that an update does not change.

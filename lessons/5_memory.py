@@ -1,23 +1,23 @@
 # %% [markdown]
 # # 5 · Memory
 #
-# **Question.** Where do the bytes go in fine-tuning, and which of them does LoRA save?
+# **Question.** What does fine-tuning need memory for, and which part of it does LoRA save?
 #
 # ## The math
 #
-# Four things must be in memory when the backward pass begins. For a model of $P$ parameters of which
-# $T$ train, in float32 with AdamW:
+# Four things are in memory when the backward pass begins. For a model of $P$ parameters, of which $T$
+# train, in float32 with AdamW:
 #
 # | | bytes | LoRA ($T \ll P$) | QLoRA |
 # | --- | --- | --- | --- |
-# | weights | $4P$ | $4(P + T)$ | a bit over $\tfrac{1}{2}$ byte for each weight of a linear layer |
+# | weights | $4P$ | $4(P + T)$ | about $\tfrac{1}{2}$ byte for each weight of a linear layer |
 # | gradients | $4T$ | almost nothing | as LoRA |
 # | optimizer: two moments | $8T$ | almost nothing | as LoRA |
-# | activations | what the backward pass needs again | **hardly less** | as LoRA |
+# | activations | what the backward pass needs | **little less** | as LoRA |
 #
-# Why hardly less? To find $\partial L / \partial W = G^\top x$, a trained linear layer keeps its input
-# $x$; a frozen one does not. But the gradient has to pass *through* the frozen layers to reach the
-# adapters below, so every GELU, LayerNorm and softmax keeps what it kept before.
+# Why little less? A trained linear layer keeps its input $x$ for $\partial L / \partial W = G^\top x$; a
+# frozen one does not. But the gradient passes *through* the frozen layers to the adapters below, so
+# every GELU, LayerNorm and softmax keeps as much as before.
 
 # %%
 import copy
@@ -39,9 +39,9 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## Count the bytes
 #
-# PyTorch tells: `saved_tensors_hooks` is called with every tensor that the backward pass will need.
-# Weights are among them, and one storage may be kept by several operations, so count each storage
-# once and leave the model's own out.
+# PyTorch calls `saved_tensors_hooks` with every tensor that it keeps for the backward pass. Weights
+# are among them, and several operations may keep one storage. So count each storage once, and leave
+# out the model's own.
 
 
 # %%
@@ -53,7 +53,7 @@ def activations(model: nn.Module, batch: int, source: int, target: int) -> int:
     def see(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held here, so that its number is not given away again
+            kept[storage._cdata] = storage  # a reference, so that its number is not reused
         return tensor
 
     device = next(model.parameters()).device
@@ -66,7 +66,7 @@ def activations(model: nn.Module, batch: int, source: int, target: int) -> int:
 
 
 def account(model: nn.Module, batch: int, source: int, target: int) -> dict[str, int]:
-    """Bytes of a training step by what they are for."""
+    """Bytes of a training step, by purpose."""
     trained = sum(p.nbytes for p in minilora.trainable_parameters(model))
     own = {t.untyped_storage()._cdata: t.nbytes for t in [*model.parameters(), *model.buffers()]}
     return {
@@ -81,9 +81,9 @@ def account(model: nn.Module, batch: int, source: int, target: int) -> dict[str,
 # ## pocket-bart, five ways
 #
 # Rank 8 on `q_proj` and `v_proj`, a batch of 8 dialogues of 160 tokens with summaries of 40.
-# (Attention is computed plainly here: fused kernels keep less of it, in all alike.) LoRA is counted
-# without dropout, with dropout on the adapter's input, and with the same dropout when the backward is
-# left to autograd.
+# (Attention uses plain operations here; fused kernels keep less, for every method.) LoRA is counted
+# without dropout, with dropout on the adapter's input, and with the same dropout when autograd
+# computes the backward pass.
 
 # %%
 LORA = LoRAConfig(rank=8, alpha=32, targets=("q_proj", "v_proj"))
@@ -93,7 +93,7 @@ base.set_attn_implementation("eager")
 
 
 def by_autograd(model: nn.Module) -> nn.Module:
-    """The adapter's backward as autograd would have it, not as the library writes it."""
+    """The same model, the adapters' backward pass by autograd instead of the library's own."""
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.fused = False
@@ -123,7 +123,7 @@ pocket = {name: account(model, 8, 160, 40) for name, model in models.items()}
 
 # %%
 def moments(model: nn.Module) -> int:
-    """Bytes that AdamW keeps, its step counters left out."""
+    """Bytes that AdamW keeps, without its step counters."""
     optimizer = torch.optim.AdamW(minilora.trainable_parameters(model))
     ids = torch.full((1, 8), 5)
     model(input_ids=ids, decoder_input_ids=ids).logits.sum().backward()
@@ -136,23 +136,23 @@ counted = {name: moments(models[name]) for name in ("full", "LoRA")}
 assert all(counted[name] == pocket[name]["optimizer"] for name in counted)
 
 # %% [markdown]
-# ## BART-large, without owning the memory
+# ## BART-large, on a machine without the memory for it
 #
-# In PyTorch's `FakeTensorMode` tensors have shapes and no numbers: a model of any size can be built
-# and run forward, and the hooks see the same shapes. First check that this is true, on pocket-bart;
-# then count BART-large. (Four-bit codes cannot be computed of numbers that are not there: QLoRA's
-# weights are counted as 4.127 bits a weight of a linear layer, the figure of lesson 6.)
+# In PyTorch's `FakeTensorMode` tensors have shapes but no numbers. A model of any size can be built and
+# run forward, and the hooks see the same shapes. First check this on pocket-bart, then count
+# BART-large. (Four-bit codes need numbers. So QLoRA's weights count as 4.127 bits for each weight of
+# a linear layer, the figure of lesson 6.)
 
 
 # %%
-# `inject` looks where tensors lie, to find tied ones; these lie nowhere, of which PyTorch warns.
+# `inject` compares addresses to find tied tensors; these tensors have none, and PyTorch warns of it.
 warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
 
 
 def in_shapes(
     config: BartConfig, batch: tuple[int, int, int], lora: LoRAConfig | None, fused: bool = True
 ) -> dict[str, int]:
-    """`account` of a model that never exists; without `lora`, of its full fine-tuning."""
+    """`account` of a model without numbers; if `lora` is None, of its full fine-tuning."""
     config._attn_implementation = "eager"
     with FakeTensorMode():
         model = BartForConditionalGeneration(config)
@@ -202,19 +202,19 @@ right.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
-# **What to see.** LoRA takes away two of the four colours, gradients and optimizer, to a line too
-# thin to see, and QLoRA takes most of a third, the weights. The tallest is touched by neither: the
-# activations shrink somewhat, because frozen linears keep no inputs, and that is all. They grow with
-# the batch, so a larger batch soon costs more than LoRA saved; against them help shorter sequences,
-# less padding, recomputation (gradient checkpointing) and fused attention. Dropout on the adapter's
-# input need not cost much: a mask of one byte an element suffices. Left to autograd, it keeps
-# another copy of $x$ for every adapted layer.
+# **What to see.** LoRA removes nearly all memory of gradients and optimizer. QLoRA also removes most of
+# the weights. The largest part remains with both: activations shrink only a little, because frozen
+# linear layers keep no inputs. They grow with the batch, so a larger batch soon costs more than LoRA
+# saves. Shorter sequences, less padding, recomputation (gradient checkpointing) and fused attention
+# make them smaller. Dropout on the adapter's input need not cost much: a mask of one byte per element
+# is enough. With autograd it keeps another copy of $x$ for every adapted layer.
 #
 # ## The claim
 #
-# LoRA's gradients and moments are under 2% of full fine-tuning's, but its activations are over half
-# of them; dropout adds activations, and more if left to autograd; four bits make the linears' weights
-# at least seven times smaller. (That shapes and memory give the same count was asserted above.)
+# LoRA's gradients and moments are under 2% of full fine-tuning's, but its activations are over half.
+# Dropout adds activations, and with autograd it adds more. Four bits make the weights of the linear
+# layers at least seven times smaller. (The code above asserts that shapes and memory give the same
+# count.)
 
 
 # %%
@@ -225,7 +225,7 @@ def claim(table: dict[str, dict[str, int]]) -> None:
     share = lora["activations"] / full["activations"]
     assert 0.5 < share < 1, f"activations are {share:.0%} of full fine-tuning's"
     kept = [table[name]["activations"] for name in ("LoRA", "dropout", "by autograd")]
-    assert kept[0] < kept[1] < kept[2], "dropout costs nothing, or by autograd no more"
+    assert kept[0] < kept[1] < kept[2], "dropout costs nothing, or autograd's no more"
     four = lora["weights"] - table["QLoRA"]["weights"]
     assert four > 0, "four bits save nothing"
 
@@ -241,9 +241,9 @@ workshop.must_fail(lambda: claim(pocket | {"dropout": pocket["LoRA"]}), "dropout
 # %% [markdown]
 # ## Exercises
 #
-# Fill the gaps in [`exercises/lesson_5.py`](exercises/lesson_5.py), then ask
+# Fill the gaps in [`exercises/lesson_5.py`](exercises/lesson_5.py), then run
 # `python -m pytest lessons/exercises/test_lesson_5.py`:
 #
-# 1. `training_bytes`: weights, gradients and moments of a model of $P$ parameters of which $T$ train.
-# 2. `kept_bytes`: write the counting hook yourself, for any function of any tensors.
-# 3. `frozen_linear`: a frozen layer as an `autograd.Function` that keeps nothing but its weight.
+# 1. `training_bytes`: weights, gradients and moments of a model of $P$ parameters, of which $T$ train.
+# 2. `kept_bytes`: the counting hook, for any function of tensors.
+# 3. `frozen_linear`: a frozen layer as an `autograd.Function` that keeps only its weight.

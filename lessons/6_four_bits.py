@@ -1,27 +1,27 @@
 # %% [markdown]
 # # 6 · Four bits
 #
-# **Question.** The base is frozen: it need not be stored well enough to be trained, only well enough
-# to be read. How well do four bits do, and which sixteen numbers should they stand for?
+# **Question.** The base is frozen, so its precision needs to suffice for reading, not for training.
+# Are four bits enough, and which sixteen numbers should they represent?
 #
 # ## The math
 #
-# Cut the weight into blocks of $n$ values. Each block keeps one scale, its largest absolute value
-# $a = \max |w_i|$; what is left lies in $[-1, 1]$ and is rounded to the nearest of sixteen levels
-# $q_0 < \dots < q_{15}$:
+# Divide the weight into blocks of $n$ values. Each block has one scale, its largest absolute value
+# $a = \max |w_i|$. The values divided by $a$ are in $[-1, 1]$, and are rounded to the nearest of sixteen
+# levels $q_0 < \dots < q_{15}$:
 #
 # $$ \hat w_i = a \cdot q_{k_i}, \qquad k_i = \arg\min_k \left| \frac{w_i}{a} - q_k \right|
 #    \qquad \text{bits a weight: } 4 + \frac{32}{n} $$
 #
 # - **int4** puts the levels at equal distances: $q = -1, -\frac{6}{7}, \dots, \frac{6}{7}, 1$.
-# - **NF4** puts them where weights are. Trained weights are about normal, so it takes quantiles of a
-#   normal: each level is used about equally often (Dettmers et al. 2023,
-#   [QLoRA](https://arxiv.org/abs/2305.14314), section 3).
-# - **Double quantization** writes the scales, too, in 8 bits, in blocks of 256 with one scale each:
+# - **NF4** follows the distribution of the weights. Trained weights are about normal, so it takes the
+#   quantiles of a normal distribution, and each level is used about equally often (Dettmers et al.
+#   2023, [QLoRA](https://arxiv.org/abs/2305.14314), section 3).
+# - **Double quantization** also stores the scales in 8 bits, in blocks of 256 with one scale each:
 #   $4 + \frac{8}{64} + \frac{32}{64 \cdot 256} = 4.127$ bits instead of $4.5$.
-# - **LoftQ** (Li et al. 2023, [arXiv:2310.08659](https://arxiv.org/abs/2310.08659)): rounding has moved
-#   the base from $W$ to $Q$. The adapter is there anyway; let it start at the best rank-$r$ matrix for
-#   $W - Q$ instead of at zero. Then round $W - s B A$ again, and so on.
+# - **LoftQ** (Li et al. 2023, [arXiv:2310.08659](https://arxiv.org/abs/2310.08659)): rounding changes
+#   the base from $W$ to $Q$. Start the adapter at the best rank-$r$ matrix for $W - Q$ instead of at
+#   zero. Then round $W - s B A$ again, and so on.
 
 # %%
 import itertools
@@ -39,28 +39,29 @@ from minilora.summarization.loss import decoder_inputs
 torch.manual_seed(0)
 
 # %% [markdown]
-# ## Sixteen levels, anew
+# ## Sixteen levels
 #
-# Eight quantiles of the positive half of a normal, seven of the negative one, and zero, exactly. The
-# authors' outermost probability, 0.9677083, lies half a step inside of 1, whose quantile is infinite.
+# Eight quantiles of the positive half of a normal distribution, seven of the negative one, and an
+# exact zero. The authors' outermost probability is 0.9677083, half a step below 1, since the quantile
+# of 1 is infinite.
 
 
 # %%
 def quantiles(count: int) -> Tensor:
-    """Quantiles of a normal, from the outermost down to the last one above zero."""
+    """Quantiles of a normal distribution, from the outermost to the last one above zero."""
     return torch.special.ndtri(torch.linspace(0.9677083, 0.5, count + 1)[:-1].double())
 
 
 NF4 = torch.cat([-quantiles(7), torch.zeros(1), quantiles(8)]).sort().values
 NF4 = (NF4 / NF4.max()).float()  # (16,)
-INT4 = torch.arange(-7, 8) / 7  # (15,): a symmetric sixteenth would be wasted
+INT4 = torch.arange(-7, 8) / 7  # (15,): symmetric, so one of the sixteen is unused
 
 
 def rounded(W: Tensor, levels: Tensor, block: int) -> Tensor:
-    """W (out, in) as it comes back from four bits."""
+    """W (out, in), rounded to four bits and dequantized."""
     blocks = W.reshape(-1, block)  # (out in / block, block)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
-    middles = (levels[1:] + levels[:-1]) / 2  # between them, the nearest level is the same
+    middles = (levels[1:] + levels[:-1]) / 2  # between two of them one level is the nearest
     return (levels[torch.bucketize(blocks / absmax, middles)] * absmax).view_as(W)
 
 
@@ -69,7 +70,7 @@ def relative_error(approximation: Tensor, W: Tensor) -> float:
 
 
 # %% [markdown]
-# The library's NF4 is bit for bit that of bitsandbytes; the few lines above agree with it:
+# The library's NF4 equals that of bitsandbytes bit for bit. The few lines above agree with it:
 
 # %%
 base, tokenizer = workshop.pocket()
@@ -78,9 +79,9 @@ ours, library = rounded(W, NF4, 64), unpack(pack(W, double=False), W.shape)
 print(f"largest difference from the library's NF4: {(ours - library).abs().max():.0e}")
 
 # %% [markdown]
-# ## Where levels should be depends on the weights
+# ## The best levels depend on the weights
 #
-# The rounding error of a trained weight, and of numbers that are uniform, by the size of the blocks.
+# The rounding error of a trained weight and of uniform random numbers, by the size of the blocks:
 
 # %%
 BLOCKS = [16, 32, 64, 128, 256, 1024]
@@ -98,11 +99,11 @@ print(f"double quantization: {BITS['single']:.3f} bits, error {single:.2%};", en
 print(f"{BITS['double']:.3f} bits, error {double:.2%}")
 
 # %% [markdown]
-# ## What does it do to the model?
+# ## The effect on the model
 #
 # All linear layers of pocket-bart in four bits. How far do its predictions $p$ move from those of
-# float32, in mean Kullback–Leibler divergence? (The loss alone tells little: the base is not tuned
-# to these dialogues, so a small push in any direction may raise or lower it.)
+# float32, in mean Kullback–Leibler divergence? (The loss alone says little: the base is not tuned to
+# these dialogues, so a small change may raise or lower it.)
 
 
 # %%
@@ -140,12 +141,12 @@ for name, divergence in moved.items():
     print(f"{name:26} predictions moved by {divergence:.4f} nats")
 
 # %% [markdown]
-# ## LoftQ: let the adapter start where it repairs
+# ## LoftQ: start the adapter at the rounding error
 
 
 # %%
 def loftq(W: Tensor, rank: int, steps: int) -> Tensor:
-    """Q + B A (out, in) after alternating; s = 1. No step is QLoRA's plain start, B = 0."""
+    """Q + B A (out, in) after alternating steps, s = 1; with 0 steps QLoRA's start, B = 0."""
     Q, BA = rounded(W, NF4, 64), torch.zeros_like(W)
     for step in range(steps):
         if step:
@@ -198,7 +199,7 @@ for (steps, values), style in zip(repaired.items(), ("o--", "o-"), strict=True):
 right.axhline(100, color="black", linewidth=1, linestyle=":", label="QLoRA's start")
 right.set(
     xscale="log", ylim=(0, None), xlabel="rank r", ylabel="error left (% of NF4's)",
-    title="What the adapter's start repairs",
+    title="Error after LoftQ's start",
 )  # fmt: skip
 right.set_xticks(RANKS, map(str, RANKS))
 right.minorticks_off()
@@ -206,19 +207,19 @@ right.legend(fontsize=9, loc="lower left")
 plt.show()
 
 # %% [markdown]
-# **What to see.** Left: NF4's levels are dense where weights are, int4's are not. Middle: on a trained
-# weight the blue line is below the orange one, and the gap widens with the block, whose one largest
-# value stretches int4's equal steps. On uniform numbers (dotted) it is the other way round: NF4 is
-# not better, it is better *for weights that are normal*. Smaller blocks are more exact, and each
-# halving doubles what the scales cost. Right: LoftQ takes back little at the ranks one uses. Rounding
-# errors are nearly noise, noise has no low rank (lesson 1's dashed line), and so an adapter of rank 8
-# can hold only a small part of them.
+# **What to see.** Left: NF4's levels are dense where most weights are; int4's are not. Middle: on a
+# trained weight NF4 (blue) has a smaller error than int4 (orange). The gap widens with the block size,
+# because the largest value of a block widens all steps of int4. On uniform numbers (dotted) the order
+# is reversed: NF4 is better *for normal weights*, not in general. Smaller blocks are more exact, but
+# each halving doubles the memory of the scales. Right: LoftQ removes little of the error at the usual
+# ranks. Rounding errors are nearly noise, noise has no low rank (the dashed line of lesson 1), and so
+# an adapter of rank 8 can represent only a small part of them.
 #
 # ## The claim
 #
-# On trained weights NF4 rounds better than int4 at blocks of 64 and above, on uniform ones worse.
-# Double quantization saves 0.37 bits a weight and costs under a hundredth of the error. LoftQ comes
-# nearer to $W$ than plain NF4 at every rank, and further steps nearer still.
+# On trained weights NF4 has a smaller error than int4 at blocks of 64 and above, on uniform numbers a
+# larger one. Double quantization saves 0.37 bits a weight and raises the error by less than 1%. LoftQ
+# is nearer to $W$ than plain NF4 at every rank, and more steps bring it nearer.
 
 
 # %%
@@ -228,7 +229,7 @@ def claim(trained: str, better: list[list[float]], doubled: float) -> None:
         assert block < 64 or ratio < 0.95, f"blocks of {block}: NF4 has {ratio:.2f} x int4's error"
     assert doubled < 1.01 * single, f"double quantization costs {doubled / single - 1:.1%}"
     for less, more in itertools.pairwise(better):
-        assert all(a < b for a, b in zip(more, less, strict=True)), "LoftQ does not come nearer"
+        assert all(a < b for a, b in zip(more, less, strict=True)), "LoftQ is no nearer"
 
 
 starts = [[1.0] * len(RANKS), repaired[1], repaired[5]]
@@ -245,11 +246,11 @@ workshop.must_fail(lambda: claim("trained", starts, coarse), "bits are saved by 
 # %% [markdown]
 # ## Exercises
 #
-# Fill the gaps in [`exercises/lesson_6.py`](exercises/lesson_6.py), then ask
+# Fill the gaps in [`exercises/lesson_6.py`](exercises/lesson_6.py), then run
 # `python -m pytest lessons/exercises/test_lesson_6.py`:
 #
 # 1. `bits`: bits a weight, for any block sizes, with and without double quantization.
-# 2. `pack_pairs`: sixteen levels need half a byte. Put two codes into one, the first in the high half,
-#    as bitsandbytes does.
-# 3. `best_levels`: are quantiles the best levels? Lloyd's algorithm finds levels with less squared
-#    error: assign each value to its nearest level, move each level to the mean of its values, repeat.
+# 2. `pack_pairs`: sixteen levels need half a byte. Put two codes into one byte, the first in the high
+#    half, as bitsandbytes does.
+# 3. `best_levels`: Lloyd's algorithm finds levels with a smaller squared error than the quantiles:
+#    assign each value to its nearest level, move each level to the mean of its values, repeat.

@@ -1,23 +1,23 @@
 # %% [markdown]
 # # 7 · Which layers, which rank
 #
-# **Question.** You can afford so many trainable numbers. Put them into few matrices at a high rank,
-# or into many at a low one? And how much does full fine-tuning still have ahead of that?
+# **Question.** The number of trainable parameters is given. Should they adapt few matrices at a high
+# rank, or many at a low rank? And how much better is full fine-tuning?
 #
 # ## The math
 #
-# An adapted matrix costs $r\,(\text{in} + \text{out})$ numbers. A transformer layer of width $d$ with
-# a feed-forward of $4d$ has, per attention block, four matrices of $d \times d$, and two of
-# $d \times 4d$ besides, so at the same rank
+# An adapted matrix has $r\,(\text{in} + \text{out})$ trainable numbers. A transformer layer of width
+# $d$ has four matrices of $d \times d$ in each attention block and two of $d \times 4d$ in the
+# feed-forward block. At the same rank the numbers of a layer are
 #
 # $$ T_{\text{q/v}} = 2 \cdot 2rd \qquad
 #    T_{\text{attention}} = 4 \cdot 2rd \qquad
 #    T_{\text{all linear}} = 4 \cdot 2rd + 2 \cdot 5rd $$
 #
-# (a decoder layer of BART has two attention blocks). The original paper adapted q and v only (Hu et
-# al. 2021, section 7.1); QLoRA found that all linear layers matter more than the rank (Dettmers et al.
-# 2023, figure 2). On one model and one small data set nothing general can be proved. But it can be
-# measured what is true *here*, with seeds, so that noise is not taken for an effect.
+# (a decoder layer of BART has two attention blocks). The original paper adapted only q and v (Hu et
+# al. 2021, section 7.1). QLoRA found that adapting all linear layers matters more than the rank
+# (Dettmers et al. 2023, figure 2). One model and one small data set prove nothing general. This lesson
+# measures what holds *here*, with several seeds, so that noise is not mistaken for an effect.
 
 # %%
 import copy
@@ -35,8 +35,7 @@ from minilora import LoRAConfig
 # ## A quick version
 #
 # pocket-bart, five steps of AdamW on short dialogues, three seeds (of the start of $A$ and of the
-# order of the dialogues), loss on held-out dialogues. Each method has a learning rate of its own, for
-# lesson 3's reason.
+# order of the dialogues), loss on held-out dialogues. Each method has its own learning rate (lesson 3).
 
 # %%
 base, tokenizer = workshop.pocket()
@@ -77,22 +76,21 @@ for (method, rank), values in losses.items():
 few, many = losses["all linear", 1], losses["q/v", 8]
 print(
     f"all linear at rank 1 beside q/v at rank 8: {statistics.mean(few) - statistics.mean(many):+.3f}"
-    f" nats with {trained['all linear', 1] / trained['q/v', 8]:.0%} of the numbers"
+    f" nats with {trained['all linear', 1] / trained['q/v', 8]:.0%} of the parameters"
 )
 
 # %% [markdown]
 # ## The whole comparison
 #
-# Five steps are a sketch. [`benchmarks/pocket.py`](../benchmarks/pocket.py) trains by the default
-# preset, chooses the epoch by validation, and scores the summaries of all test dialogues. Where its
-# results are committed, they are shown here beside the sketch; the intervals are bootstrapped over
-# the test dialogues.
+# Five steps are not a whole run. [`benchmarks/pocket.py`](../benchmarks/pocket.py) trains with the
+# default preset, chooses the epoch by validation, and scores the summaries of all test dialogues. Its
+# committed results are shown here; the intervals are bootstrap intervals over the test dialogues.
 
 # %%
 stored = workshop.RESULTS / "pocket.json"
 table = json.loads(stored.read_text()) if stored.exists() else None
 if table is None:
-    print("benchmarks/results/pocket.json is not there: only the sketch is shown")
+    print("benchmarks/results/pocket.json does not exist: only the quick version is shown")
 else:
     print(f"{'':24} {'trained':>10} {'minutes':>8} {'ROUGE-1':>8}  95% interval")
     for row in [{"name": "base", **table["base"]}, *table["rows"]]:
@@ -117,7 +115,7 @@ left.errorbar(
 )  # fmt: skip
 left.axhline(before, color=workshop.GREY, linewidth=1, linestyle=":", label="before")
 left.set(
-    xscale="log", xlabel="numbers that train", ylabel="held-out loss (nats per token)",
+    xscale="log", xlabel="trainable parameters", ylabel="held-out loss (nats per token)",
     title="After five steps: mean and range of three seeds",
 )  # fmt: skip
 left.legend(fontsize=9)
@@ -148,19 +146,19 @@ right.set(
 plt.show()
 
 # %% [markdown]
-# **What to see.** Left: every method gains, and the bands (three seeds) are narrow beside the gain,
-# but not beside the differences. Follow a vertical line: at the same number of trained parameters no
-# choice of places is clearly better than another. (On large models, trained for long, more matrices
-# beat a higher rank of few: Dettmers et al. 2023, figure 2. Five steps of a small one do not show it.)
-# Full fine-tuning trains tens of times as many for its point at the far right.
-# (All of them take $\alpha = 32$: with Adam and $s = \alpha / r$ one learning rate then suits every
-# rank, by lesson 3.) Right: compare intervals, not points; what is better in loss need not be in ROUGE.
+# **What to see.** Left: every method gains. The bands (three seeds) are narrow compared with the gain,
+# but not compared with the differences between methods. At the same number of trained parameters no
+# choice of layers is clearly better than another. (On large models with long training, more matrices
+# are better than a higher rank of few: Dettmers et al. 2023, figure 2. Five steps of a small model do
+# not show this.) Full fine-tuning, at the far right, trains tens of times as many parameters. All LoRA
+# runs use $\alpha = 32$; with Adam and $s = \alpha / r$ one learning rate then suits every rank (lesson
+# 3). Right: compare intervals, not points. A better loss is not always a better ROUGE.
 #
 # ## The claim
 #
-# Every LoRA variant, for every seed, ends below the base's loss, with less than a tenth of the
-# numbers; all linear layers at rank 8 reach at least two thirds of full fine-tuning's gain. No
-# claim is made about which of two neighbours wins: three seeds do not carry it.
+# Every LoRA variant, with every seed, ends below the base's loss with less than a tenth of the
+# parameters. All linear layers at rank 8 reach at least two thirds of full fine-tuning's gain. There is
+# no claim about which of two similar methods is better: three seeds are too few.
 
 
 # %%
@@ -185,10 +183,10 @@ workshop.must_fail(lambda: claim(barely), "all linear layers gain a tenth of wha
 # %% [markdown]
 # ## Exercises
 #
-# Fill the gaps in [`exercises/lesson_7.py`](exercises/lesson_7.py), then ask
+# Fill the gaps in [`exercises/lesson_7.py`](exercises/lesson_7.py), then run
 # `python -m pytest lessons/exercises/test_lesson_7.py`:
 #
-# 1. `trained_numbers`: how many numbers an adapter trains, from the shapes of what it wraps.
-# 2. `rank_within`: the largest rank, the same everywhere, that a budget allows.
+# 1. `trained_numbers`: how many numbers an adapter trains, from the shapes of the wrapped weights.
+# 2. `rank_within`: the largest rank, the same for all weights, that a budget allows.
 # 3. `paired_interval`: is method 1 better than method 2? The bootstrap interval of the mean
 #    difference, paired by dialogue.

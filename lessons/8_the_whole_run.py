@@ -1,27 +1,27 @@
 # %% [markdown]
 # # 8 · The whole run
 #
-# **Question.** The loss fell. Are the summaries better, for certain, and what is still wrong with them?
+# **Question.** The loss fell. Are the summaries better, is that certain, and what is still wrong?
 #
 # ## The math
 #
-# ROUGE-1 counts the words that a summary shares with a person's reference. With $m$ shared words, in
-# a summary of $p$ words beside a reference of $q$:
+# ROUGE-1 counts the words that a summary shares with a reference written by a person. With $m$ shared
+# words, a summary of $p$ words and a reference of $q$ words:
 #
 # $$ P = \frac{m}{p} \qquad R = \frac{m}{q} \qquad F_1 = \frac{2 P R}{P + R} = \frac{2m}{p + q} $$
 #
 # A test split is a sample of all dialogues, so a mean score is uncertain. The *bootstrap* draws
-# dialogues from it again and again, with replacement, and looks how far the mean scatters. What
-# matters is the difference of two models, and both find the same dialogues hard:
+# dialogues from it with replacement, many times, and measures how much the mean varies. We want the
+# difference of two models, and both have low scores on the same dialogues:
 #
 # $$ \operatorname{Var}(a - b) = \operatorname{Var}(a) + \operatorname{Var}(b)
 #    - 2 \operatorname{Cov}(a, b) $$
 #
-# With a positive covariance the *paired* difference is known better than either score: draw dialogues,
+# With a positive covariance the *paired* difference is more certain than either score: draw dialogues,
 # not scores (Koehn 2004).
 #
-# And ROUGE does not ask whether a summary is true. One kind of falsehood can be counted without a
-# judge: a name that nobody in the dialogue has said.
+# ROUGE does not measure whether a summary is true. One kind of error can be counted without a judge: a
+# name that does not occur in the dialogue.
 
 # %%
 import json
@@ -41,8 +41,8 @@ from minilora.summarization.presets import DataOptions, GenerationOptions
 # %% [markdown]
 # ## A short run on minichat
 #
-# Fine-tune pocket-bart for 30 steps, and let both models summarize the same test dialogues, decoded
-# alike.
+# Fine-tune pocket-bart for 30 steps. Both models summarize the same test dialogues with the same
+# decoding.
 
 # %%
 model, tokenizer = workshop.pocket()
@@ -68,10 +68,10 @@ scores = {
 }
 
 # %% [markdown]
-# ## Names that nobody said
+# ## Invented names
 #
-# A word with a capital letter is a name if minichat never writes it in lower case. It is invented if
-# it does not occur in the dialogue.
+# A word with a capital letter counts as a name if minichat never writes it in lower case. It is
+# invented if it does not occur in the dialogue.
 
 # %%
 dialogues = [e.dialogue for e in data.load(DataOptions(data="minichat"), ["train"])[0]["train"]]
@@ -96,11 +96,11 @@ for i in sorted(range(len(rows)), key=lambda i: scores["finetuned"][i] - scores[
     print("-" * 80)
 
 # %% [markdown]
-# ## A real one, from committed results
+# ## A whole run, from committed results
 #
-# The same analysis of a whole fine-tune, from scores that lie in the repository: SAMSum where it is
-# there (scores and ids only, since SAMSum's licence lets none of its text in), else minichat's whole
-# test split, else the short run above.
+# The same analysis of a whole fine-tune, from scores in the repository: SAMSum if its scores are there
+# (without texts, because of its licence), otherwise minichat's whole test split, otherwise the short
+# run above.
 
 
 # %%
@@ -108,7 +108,7 @@ Result = dict[str, dict[str, list[float]]]
 
 
 def committed() -> tuple[str, Result] | None:
-    """What the scores are of, and base's and finetuned's rouge1 and invented names by dialogue."""
+    """A title, and ROUGE-1 and invented names of base and fine-tuned model, by dialogue."""
     for name, title in (("samsum", "SAMSum"), ("pocket", "minichat")):
         path = workshop.RESULTS / f"{name}.json"
         if not path.exists():
@@ -132,7 +132,7 @@ short_run: Result = {
     for side in scores
 }
 gain = bootstrap([b - a for a, b in zip(scores["base"], scores["finetuned"], strict=True)])
-print(f"short run: ROUGE-1 {gain:+.1f}: " + ("certain" if gain.low > 0 else "not certain at all"))
+print(f"short run: ROUGE-1 {gain:+.1f}: " + ("certain" if gain.low > 0 else "not certain"))
 title, result = committed() or ("the short run above", short_run)
 before, after = (result[side]["rouge1"] for side in ("base", "finetuned"))
 gains = [b - a for a, b in zip(before, after, strict=True)]
@@ -175,18 +175,19 @@ if per_summary:
 plt.show()
 
 # %% [markdown]
-# **What to see.** Left: a point below the dotted line is a dialogue whose reference became likelier;
-# nearly all are. That does not make better summaries yet: see what the printed interval says of ROUGE
-# after so short a run. Middle: the mean gain (line, with its 95% interval in grey) is small beside the
-# spread. Many a summary got *worse* (red): an average gain promises nothing for the one dialogue you
-# care about. Right: names that nobody said are rarer after the fine-tune, and not gone. And they are
-# the one falsehood that can be counted. Read the summaries above: names attached to what another did,
-# words that are none. ROUGE rewards the right words and lets all of that pass.
+# **What to see.** Left: a point below the dotted line is a dialogue whose reference became more likely.
+# Nearly all are. The summaries need not be better yet: see the printed interval of ROUGE after so
+# short a run. Middle: the mean gain (line, with its 95% interval in grey) is small compared with the
+# spread. Many summaries got *worse* (red): a mean gain promises nothing for a single dialogue. Right:
+# invented names are rarer after fine-tuning, but they still occur. They are only the errors that are
+# easy to count. Read the summaries above: some give one person's actions to another, and some contain
+# words that do not exist. ROUGE ignores such errors.
 #
 # ## The claim
 #
-# Over these dialogues the gain in loss is certain: its paired interval excludes zero, and pairing is
-# what makes it that narrow. So is the gain in ROUGE-1 of the default run, by its committed interval.
+# The gain in loss over these dialogues is certain: its paired interval excludes zero, and pairing makes
+# the interval narrow. The gain in ROUGE-1 of the default run is certain too, by its committed
+# interval.
 
 
 # %%
@@ -200,7 +201,7 @@ def claim(base: list[float], finetuned: list[float], stored: list[float]) -> Non
     low = bootstrap(paired).low
     assert low > 0, f"the gain in loss may be {low:.2f}"
     single = max(interval_width(base), interval_width(finetuned))
-    assert interval_width(paired) < single, "pairing tells nothing"
+    assert interval_width(paired) < single, "pairing narrows nothing"
     assert stored[1] > 0, f"the default run's gain in ROUGE-1 may be {stored[1]:.1f}"
 
 
@@ -210,21 +211,21 @@ print(f"default run: ROUGE-1 {difference[0]:+.1f} [{difference[1]:+.1f}, {differ
 claim(losses["base"], losses["finetuned"], difference)
 
 workshop.must_fail(
-    lambda: claim(losses["finetuned"], losses["base"], difference), "the two models are exchanged"
+    lambda: claim(losses["finetuned"], losses["base"], difference), "the two models are swapped"
 )
 unpaired = losses["finetuned"][16:] + losses["finetuned"][:16]
 workshop.must_fail(
     lambda: claim(sorted(losses["base"]), sorted(unpaired, reverse=True), difference),
-    "the dialogues are paired with others",
+    "the pairs are of different dialogues",
 )
 
 # %% [markdown]
 # ## Exercises
 #
-# Fill the gaps in [`exercises/lesson_8.py`](exercises/lesson_8.py), then ask
+# Fill the gaps in [`exercises/lesson_8.py`](exercises/lesson_8.py), then run
 # `python -m pytest lessons/exercises/test_lesson_8.py`:
 #
 # 1. `rouge1`: precision, recall and $F_1$ of two texts, each shared word counted as often as both have
 #    it.
-# 2. `lead`: the baseline that needs no model: the first turns of a dialogue. Always report it.
-# 3. `invented_numbers`: numbers in a summary that the dialogue never says, written out or in digits.
+# 2. `lead`: a baseline without a model, the first turns of a dialogue. Always report it.
+# 3. `invented_numbers`: numbers in a summary that are not in the dialogue, as words or in digits.

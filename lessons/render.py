@@ -2,8 +2,8 @@
 
     python lessons/render.py [2 5 ...]
 
-What changes from one run to the next without meaning anything (times of execution, versions, cell
-ids) is left out, so that rendering again gives small diffs.
+Execution times, versions and random cell ids are left out, so that rendering again gives small
+diffs.
 """
 
 import os
@@ -39,7 +39,7 @@ def render(path: Path) -> Path:
     client.execute()
     for (
         cell
-    ) in notebook.cells:  # what was printed and drawn; not warnings, nor values with addresses
+    ) in notebook.cells:  # keep what was printed and drawn, not warnings or values with addresses
         cell["outputs"] = [output for output in cell.get("outputs", []) if is_shown(output)]
         if cell.cell_type != "code":
             del cell["outputs"]

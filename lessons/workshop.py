@@ -1,4 +1,4 @@
-"""What the lessons share: pocket-bart and minichat, a training loop, and one look for the plots."""
+"""Shared by the lessons: pocket-bart and minichat, a training loop, and the style of the plots."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from minilora.summarization.presets import DataOptions
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777",
 )  # fmt: skip
@@ -37,7 +37,7 @@ plt.rcParams.update(
         "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, GREY]),
     }
 )
-# Where nobody looks (MPLBACKEND=Agg), plt.show() says so.
+# Without a screen (MPLBACKEND=Agg) plt.show() warns.
 warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
 
 
@@ -47,7 +47,7 @@ def pocket() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def dialogues(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> list[Encoded]:
-    """The shortest dialogues of a split of minichat: short, so that a lesson is quick."""
+    """The shortest dialogues of a split of minichat, so that a lesson is quick."""
     options = DataOptions(data="minichat")
     examples, _ = data.load(options, [split])
     encoded, _ = data.encode(examples[split], tokenizer, options)
@@ -55,7 +55,7 @@ def dialogues(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> lis
 
 
 def loss_on(model: PreTrainedModel, rows: Sequence[Encoded]) -> float:
-    """Cross-entropy in nats per target token, dropout off."""
+    """Cross-entropy in nats per target token, without dropout."""
     total, tokens = 0.0, 0
     model.eval()
     with torch.no_grad():
@@ -73,12 +73,12 @@ def train(
     seed: int = 0,
     batch_size: int = 8,
 ) -> list[float]:
-    """AdamW on what the model lets train, dropout off. Returns the loss before each step."""
+    """AdamW on the trainable parameters, without dropout. Returns the loss before each step."""
     lengths = [(len(row.source), len(row.target)) for row in rows]
     optimizer = torch.optim.AdamW(
         minilora.trainable_parameters(model), lr=learning_rate, weight_decay=0.0
     )
-    model.eval()  # the base's own dropout would only add noise to so short a run
+    model.eval()  # dropout would only add noise to so short a run
     losses: list[float] = []
     for epoch in range(1 + steps * batch_size // len(rows)):
         for chosen in data.batches(lengths, batch_size, seed, epoch)[: steps - len(losses)]:
@@ -92,13 +92,13 @@ def train(
 
 
 def must_fail(claim: Callable[[], object], what: str) -> None:
-    """A claim is worth something if it can fail: here it does, on something broken on purpose."""
+    """Show that a claim can fail: it must fail on something that is broken on purpose."""
     try:
         claim()
     except AssertionError as error:
         print(f"Broken on purpose ({what}), the claim fails, as it should: {error}")
         return
-    raise RuntimeError(f"the claim holds although {what}: it claims nothing")
+    raise RuntimeError(f"the claim holds although {what}, so it says nothing")
 
 
-PAD = 1  # <pad> of pocket-bart, as of every BART
+PAD = 1  # <pad> of every BART

@@ -117,7 +117,7 @@ def test_the_state_of_the_model_does_not_show_in_the_files(
 
 @contextmanager
 def distributed(model: nn.Module) -> Iterator[nn.Module]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield nn.parallel.DistributedDataParallel(model)
     finally:

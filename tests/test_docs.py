@@ -1,4 +1,4 @@
-"""README and docs: their commands run, their links lead somewhere, their errors are real ones."""
+"""README and docs: their commands run, their links exist, their errors and figures are real."""
 
 import ast
 import functools
@@ -13,7 +13,8 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 
 
 def load(name: str) -> ModuleType:
@@ -28,7 +29,8 @@ def load(name: str) -> ModuleType:
     return module
 
 
-check, record = load("check"), load("record")
+check, record, reading = load("check"), load("record"), load("reading")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_block_runs_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +58,7 @@ def test_a_block_that_fails_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_exist(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
     local = {link.partition("#")[0] for link in links if "://" not in link and link[0] != "#"}
@@ -117,7 +119,13 @@ def flags() -> set[str]:
     return options | {f"--{name.replace('_', '-')}" for name in names} | {"--preset"}
 
 
-def test_the_readme_shows_the_tables_of_the_results() -> None:
+def test_the_readme_is_short_and_begins_with_code() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    assert lines.index("```python") < 40
+
+
+def test_the_pages_show_the_figures_of_the_results() -> None:
     script = ROOT / "benchmarks" / "tables.py"
     done = subprocess.run(
         [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False
@@ -125,9 +133,20 @@ def test_the_readme_shows_the_tables_of_the_results() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_readme_shows_the_recording() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert record.paste(readme, record.RECORDING.read_text(encoding="utf-8")) == readme
+def test_the_readme_counts_the_lines_of_the_core() -> None:
+    assert reading.fill(README) == README
+
+
+def test_a_count_leaves_out_docstrings_comments_and_blank_lines() -> None:
+    source = '"""Words\n\nwords."""\n\n# words\nx = (\n    1,  # words\n)\n\n\ny = """a\nb"""\n'
+    assert reading.lines_of_code(source) == 5
+
+
+@pytest.mark.parametrize("page", [record.README, record.FIRST_RUN], ids=lambda page: page.stem)
+def test_a_page_shows_its_part_of_the_recording(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert record.paste(text, record.RECORDING.read_text(encoding="utf-8")) == text
+    assert "fine-tuned" in text
 
 
 def test_the_excerpt_leaves_all_dialogues_but_the_first_out() -> None:

@@ -1,5 +1,7 @@
 """NF4 against bitsandbytes, bit for bit. `benchmarks/nf4_parity.py` does it for 208 million."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ def draw(out: int, in_: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return weight.to(dtype)
 
 
-def theirs(weight: Tensor, double: bool) -> tuple[Tensor, "bnb.QuantState"]:
+def theirs(weight: Tensor, double: bool) -> tuple[Tensor, Any]:
     return bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=double)
 
 

@@ -48,7 +48,7 @@ WORDS = {
 
 def tiny_classifier(seed: int = 0) -> BertForSequenceClassification:
     torch.manual_seed(seed)
-    config = BertConfig(
+    config = BertConfig(  # type: ignore[call-arg]
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         num_attention_heads=2, initializer_range=0.5, num_labels=5,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import torch
 from hypothesis import given, settings
@@ -187,7 +188,7 @@ def delta(adapter: Adapter, module: str) -> Tensor:
 )
 @settings(max_examples=100)
 def test_resolved_patterns_mean_the_same_in_every_order(
-    pattern: dict[str, int], default: int, modules: set[str], scramble: object
+    pattern: dict[str, int], default: int, modules: set[str], scramble: Any
 ) -> None:
     config = LoRAConfig(rank=default, alpha=default, rank_pattern=pattern, alpha_pattern=pattern)
     names = tuple(sorted(modules))

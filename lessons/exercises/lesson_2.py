@@ -1,4 +1,4 @@
-"""Lesson 2: the layer. Replace each `raise` by a few lines; the test beside this file checks them.
+"""Lesson 2: the layer. Replace each `raise` with a few lines; the test beside this file checks it.
 
 W (out, in), A (r, in), B (out, r), x (n, in), y (n, out), G = dL/dy (n, out).
 """
@@ -24,6 +24,6 @@ def lora_gradients(
 def first_step(A: Tensor, M: Tensor, s: float, learning_rate: float) -> Tensor:
     """Delta W = s B A (out, in) after one step of plain gradient descent from B = 0.
 
-    M (out, in) is dL/dW = G^T x, the gradient that a full fine-tune would have followed.
+    M (out, in) is dL/dW = G^T x, the gradient of full fine-tuning.
     """
     raise NotImplementedError

@@ -17,5 +17,5 @@ def branch_flops(out: int, in_: int, rank: int) -> int:
 
 
 def stays(W: Tensor, delta: Tensor) -> Tensor:
-    """Whether W + delta, rounded to W's bfloat16, is W again: a mask (out, in)."""
+    """A mask (out, in): whether W + delta, rounded to W's bfloat16, equals W."""
     raise NotImplementedError

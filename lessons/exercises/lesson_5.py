@@ -13,13 +13,13 @@ def training_bytes(parameters: int, trained: int) -> dict[str, int]:
 def kept_bytes(function: Callable[..., Tensor], *inputs: Tensor) -> int:
     """Bytes that `function(*inputs)` keeps for its backward pass, each storage counted once.
 
-    The storages of the inputs themselves do not count: they are there anyway.
+    The storages of the inputs do not count: the caller keeps them.
     """
     raise NotImplementedError
 
 
 def frozen_linear(x: Tensor, W: Tensor) -> Tensor:
-    """The product x W^T, (n, out), for a frozen W (out, in): keeps nothing but W.
+    """The product x W^T, (n, out), for a frozen W (out, in): keeps only W.
 
     Write a torch.autograd.Function whose backward gives dL/dx = G W, and apply it here.
     """

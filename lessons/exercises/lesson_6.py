@@ -6,7 +6,7 @@ from torch import Tensor
 def bits(block: int, scales_block: int | None = None) -> float:
     """Bits a weight: four, and the share of its block's scale.
 
-    A scale is float32; with `scales_block` it is 8 bits, and so many scales share one float32.
+    A scale is float32. With `scales_block` it has 8 bits, and that many scales share one float32.
     """
     raise NotImplementedError
 
@@ -19,6 +19,6 @@ def pack_pairs(codes: Tensor) -> Tensor:
 def best_levels(values: Tensor, levels: Tensor, steps: int) -> Tensor:
     """Lloyd's algorithm: levels (k,), rising, with a smaller squared error on values (n,).
 
-    A level that no value is nearest to stays where it is.
+    A level that is nearest to no value does not move.
     """
     raise NotImplementedError

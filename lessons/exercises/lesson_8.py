@@ -15,9 +15,9 @@ def lead(dialogue: str, turns: int) -> str:
 
 
 def invented_numbers(summary: str, dialogue: str) -> list[str]:
-    """Numbers of the summary, in digits ("45") or as words ("two" to "twelve"), not said.
+    """Numbers of the summary that are not in the dialogue: digits ("45") or "two" to "twelve".
 
-    "two" is said where the dialogue has "2", and the other way round. In the summary's order and
-    as it writes them.
+    "two" is not invented if the dialogue has "2", nor "2" if it has "two". The result has the order
+    and the spelling of the summary.
     """
     raise NotImplementedError

@@ -27,6 +27,6 @@ def test_the_operations_are_those_that_pytorch_counts(work):
 def test_what_is_below_half_a_step_stays(work):
     W = torch.tensor([[1.0, 1.0, 1.0, 4.0, 0.0, -1.0]]).bfloat16()  # a step above 1 is 2**-7
     delta = torch.tensor([[0.003, 0.005, -0.003, 0.005, 1e-20, 0.001]])
-    # Below 1 the steps are half as wide: -0.003 moves what +0.003 leaves.
+    # Below 1 the steps are half as wide: -0.003 changes an entry that +0.003 does not change.
     expected = torch.tensor([[True, False, False, True, False, True]])
     assert torch.equal(work.stays(W, delta), expected)

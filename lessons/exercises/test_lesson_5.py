@@ -1,4 +1,4 @@
-"""Lesson 5: checked against tensors that are there, and against autograd."""
+"""Lesson 5: checked against real tensors and against autograd."""
 
 import torch
 import torch.nn.functional as F

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,6 +81,8 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> list[dict[st
     rouge_score's tokenizer, with which published scores were computed, knows a-z and 0-9 and no
     other letter: a text in another script scores 0. So does an empty one.
     """
+    from rouge_score.rouge_scorer import RougeScorer  # not above: training a step needs no scores
+
     scorer = RougeScorer(list(METRICS), use_stemmer=True)
     scores = [
         scorer.score(split_sentences(reference), split_sentences(prediction))

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from rouge_score.tokenizers import DefaultTokenizer
-
 from minilora.summarization.page_parts import BASE, rouge1_gain, run_colour, tag
 from minilora.summarization.plots import escape, swatch
 from minilora.summarization.runs import Record, Run
@@ -23,6 +21,8 @@ def _stem(word: str) -> str:
 
 @cache
 def _tokenizer() -> Any:
+    from rouge_score.tokenizers import DefaultTokenizer  # not above: as in evaluation.rouge
+
     return DefaultTokenizer(use_stemmer=True)
 
 
