@@ -86,7 +86,7 @@ def plot(path: Path) -> None:
     text = (ROOT / "pretraining" / "losses.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    names = {"infill": "text infilling", "pseudo": "pseudo-summaries", "pairs": "written summaries"}
+    names = {"chat": "chats, infilled", "service": "service chats", "narrative": "chats, retold"}
     for color, (task, name) in zip(("#1b6ca8", "#c8553d", "#4c8c4a"), names.items(), strict=True):
         for kind, style in (("right", "-"), ("wrong", "--")):
             key = f"{task}_{kind}"
@@ -99,9 +99,6 @@ def plot(path: Path) -> None:
                     name, (x[-1], y[-1]), (6, -3), color=color, textcoords="offset points"
                 )
     end = rows[-1]["tokens"] / 1e6
-    others = [row["tokens"] / 1e6 for row in rows if row.get("heldout") == "second"]
-    for first in others[:1]:
-        axes.axvline(first, color="#999999", lw=0.8)
     axes.annotate("the same, another's source", (end, 6.1), (6, -3), textcoords="offset points")
     axes.set(xlabel="million tokens read and written", ylabel="loss, nats per target token")
     axes.set(ylim=(0, 9), xlim=(0, 1.32 * end))
