@@ -94,6 +94,7 @@ STYLE: Rules = [  # after it
     ),
     (r"\b(baseball|basketball|football|soccer) event\b", r"\1 game"),
     (r"\b(from|to|on) day after tomorrow\b", r"\1 the day after tomorrow"),
+    (r" (?:at )?(?:Afternoon|Evening) (\d[\d:]*)", r" at \1 pm"),
     (r"\ban European\b", "a European"),
     (r"\ba (?=Oriental\b)", "an "),
 ]
