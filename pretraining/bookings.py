@@ -76,11 +76,12 @@ FORM: Rules = [  # before the choice
     # "A is looking for a hotel. B suggests C." is one thought.
     (r"^(.*?\w)\. (\w+ (?:suggests|finds|recommends) )", r"\1, and \2"),
 ]
+MISSPELT = re.compile("zcheuan")  # always; put right in the chats too
 STYLE: Rules = [  # after it
     (
         r"\b(?:cambodian|christian|jamaican|laotian|latin|moroccan|nepalese|nicaraguan|oriental"
-        r"|parisian|portuguese|punjabi|sicilian|southern|szcheuan)\b",
-        lambda found: found[0].replace("cheuan", "echuan").capitalize(),
+        r"|parisian|portuguese|punjabi|sicilian|southern|szechuan)\b",
+        lambda found: found[0].capitalize(),
     ),
     (r"\bmiddle eastern\b", "Middle Eastern"),
     (r"\bmoderate tex-Mex\b", "moderately priced Tex-Mex"),
@@ -201,8 +202,9 @@ def choose(pairs: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
         if written(pair, names):
             taken |= marks
             count[" ".join(said)] += 1
-            text = polished(pair["summary"], STYLE)
-            chosen.append({"id": pair["id"], "dialogue": pair["dialogue"], "summary": text})
+            spelled = {key: MISSPELT.sub("zechuan", text) for key, text in pair.items()}
+            text = polished(spelled["summary"], STYLE)
+            chosen.append({"id": pair["id"], "dialogue": spelled["dialogue"], "summary": text})
     print(f"{len(chosen):,} of {len(pairs):,} pairs can be chosen")
     chosen.sort(key=lambda pair: hashlib.sha256(pair["id"][::-1].encode()).hexdigest())
     splits, start = {}, 0
