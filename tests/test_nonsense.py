@@ -30,7 +30,7 @@ CHAT = "Anna: I'll bring José's cake at 4.\nTom: great, see you in Łódź! i l
         ("Today Bella brings a cake.", ["Bella"]),
         ("Today ANNA brings Tom's cake.", []),  # without case and 's
         ("Today anna’s cake is Tom’s.", []),  # curly quotes
-        ("Today Bella’s cake is late.", ["Bella’s".replace("’", "'")]),
+        ("Today Bella’s cake is late.", ["Bella's"]),
         ("Bella brings a cake.", []),  # a sentence's start: see the non-words
         ("A cake comes. Bella brings it.", []),
         ('Anna says: "Cake is good." Then "Bread" is eaten.', []),  # so does a quotation
@@ -47,11 +47,7 @@ CHAT = "Anna: I'll bring José's cake at 4.\nTom: great, see you in Łódź! i l
     ],
 )
 def test_foreign_names(summary: str, found: list[str]) -> None:
-    names = foreign_names(summary, CHAT)
-    if summary.endswith("4 PM."):
-        assert names == ["PM"]  # spelled "pm" it is a word; the chat does not have it
-    else:
-        assert names == found
+    assert foreign_names(summary, CHAT) == found
 
 
 # Words --------------------------------------------------------------------------------------------
@@ -204,10 +200,14 @@ def test_every_number_in_words_is_its_digits(number: int) -> None:
     ("summary", "found"),
     [
         ("Anna buys the the cake.", ["the"]),
+        ("The the cake is nice.", ["the"]),
+        ("In ten minutes will Will come.", []),
         ("Anna wants to buy to buy a cake.", ["to buy"]),
         ("Anna buys a cake and a cake.", ["a cake"]),
-        ("Anna meets Tom and Tom.", ["tom"]),
-        ("Anna meets Tom, Tom is happy.", ["tom"]),
+        ("Anna meets Tom and Tom.", ["Tom"]),
+        ("Anna goes to the cinema. Tom goes to the cinema.", []),  # two sentences
+        ("Anna calls Tom, and Tom comes; when he comes, Tom eats.", []),
+        ("Anna says that that had had a reason.", []),
         ("It gets better and better, more and more.", []),
         ("Anna is. Is it so?", []),  # over a sentence's end
         ("Anna goes to the cinema and Tom goes to the cinema.", ["goes to the", "to the cinema"]),
@@ -222,7 +222,7 @@ def test_repeats(summary: str, found: list[str]) -> None:
 
 def test_what_the_dialogue_says_twice_is_no_repeat() -> None:
     assert repeats("Ling Ling chooses curtains.", "Ling Ling: mustard") == []
-    assert repeats("Ling Ling chooses curtains.", "Ling: mustard") == ["ling"]
+    assert repeats("Ling Ling chooses curtains.", "Ling: mustard") == ["Ling"]
 
 
 # Shares -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ Four shares of the summaries, each with its bootstrap interval:
   What is a name by the first rule is not looked up. So an invented word, or a foreign name at a
   sentence's start.
 - repeats: a phrase said twice in a row ("the the", "a cake and a cake", "Tom and Tom"), or the same
-  three words twice, capitalised ones left out.
+  three words twice in a sentence, capitalised ones left out; not what the dialogue says so.
 
 They tell nothing about texts that are not in Latin letters, and are then not computed.
 """
@@ -28,17 +28,18 @@ MEASURES = ("foreign_names", "foreign_numbers", "non_words", "repeats")
 
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 _WITH_DIGITS = re.compile(r"\w*\d\w*")
+_TOKEN = re.compile(r"[\w'-]+(?:[:.,]\d+)*")  # numbers too, and hyphens within
 _CLITIC = re.compile(r"'(?:s|ll|d|ve|re|m)$")
 _NOT_NAMES = """
-monday tuesday wednesday thursday friday saturday sunday january february march april may june
-july august september october november december african albanian american arab arabic argentinian
-asian australian austrian belgian brazilian british bulgarian canadian chilean chinese colombian
-croatian cuban czech danish dutch egyptian english estonian ethiopian european finnish french
-german greek hungarian icelandic indian indonesian iranian iraqi irish israeli italian jamaican
-japanese kenyan korean latin latvian lebanese lithuanian malaysian mexican moroccan nepalese
-nigerian norwegian pakistani persian peruvian polish portuguese romanian russian scottish serbian
-slovak slovenian spanish swedish swiss syrian taiwanese thai tibetan turkish ukrainian vietnamese
-welsh
+am pm monday tuesday wednesday thursday friday saturday sunday january february march april may
+june july august september october november december african albanian american arab arabic
+argentinian asian australian austrian belgian brazilian british bulgarian canadian chilean chinese
+colombian croatian cuban czech danish dutch egyptian english estonian ethiopian european finnish
+french german greek hungarian icelandic indian indonesian iranian iraqi irish israeli italian
+jamaican japanese kenyan korean latin latvian lebanese lithuanian malaysian mexican moroccan
+nepalese nigerian norwegian pakistani persian peruvian polish portuguese romanian russian scottish
+serbian slovak slovenian spanish swedish swiss syrian taiwanese thai tibetan turkish ukrainian
+vietnamese welsh
 """
 _NO_NAMES = frozenset(_NOT_NAMES.split())
 
@@ -100,23 +101,30 @@ def foreign_numbers(summary: str, dialogue: str) -> list[str]:
 
 
 def repeats(summary: str, dialogue: str = "") -> list[str]:
+    said = " ".join(_TOKEN.findall(straight(dialogue).casefold()))
     found = set()
-    for clause in re.split(r"[.!?:;\n]+(?=\s|$)", straight(summary)):
-        words = re.findall(r"[\w'-]+(?:[:.,]\d+)*", clause)
-        plain = [word.casefold() for word in words]
-        for i, word in enumerate(words):
-            for n in range(1, 5):
-                phrase, rest = plain[i : i + n], plain[i + n :]
-                if rest[:1] in (["and"], ["or"]) and (n > 1 or word[0].isupper()):
-                    rest = rest[1:]  # not "more and more"
-                if rest[:n] == phrase and len("".join(phrase)) > 1:
-                    found.add(" ".join(phrase))
-    words = re.findall(r"[\w'-]+", straight(summary))
-    runs = [" ".join(words[i : i + 3]) for i in range(len(words) - 2)]
-    low = [run for run in runs if run == run.lower() and not re.search(r"\d", run)]
-    said = " ".join(re.findall(r"[\w'-]+", straight(dialogue).casefold()))
-    direct = {phrase for phrase in found if f"{phrase} {phrase}" not in said}  # Ling Ling
-    return sorted(direct | {run for run in low if low.count(run) > 1})
+    for sentence in split_sentences(straight(summary)).splitlines():
+        for clause in re.split(r"[,;:](?=\s)", sentence):
+            doubled = _doubled(_TOKEN.findall(clause))
+            found |= {word for word in doubled if f"{word} {word}".casefold() not in said}
+        words = _TOKEN.findall(sentence)
+        runs = [" ".join(words[i : i + 3]) for i in range(len(words) - 2)]
+        low = [run for run in runs if run == run.lower() and not re.search(r"\d", run)]
+        found |= {run for run in low if low.count(run) > 1}
+    return sorted(found)
+
+
+def _doubled(words: list[str]) -> Iterator[str]:
+    """Phrases of up to four words that follow themselves, at once or after "and" or "or"."""
+    if len(words) > 1 and words[1] == words[0].lower():
+        words = [words[1], *words[1:]]  # The the
+    for i, word in enumerate(words):
+        for n in range(1, 5):
+            phrase, rest = words[i : i + n], words[i + n :]
+            if rest[:1] in (["and"], ["or"]) and (n > 1 or word[0].isupper()):
+                rest = rest[1:]  # but "more and more"
+            if rest[:n] == phrase and phrase not in (["that"], ["had"]) and phrase != [word[0]]:
+                yield " ".join(phrase)
 
 
 def in_latin_letters(texts: Sequence[str]) -> bool:
