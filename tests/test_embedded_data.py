@@ -8,7 +8,11 @@ from minilora.summarization.nonsense import foreign_names, foreign_numbers, non_
 from minilora.summarization.presets import ASSETS
 
 SPLITS = ("train", "validation", "test")
-SIZES = {"minichat": (700, 100, 100), "bookings": (1200, 150, 200)}
+SIZES = {
+    "bookings": (1200, 150, 200),
+    "minichat": (1720, 182, 238),
+    "minichat-hard": (700, 100, 100),
+}
 
 
 def rows(name: str, split: str) -> list[dict[str, str]]:
@@ -24,6 +28,20 @@ def test_every_split_is_whole_and_apart(name: str) -> None:
         assert len({row[field] for row in found}) == len(found), field
         assert all(row[field] and row[field] == row[field].strip() for row in found)
     assert (ASSETS / name / "LICENSE").is_file()
+
+
+def test_minichat_has_narratives() -> None:
+    """Two to four sentences beside the one of the summary."""
+    for row in (row for split in SPLITS for row in rows("minichat", split)):
+        assert len(row["narrative"].split()) > 15
+
+
+def test_minichat_and_minichat_hard_share_no_chat() -> None:
+    easy, hard = (
+        {row["dialogue"] for split in SPLITS for row in rows(name, split)}
+        for name in ("minichat", "minichat-hard")
+    )
+    assert not easy & hard
 
 
 def test_bookings_parts_no_conversation() -> None:
