@@ -26,7 +26,7 @@ LIBRARY = (
 TASK = (
     "presets", "directories", "lock", "reading", "data", "origin", "four_bits",
     "model", "speed", "loss",
-    "checkpoint", "distributed", "guards", "evaluation", "log",
+    "checkpoint", "distributed", "guards", "evaluation", "numerals", "nonsense", "log",
     "stopping", "session", "training", "report", "runs", "plots",
     "page_parts", "page_numbers", "page_curves", "page_dialogues", "page_spectra", "page",
     "flags", "cli",

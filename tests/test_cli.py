@@ -394,7 +394,7 @@ def test_the_embedded_model_trains_on_the_embedded_dialogues(
     argv = ["--rank", "4", "--max-steps", "2", "--validation-limit", "2", "--no-evaluate"]
     assert call(train_main, *argv, "--beams", "1", "--min-length", "5", "--max-length", "10") == 0
     out, err = capfd.readouterr()
-    assert "pocket-bart on minichat: 700 dialogues to train, 100 to validate" in out
+    assert "pocket-bart on minichat: 1,720 dialogues to train, 182 to validate" in out
     assert all(line.startswith("note: ") for line in err.splitlines())
     assert minilora.read_adapter(tmp_path / "runs" / "pocket-lora-r4" / "adapter").config.rank == 4
 

@@ -144,5 +144,6 @@ def test_two_configurations_share_no_list() -> None:
 
 
 def test_embedded_names_are_directories_and_all_others_stay() -> None:
-    assert Path(embedded("minichat"), "train.jsonl").is_file()
+    for data in ("bookings", "minichat", "minichat-hard"):
+        assert Path(embedded(data), "train.jsonl").is_file()
     assert embedded("facebook/bart-base") == "facebook/bart-base"

@@ -11,6 +11,8 @@ from types import UnionType
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 ASSETS = Path(__file__).parent / "assets"
+# What works without a download: a model, and data sets from easy to hard.
+EMBEDDED = ("pocket-bart", "bookings", "minichat", "minichat-hard")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -76,7 +78,7 @@ LEARNING_RATES: dict[str, dict[str, float]] = {
 
 def embedded(name: str) -> str:
     """The path of an embedded model or data set; any other name as it is."""
-    return str(ASSETS / name) if name in ("pocket-bart", "minichat") else name
+    return str(ASSETS / name) if name in EMBEDDED else name
 
 
 def local_path(name: str) -> Path:
@@ -122,7 +124,7 @@ class DataOptions:
     data: str = _flag(
         "minichat",
         "directory with train/validation/test files, one file (.json, .jsonl, .csv), or a hub "
-        "name; minichat is embedded",
+        "name; bookings, minichat and minichat-hard are embedded",
     )
     dialogue_column: str = _flag("dialogue", "column with the text to summarize")
     summary_column: str = _flag("summary", "column with the reference summary")

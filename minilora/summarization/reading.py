@@ -62,7 +62,7 @@ def find(data: str) -> dict[str, Source]:
     """The source of every split that `data` brings, by train, validation and test.
 
     Args:
-        data: a directory, a file (it counts as train), a hub name, or minichat.
+        data: a directory, a file (it counts as train), a hub name, or an embedded name.
 
     Raises:
         UserError: there is no such data, or nothing in it that can be read.
