@@ -58,12 +58,13 @@ def _apart(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def _dense(layer: nn.Module) -> dict[str, Tensor]:
-    """The weight (out, in) and the bias (out,) of a layer in float64, from its outputs."""
+def _dense(layer: nn.Module) -> tuple[dict[str, Tensor], float]:
+    """The weight (out, in) and the bias (out,) of a layer in float64, and how nonlinear it is."""
     layer.eval()
-    eye = torch.eye(IN, dtype=torch.float64)
-    bias = layer(torch.zeros_like(eye[:1]))[0]  # (out,)
-    return {"weight": (layer(eye) - bias).T, "bias": bias}
+    eye, x = torch.eye(IN, dtype=torch.float64), X.double()
+    bias = layer(torch.zeros_like(eye[:1]))[0].double()  # (out,)
+    weight = (layer(eye) - bias).T  # (out, in)
+    return {"weight": weight, "bias": bias}, _apart(layer(x.clone()), x @ weight.T + bias)
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Kit:
         return module
 
     def __call__(self, module: Any, x: Tensor = X) -> Tensor:
-        return self.run(module, x)
+        return self.run(module, x.clone())  # whatever the module does to it
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module, x: Tensor = X) -> Tensor:
@@ -143,11 +144,18 @@ class Kit:
     def declared(self, name: str) -> bool:
         return f".{name}".endswith(tuple(f".{end}" for end in self.also))
 
-    def delta(self, layer: nn.Module) -> Tensor:
+    def dense(self, **given: Any) -> dict[str, Tensor]:
+        """The weight (out, in) and the bias (out,) that the forward pass computes with."""
+        tensors, nonlinear = _dense(self.wide(**given))
+        if nonlinear > CLOSE:
+            raise NotApplicable("the layer is not linear in x: see rank")
+        return tensors
+
+    def delta(self, **given: Any) -> Tensor:
         """The update (out, in) that the forward pass adds to W, in float64."""
         if not self.low_rank:
             raise NotApplicable("the weight was declared not to be W + s B A")
-        return _dense(layer)["weight"] - _dense(self.base().double())["weight"]
+        return self.dense(**given)["weight"] - _dense(self.base().double())[0]["weight"]
 
     def factors(self, module: nn.Module, r: int = RANK) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r), found by their shapes, either way round."""
@@ -254,8 +262,8 @@ def scale(kit: Kit) -> Claims:
     """The scale is s = alpha / r, or alpha / sqrt(r)."""
     found = []
     for r, alpha in ((RANK, ALPHA), (RANK, 2 * ALPHA), (2 * RANK, ALPHA)):
-        layer = kit.wide(rank=r, alpha=alpha)
-        delta, (A, B) = kit.delta(layer), kit.factors(layer, r)
+        delta, layer = kit.delta(rank=r, alpha=alpha), kit.wide(rank=r, alpha=alpha)
+        A, B = kit.factors(layer, r)
         BA = B @ A  # (out, r) (r, in) -> (out, in)
         s = ((delta * BA).sum() / BA.square().sum()).item()
         yield _apart(s * BA, delta), CLOSE, "off s B A for the best s: the update"
@@ -269,23 +277,20 @@ def scale(kit: Kit) -> Claims:
 
 def rank(kit: Kit) -> Claims:
     """The update is linear in x, with at most r singular values."""
-    layer, x = kit.wide(), X.double()
-    values, dense = torch.linalg.svdvals(kit.delta(layer)), _dense(layer)
-    y = x @ dense["weight"].T + dense["bias"]
-    yield _apart(kit.evaluate(layer, x), y), CLOSE, "off a layer that is linear in x"
+    nonlinear = _dense(kit.wide())[1]
+    if kit.low_rank or nonlinear > CLOSE:
+        yield nonlinear, CLOSE, "off a layer that is linear in x"
+    values = torch.linalg.svdvals(kit.delta())
     yield (values[RANK] / values[0]).item(), 1e-5, "of the first is singular value r + 1"
 
 
 def dropout(kit: Kit) -> Claims:
     """In training E[y] is the y of evaluation, and W x is never dropped."""
-    y, layer = kit.evaluate(kit.base()), kit.build(random=False, dropout=0.5)
+    layer = kit.build(random=False, dropout=0.5)
     for factor in kit.factors(layer):
         factor.zero_()  # an empty branch: what is left is the base
-    yield (
-        _apart(kit(layer), y),
-        0 if kit.low_rank else 1e-6,
-        "off the base's output with an empty branch and dropout",
-    )
+    training, y = kit(layer), kit.evaluate(layer)
+    yield _apart(training, y), 0 if kit.low_rank else 1e-6, "off W x + b: the base's part, dropped"
     layer, evaluated = kit.build(dropout=0.5), kit.evaluate(kit.build())  # (5, out)
     outputs = torch.stack([kit(layer).detach() for _ in range(400)])  # (400, 5, out)
     yield _apart(kit.evaluate(layer), evaluated), 1e-6, "off dropout 0 in evaluation mode"
@@ -304,7 +309,7 @@ def merge(kit: Kit) -> Claims:
         now = kit.evaluate(kit.call("merge", module)) - y
         yield _apart(now, change), 1e-3, "off the unmerged change of the output"
     for kind in () if kit.is_model else (torch.float32, torch.bfloat16, torch.float16):
-        layer, exact = kit.build(dtype=kind), _dense(kit.wide(dtype=kind))
+        layer, exact = kit.build(dtype=kind), kit.dense(dtype=kind)
         before, places = _copies(kit.frozen(layer)), _places(kit.frozen(layer))
         after = kit.frozen(kit.call("merge", layer))
         for name, now in after.items():
@@ -440,11 +445,11 @@ def autocast(kit: Kit) -> Claims:
 
 def inputs(kit: Kit) -> Claims:
     """Any x (..., in), any strides, none of it overwritten; y may be written to."""
-    layer, dense, many = kit.build(), _dense(kit.wide()), X.expand(2, 3, 5, IN)
+    layer, dense, many = kit.build(), kit.dense(), X.expand(2, 3, 5, IN)
     for x in (X[0], many.contiguous(), many, X.T.contiguous().T, X[:0]):
         kept, what = x.clone(), f"x {tuple(x.shape)} with strides {x.stride()}"
         wanted = x.double() @ dense["weight"].T + dense["bias"]
-        yield _apart(kit(layer, x), wanted), CLOSE, f"off the output for {what}"
+        yield _apart(kit.run(layer, x), wanted), CLOSE, f"off the output for {what}"
         yield int(not torch.equal(x, kept)), 0, f"times overwritten: {what}"
     grads = []
     for double in (torch.mul, Tensor.mul_):
@@ -467,7 +472,7 @@ def compiled(kit: Kit) -> Claims:
 
 
 def _flat(tensors: Any) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
+    return torch.cat([tensor.flatten() for tensor in tensors if tensor is not None])
 
 
 INVARIANTS: dict[str, Callable[[Kit], Claims]] = {
