@@ -31,12 +31,12 @@ docs-check: .venv/development  ## run the commands and the Python of README and 
 	$(BIN)/python benchmarks/tables.py --check
 
 bench: .venv/development  ## every benchmark, small, to see that it runs: benchmarks/results/small/
-	for name in merge_latency exactness layer training evaluation quality qlora; do \
+	for name in merge_latency exactness layer training evaluation quality qlora conformance; do \
 		$(BIN)/python benchmarks/$$name.py --small || exit 1; done
 
 figures: .venv/development  ## the published figures: two hours and more of a quiet machine
 	for name in default_run merge_latency exactness layer training evaluation quality nf4_parity \
-		qlora qlora_quality full_update pocket; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+		qlora qlora_quality full_update conformance pocket; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	test ! -d ../shared/data/samsum || $(BIN)/python benchmarks/pocket.py --name samsum \
 		--data ../shared/data/samsum --seeds 0 --contestants "LoRA r 8, all-linear" \
 		--epochs 2 --batch-size 16 --learning-rate 2e-3 --min-length 30 --length-penalty 1.0 --validation-limit 200

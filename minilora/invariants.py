@@ -173,7 +173,7 @@ class Kit:
         names = [name.format(what) for name in USUAL]
         methods = [operator.methodcaller(name) for name in names if hasattr(module, name)]
         if not (does := getattr(self, what) or next(iter(methods), None)):
-            raise NotApplicable(f"no {what} was given, and no method is named {', '.join(names)}")
+            raise NotApplicable(f"no {what} was given or found")
         result = does(module)
         return result if isinstance(result, nn.Module) else module
 

@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib.util
+import json
 import pickle
 import subprocess
 import sys
@@ -569,6 +570,25 @@ def test_by_hand_training_a_merged_layer_in_peft_moves_nothing() -> None:
         pytest.skip(f"PEFT {peft.__version__} does this right")
 
 
+def test_by_hand_dora_in_peft_merges_elsewhere_and_wants_a_batch() -> None:
+    layer = example("peft_layer").make(nn.Linear(48, 32), 3, 7, 0.0, use_dora=True)
+    place = layer.base_layer.weight.data_ptr()
+    shape = layer(torch.ones(48)).shape
+    layer.merge()
+    if layer.base_layer.weight.data_ptr() == place and shape == (32,):
+        pytest.skip(f"PEFT {peft.__version__} does this right")
+
+
+def test_by_hand_a_parametrization_removed_leaves_the_weight_in_new_storage() -> None:
+    layer = example("parametrization").make(nn.Linear(48, 32), 3, 7, 0.0)
+    weight = layer.parametrizations.weight.original
+    place = weight.data_ptr()
+    parametrize.remove_parametrizations(layer, "weight")
+    assert layer.weight is weight
+    assert weight.data_ptr() != place
+    assert weight.requires_grad
+
+
 def test_by_hand_loralib_rounds_the_update_before_the_sum() -> None:
     pytest.importorskip("loralib")
     layer = example("loralib_layer").make(nn.Linear(48, 32, dtype=torch.bfloat16), 3, 7, 0.0)
@@ -891,3 +911,23 @@ def test_minilora_and_peft_can_be_pickled_and_loralib_cannot(make: Any) -> None:
         layer.lora_B.normal_()
     x = torch.ones(2, 48)
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+def test_the_page_shows_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    path = ROOT / "benchmarks" / "conformance.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_conformance", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    sys.modules.pop("common")
+    result = json.loads((ROOT / "benchmarks" / "results" / "conformance.json").read_text())
+    page = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    assert script.render(page, result) == page
+    assert result["subjects"].keys() == script.SUBJECTS.keys()
+    for name, found in result["subjects"].items():
+        assert found["first_seconds"] < 10, name
+        assert list(found["results"]) == list(conformance.INVARIANTS)
+    for name in conformance.INVARIANTS:
+        assert f"**{name}.**" in page
