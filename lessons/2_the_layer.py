@@ -35,7 +35,7 @@ import torch
 import workshop
 from torch import Tensor, nn
 
-from minilora import LoRALinear
+from minilora import LoRALinear, conformance
 
 torch.manual_seed(0)
 
@@ -187,12 +187,55 @@ without_s = [*by_hand[:3], by_hand[3] / layer.scale]
 workshop.must_fail(lambda: claim(without_s, "A random, B = 0 (LoRA)"), "dL/dB without s")
 
 # %% [markdown]
+# ## Your own layer, checked by one line
+#
+# Write a layer as you like. `conformance.check` builds it around linear layers of its own and asks what
+# every LoRA layer must answer: the start, what trains, the gradients against finite differences, the
+# scale, the rank, dropout, merging ([all of it](../docs/conformance.md)). What the layer does not do, such
+# as merging, is not applicable.
+
+
+# %%
+class MyLoRA(nn.Module):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.s, self.dropout = alpha / rank, nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return self.base(x) + self.s * (self.dropout(x) @ self.A.T @ self.B.T)
+
+
+print(conformance.check(MyLoRA))
+
+# %% [markdown]
+# Every number in it is a measurement. Forget $\alpha$, and one line of the table says so:
+
+
+# %%
+class Forgetful(MyLoRA):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__(base, rank, 1, dropout)
+
+
+def right(make: type[nn.Module]) -> None:
+    failed = [result for result in conformance.check(make) if result.outcome == "failed"]
+    assert not failed, "; ".join(f"{name}, {detail}" for name, _, detail in failed)
+
+
+right(MyLoRA)
+workshop.must_fail(lambda: right(Forgetful), "alpha is forgotten")
+
+# %% [markdown]
 # ## Exercises
 #
 # Fill the gaps in [`exercises/lesson_2.py`](exercises/lesson_2.py), then run
 # `python -m pytest lessons/exercises/test_lesson_2.py`:
 #
 # 1. `lora_forward`: the layer's output with dropout on the branch's input, but not on the base's.
+#    `conformance.check` then checks the layer made of it, as above.
 # 2. `lora_gradients`: $\partial L/\partial A$ and $\partial L/\partial B$ with that dropout.
 # 3. `first_step`: $\Delta W = s B A$ after one step of gradient descent from LoRA's start, in closed
 #    form, without a layer.

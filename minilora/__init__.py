@@ -9,6 +9,7 @@ and B train (Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3).
     PEFT's files            save_adapter, load_adapter
     adapters as values      read_adapter, write_adapter, Adapter, combine, extract, Fitted
     a base in four bits     quantize, NF4Linear; inject afterwards is QLoRA
+    is this LoRA right      conformance, a module: check, check_model, cases
     what was done           InjectReport, MergeReport, LoadReport, QuantizeReport; all of them print
     what was wrong          LoRAError, a ValueError: one line with what, where and what to do
 
@@ -29,6 +30,7 @@ Example:
     'Linear'
 """
 
+from minilora import conformance as conformance
 from minilora.adapter import (
     Adapter,
     LoadReport,

@@ -5,6 +5,7 @@
     inspect ADAPTER           layers, ranks, scales, norms and singular values, as a table
     merge ADAPTER OUT         a checkpoint that plain transformers loads
     report RUN ...            report.html of a run, or of several side by side
+    conformance FILE.py:make  is this LoRA layer right? docs/conformance.md
 
 ADAPTER is the directory of an adapter or of a run, or an adapter's name on the hub.
 """
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import minilora
+from minilora import conformance
 from minilora.adapter import Adapter, apply_adapter
 from minilora.arithmetic import singular_values
 from minilora.config import LoRAError
@@ -34,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, or 2 on bad input."""
+    """Run one command. Returns the exit code: 0, 1 if a layer fails, or 2 on bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["train"], ["evaluate"]):
         from minilora.summarization import cli  # it imports transformers: only when it is needed
@@ -42,16 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         door = cli.train_main if arguments[0] == "train" else cli.evaluate_main
         return door(arguments[1:])
     parsed = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], None] = parsed.run
+    command: Callable[[argparse.Namespace], int | None] = parsed.run
     try:
-        command(parsed)
+        return command(parsed) or 0
     except (LoRAError, UserError, OSError) as error:
         print(f"minilora {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"minilora {parsed.command}: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         help="report.html in the run if not given, of several runs in the working directory",
     )
     report.set_defaults(run=_report)
+    check = commands.add_parser("conformance", help="check a LoRA layer of anybody's")
+    check.add_argument("target", metavar="FILE.py:make", help="or module:make")
+    check.set_defaults(run=lambda parsed: conformance.main(parsed.target))
     return parser
 
 

@@ -1,10 +1,12 @@
 """Lesson 2: checked against autograd and against the library's layer, in float64."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minilora import LoRALinear
+from minilora import LoRALinear, conformance
 
 
 def parts():
@@ -25,6 +27,24 @@ def test_the_base_sees_no_dropout_and_the_branch_does(work):
     torch.testing.assert_close(work.lora_forward(x, W, A, B, s, torch.ones_like(x)), layer(x))
     expected = x @ W.T + F.linear(x * mask, layer.delta())
     torch.testing.assert_close(work.lora_forward(x, W, A, B, s, mask), expected)
+
+
+def test_the_layer_made_of_it_passes_all_that_applies(work):
+    class Layer(nn.Module):
+        def __init__(self, base, rank, alpha, dropout):
+            super().__init__()
+            self.base, self.s, self.p = base.requires_grad_(False), alpha / rank, dropout
+            self.A = nn.Parameter(torch.randn(rank, base.in_features) / 7)
+            self.B = nn.Parameter(torch.zeros(base.out_features, rank))
+
+        def forward(self, x):
+            mask = F.dropout(torch.ones_like(x), self.p, self.training)
+            return work.lora_forward(x, self.base.weight, self.A, self.B, self.s, mask)
+
+    Layer(nn.Linear(5, 4, bias=False), 2, 3, 0.0)(torch.ones(2, 5))  # written at all?
+    linear = partial(nn.Linear, bias=False)
+    report = conformance.check(Layer, linear=linear)
+    assert not report.named("failed"), f"\n{report}"
 
 
 def test_the_gradients_are_those_of_autograd(work):
