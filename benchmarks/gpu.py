@@ -35,6 +35,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -303,9 +304,7 @@ def examples(count: int, vocabulary: int, scale: float = 1.0, seed: int = 0) -> 
     z[:, 1] = 0.6 * z[:, 0] + 0.8 * z[:, 1]  # correlation 0.6
 
     def length(share: float, quantiles: Sequence[tuple[float, int]]) -> int:
-        (low, a), (high, b) = next(
-            pair for pair in zip(quantiles, quantiles[1:], strict=False) if share <= pair[1][0]
-        )
+        (low, a), (high, b) = next(pair for pair in pairwise(quantiles) if share <= pair[1][0])
         return max(3, round(scale * (a + (b - a) * (share - low) / (high - low))))
 
     def ids(number: int) -> list[int]:
@@ -614,7 +613,7 @@ def training(run: Run, base: Any, rows: Any, batch: int, deadline: float) -> dic
                 else:
                     assert contestant.step is not None
                     step = contestant.step
-                    spent = timed(run.device, lambda step=step: [step(group) for group in own])
+                    spent = timed(run.device, lambda step=step, own=own: [step(g) for g in own])
                     tokens = tokens_of(own)
             peaks[name] = max(peaks[name], peak[0])
             windows[name].append(
@@ -687,7 +686,7 @@ def compare(results: dict[str, Any], ours: str, notes: list[str]) -> None:
 
 
 def waits(run: Run, base: Any, rows: Any, _: float) -> dict[str, Any]:
-    """Where a step of minilora waits for the GPU: the innermost line of ours, and the one within."""
+    """Where a step of minilora waits for the GPU: our innermost line | the line that it calls."""
     if not run.cuda:
         return {"skipped": "skipped: needs CUDA"}
     groups = groups_of(rows, 8)
@@ -830,8 +829,9 @@ def evaluation(run: Run, base: Any, rows: Any, deadline: float) -> dict[str, Any
         print(
             f"{name:24} {size / median:8.2f} dialogues/s "
             f"{results[name]['times_the_base']:5.2f} x the base's time, "
-            f"logits differ by {results[name]['logits_differ_from_the_base_by']:.4f} from the base's, "
-            f"by {results[name]['logits_differ_from_merged_by']:.4f} from the merged model's"
+            f"logits differ from the base's by "
+            f"{results[name]['logits_differ_from_the_base_by']:.4f}, from the merged model's by "
+            f"{results[name]['logits_differ_from_merged_by']:.4f}"
         )
     print(*notes, sep="\n")
     about = {
@@ -848,7 +848,7 @@ def evaluation(run: Run, base: Any, rows: Any, deadline: float) -> dict[str, Any
 
 
 def compiled(run: Run, base: Any, rows: Any, deadline: float) -> dict[str, Any]:
-    """minilora's step with compiled layers beside the eager one, batch 8."""
+    """The step of minilora with compiled layers beside the eager one, batch 8."""
     if not run.cuda:
         return {"skipped": "skipped: needs CUDA"}
     groups = groups_of(rows, 8)
