@@ -12,12 +12,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from examples import BOS, EOS, PAD
 from model import new_model
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BartForConditionalGeneration, GenerationConfig, PreTrainedTokenizerFast
+
+from examples import BOS, EOS, PAD
 
 HERE = Path(__file__).parent
 

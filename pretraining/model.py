@@ -4,11 +4,12 @@ import argparse
 
 import numpy as np
 import torch
-from examples import BOS, EOS, PAD, STAGES, Batch, Source, chunks, collate
 from muon import Muon
 from torch import Tensor
 from torch.nn import functional
 from transformers import BartConfig, BartForConditionalGeneration
+
+from examples import BOS, EOS, PAD, STAGES, Batch, Source, chunks, collate
 
 SHAPE = ("layers", "decoder_layers", "width", "heads", "init_std")  # what the model is made from
 

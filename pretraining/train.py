@@ -27,12 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 from checkpoint import read_checkpoint, write_checkpoint
-from examples import ANNEAL, PAD, STAGES, Batch, Source
 from model import evaluate, evaluation_batches, loss_of, new_model, new_optimizers, samples
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+
+from examples import ANNEAL, PAD, STAGES, Batch, Source
 
 PART = 15 * 2**20  # bytes of a file of weights
 
