@@ -1,4 +1,4 @@
-"""Shared by the lessons: pocket-bart and minichat, a training loop, and the style of the plots."""
+"""Shared by the lessons: pocket-bart and bookings, a training loop, and the style of the plots."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -47,8 +47,8 @@ def pocket() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def dialogues(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> list[Encoded]:
-    """The shortest dialogues of a split of minichat, so that a lesson is quick."""
-    options = DataOptions(data="minichat")
+    """The shortest dialogues of a split of bookings, so that a lesson is quick."""
+    options = DataOptions(data="bookings")
     examples, _ = data.load(options, [split])
     encoded, _ = data.encode(examples[split], tokenizer, options)
     return sorted(encoded, key=lambda row: (len(row.source) + len(row.target), row.id))[:count]
