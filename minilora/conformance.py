@@ -186,7 +186,7 @@ def check_model(
 
     Example:
         >>> import minilora
-        >>> x, model = torch.ones(2, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> x, model = torch.ones(2, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
         >>> config = minilora.LoRAConfig(rank=2, targets=("0", "2"))
         >>> adapt = lambda model: minilora.inject(model, config)
         >>> hooks = {"merge": minilora.merge, "unmerge": minilora.unmerge, "parameters": 56}

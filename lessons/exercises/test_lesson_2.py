@@ -10,7 +10,7 @@ from minilora import LoRALinear, conformance
 
 
 def parts():
-    """x, W, A, B, s, mask, G: none is zero or symmetric, and s is no power of two."""
+    """x, W, A, B, s, mask, G with nothing zero, symmetric or a power of two about them."""
     x, W, A, B, G = (
         torch.randn(*shape, dtype=torch.float64)
         for shape in ((7, 12), (9, 12), (3, 12), (9, 3), (7, 9))
