@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from turns import Turns, peak_bytes, reset_peak, resident_bytes
 from workplace import MAX_SOURCE, MAX_TARGET, TARGETS, read_rows
 
-from minilora.summarization.data import IGNORED, Encoded, by_length, collate
-from minilora.summarization.training import learning_rate
+from minilora.summarization.data.batches import IGNORED, Encoded, by_length, collate
+from minilora.summarization.training.schedule import learning_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FULL_RATE = 0.1  # of LoRA's learning rate: each method at one that suits it
@@ -144,10 +144,10 @@ class Prepared:
 def minilora_loop(setting: Setting, **settings: Any) -> Prepared:
     """What `train.py` does, from its flags on: minilora's session and its loop."""
     import minilora
-    from minilora.summarization.presets import RunConfig
-    from minilora.summarization.session import open_session
-    from minilora.summarization.stopping import stop_requests
-    from minilora.summarization.training import Trainer
+    from minilora.summarization.settings import RunConfig
+    from minilora.summarization.training.session import open_session
+    from minilora.summarization.training.stopping import stop_requests
+    from minilora.summarization.training.trainer import Trainer
 
     flat = {
         "model": str(setting.folder / "model"),

@@ -122,7 +122,7 @@ def plain_integers(weight: Tensor, bits: int) -> Tensor:
 
 def errors(name: str) -> dict[str, Any]:
     """||rounded - W|| / ||W|| of each kind of layer of a model, averaged."""
-    from minilora.summarization.model import load_model
+    from minilora.summarization.model.loading import load_model
 
     linears = {
         path: module.weight.detach()

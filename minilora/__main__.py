@@ -25,7 +25,8 @@ from minilora.adapter import Adapter, apply_adapter
 from minilora.arithmetic import singular_values
 from minilora.config import LoRAError
 from minilora.inject import fold_names
-from minilora.summarization.presets import UserError
+from minilora.summarization import errors
+from minilora.summarization.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,15 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return door(arguments[1:])
     parsed = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = parsed.run
-    try:
-        command(parsed)
-    except (LoRAError, UserError, OSError) as error:
-        print(f"minilora {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"minilora {parsed.command}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return errors.run(f"minilora {parsed.command}", lambda: command(parsed))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +84,7 @@ def _directory(name: str) -> Path:
     """Where the adapter lies; only for a hub name is transformers imported, which is slow."""
     if Path(name).is_dir():
         return Path(name)
-    from minilora.summarization.model import adapter_directory
+    from minilora.summarization.model.loading import adapter_directory
 
     return adapter_directory(name)
 
@@ -100,7 +93,7 @@ def _directory(name: str) -> Path:
 
 
 def _report(parsed: argparse.Namespace) -> None:
-    from minilora.summarization.page import write_report  # it imports rouge_score and NLTK
+    from minilora.summarization.report.page import write_report  # it imports rouge_score and NLTK
 
     runs: list[Path] = parsed.runs
     page = parsed.output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
@@ -220,7 +213,7 @@ def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":
     """The model in float32 (its sums are rounded once, when it is cast), and the dtype it has."""
     import transformers
 
-    from minilora.summarization.model import check_complete, loading
+    from minilora.summarization.model.loading import check_complete, loading
 
     with loading(name) as source:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -254,7 +247,7 @@ def _logits(model: Any) -> torch.Tensor:
 
 def _save_tokenizer(name: str, directory: Path) -> None:
     """Beside the model, where the base has one: then the directory is complete."""
-    from minilora.summarization.model import load_tokenizer
+    from minilora.summarization.model.loading import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(name)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minilora.summarization.presets import DataOptions, GenerationOptions
-from minilora.summarization.reading import Example
+from minilora.summarization.data.reading import Example
+from minilora.summarization.settings import DataOptions, GenerationOptions
 
 from .helpers import byte_level_bpe, dialogues, small_bart
 from .worker import double

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.summarization.checkpoint import Progress, load_checkpoint, save_checkpoint
-from minilora.summarization.presets import UserError
+from minilora.summarization.errors import UserError
+from minilora.summarization.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 
 ORIGIN = {"train data": "0123", "torch": "2.13"}
 

@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import minilora
 from minilora.summarization import cli
 from minilora.summarization.cli import evaluate_main, train_main
-from minilora.summarization.evaluation import MEASURES, Summary
+from minilora.summarization.evaluation.compare import Summary
+from minilora.summarization.evaluation.rouge import MEASURES
 from minilora.summarization.presets import ASSETS, PRESETS
 from tests.helpers import (
     SMALL,

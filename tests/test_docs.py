@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+from minilora.summarization import flags, settings
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -106,9 +108,8 @@ def test_commands_and_flags_within_the_text_are_there(page: Path) -> None:
 def flags() -> set[str]:
     """Every flag of train.py, evaluate.py and the merge command."""
     from minilora import __main__
-    from minilora.summarization import flags, presets
 
-    names = {field.name for kind in presets.GROUPS.values() for field in fields(kind)}
+    names = {field.name for kind in settings.GROUPS.values() for field in fields(kind)}
     commands = __main__._parser()._subparsers
     assert commands is not None
     merge = commands._group_actions[0].choices["merge"]  # type: ignore[index]

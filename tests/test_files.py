@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from minilora.files import sync, write_directory, write_file
-from minilora.summarization.directories import put_directory, remove_directory, sweep
+from minilora.summarization.files import put_directory, remove_directory, sweep
 
 
 def test_a_file_is_written_whole_and_its_folder_made(tmp_path: Path) -> None:

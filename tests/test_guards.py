@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import BartForConditionalGeneration
 
-from minilora.summarization import distributed, guards, training
 from minilora.summarization.cli import evaluate_main, train_main
-from minilora.summarization.data import Encoded
-from minilora.summarization.lock import hold
-from minilora.summarization.origin import differences
-from minilora.summarization.presets import TrainingOptions, UserError
+from minilora.summarization.data.batches import Encoded
+from minilora.summarization.errors import UserError
+from minilora.summarization.settings import TrainingOptions
+from minilora.summarization.training import ddp, failures, trainer
+from minilora.summarization.training.fingerprint import differences
 from tests.helpers import SMALL, as_jsonl, dialogues, records, save_bart, save_data, write
 
 
@@ -53,13 +53,13 @@ def row(name: str, source: int = 3, target: int = 2) -> Encoded:
     ],
 )
 def test_which_errors_are_of_memory(error: Exception, wanted: bool) -> None:
-    assert guards.is_out_of_memory(error) is wanted
+    assert failures.is_out_of_memory(error) is wanted
 
 
 def test_an_allocation_that_fails_is_known_as_such() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert guards.is_out_of_memory(caught.value)
+    assert failures.is_out_of_memory(caught.value)
 
 
 def test_pieces_hold_the_same_dialogues_in_the_same_order() -> None:
@@ -74,7 +74,7 @@ def test_pieces_hold_the_same_dialogues_in_the_same_order() -> None:
 
 def scarce(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
     """Memory suffices for so many dialogues and no more; the sizes that were tried."""
-    original, sizes = distributed.summed_loss, list[int]()
+    original, sizes = ddp.summed_loss, list[int]()
 
     def summed_loss(model: Any, batch: Any) -> Any:
         result = original(model, batch)
@@ -84,7 +84,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return result
 
-    monkeypatch.setattr(distributed, "summed_loss", summed_loss)
+    monkeypatch.setattr(ddp, "summed_loss", summed_loss)
     return sizes
 
 
@@ -170,7 +170,7 @@ def test_the_error_of_memory_suggests_what_has_the_same_batch() -> None:
 
 
 def spoilt(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    original, step = distributed.summed_loss, training.Trainer.step
+    original, step = ddp.summed_loss, trainer.Trainer.step
     now = [0]
 
     def count(trainer: Any, group: Any) -> Any:
@@ -181,8 +181,8 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
         loss, tokens = original(model, batch)
         return (loss * torch.nan if model.training and now[0] in steps else loss), tokens
 
-    monkeypatch.setattr(training.Trainer, "step", count)
-    monkeypatch.setattr(distributed, "summed_loss", summed_loss)
+    monkeypatch.setattr(trainer.Trainer, "step", count)
+    monkeypatch.setattr(ddp, "summed_loss", summed_loss)
 
 
 def test_bad_steps_are_left_out_where_wanted_and_said(
@@ -206,7 +206,7 @@ def test_bad_steps_are_left_out_where_wanted_and_said(
 def test_where_every_step_is_bad_it_stops(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    monkeypatch.setattr(training, "IN_A_ROW", 3)
+    monkeypatch.setattr(trainer, "IN_A_ROW", 3)
     spoilt(monkeypatch, *range(100))
     assert train_main(flags(folder, "--output", tmp_path / "run", "--skip-bad-batches")) == 2
     assert "loss is nan in step 3" in capfd.readouterr().err
@@ -219,7 +219,7 @@ def test_a_file_that_changes_meanwhile_is_said_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     save_data(tmp_path / "data", train=6)
-    original = training.Trainer.step
+    original = trainer.Trainer.step
 
     def step(trainer: Any, group: Any) -> Any:
         write(tmp_path / "data" / "train.jsonl", as_jsonl(dialogues(5)))
@@ -228,7 +228,7 @@ def test_a_file_that_changes_meanwhile_is_said_once(
     run = tmp_path / "run"
     argv = flags(folder, "--output", run, "--data", tmp_path / "data")
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "step", step)
+        patch.setattr(trainer.Trainer, "step", step)
         assert train_main(argv) == 0
     said = capfd.readouterr().err
     assert said.count("train.jsonl was written to") == 1

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 
-from minilora.summarization.loss import summed_loss
+from minilora.summarization.training.loss import summed_loss
 
 VOCABULARY = 50
 SIDES = {

@@ -21,18 +21,19 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from minilora.summarization import model as module
-from minilora.summarization.data import Encoded
-from minilora.summarization.model import (
+from minilora.summarization.data.batches import Encoded
+from minilora.summarization.errors import UserError
+from minilora.summarization.model import device
+from minilora.summarization.model.device import choose_device, choose_precision
+from minilora.summarization.model.loading import (
     check_vocabulary,
-    choose_device,
-    choose_precision,
     limit_lengths,
     load_model,
     load_tokenizer,
     save_model,
 )
-from minilora.summarization.presets import PRESETS, RunConfig, UserError
+from minilora.summarization.presets import PRESETS
+from minilora.summarization.settings import RunConfig
 from tests.helpers import byte_level_bpe, save_bart, small_bart
 
 CPU = torch.device("cpu")
@@ -306,7 +307,7 @@ def test_devices() -> None:
     ],
 )
 def test_which_processors_gain_by_bf16(cpuinfo: str, faster: bool) -> None:
-    assert module.multiplies_bf16_faster(cpuinfo) == faster
+    assert device.multiplies_bf16_faster(cpuinfo) == faster
 
 
 def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:

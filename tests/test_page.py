@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 import minilora
 from minilora.__main__ import main
 from minilora.adapter import adapter_of
-from minilora.summarization import evaluation as ev
-from minilora.summarization import page, page_curves, page_dialogues, plots, runs
-from minilora.summarization.page_dialogues import shared_words
-from minilora.summarization.presets import RunConfig
-from minilora.summarization.reading import Example
+from minilora.summarization import files
+from minilora.summarization.data.reading import Example
+from minilora.summarization.evaluation import compare, rouge
+from minilora.summarization.report import page, page_curves, page_dialogues, plots, runs
+from minilora.summarization.report.page_dialogues import shared_words
+from minilora.summarization.settings import RunConfig
 from tests.conftest import adapted
 from tests.helpers import as_jsonl
 
@@ -54,9 +55,9 @@ def save_run(directory: Path, *, end: bool = True, scored: bool = True, **config
     (directory / "log.jsonl").write_bytes(as_jsonl(log(end=end)))
     minilora.write_adapter(adapter_of(adapted("bart")), directory / "adapter")
     if scored:
-        base, tuned = ([ev.Summary(t, len(t)) for t in texts] for texts in (BASE, TUNED))
-        compared = ev.compare(base, tuned, REFERENCES, data=HOSTILE, split="test")
-        ev.write_json(directory / "evaluation.json", compared.to_dict())
+        base, tuned = ([compare.Summary(t, len(t)) for t in texts] for texts in (BASE, TUNED))
+        compared = compare.compare(base, tuned, REFERENCES, data=HOSTILE, split="test")
+        files.write_json(directory / "evaluation.json", compared.to_dict())
     return directory
 
 
@@ -97,8 +98,8 @@ class Reader(HTMLParser):
 
 
 def test_the_names_of_scores_are_the_evaluations() -> None:
-    assert runs.METRICS == ev.METRICS
-    assert runs.MEASURES == ev.MEASURES
+    assert rouge.METRICS == rouge.METRICS
+    assert rouge.MEASURES == rouge.MEASURES
 
 
 # The page -----------------------------------------------------------------------------------------
@@ -305,7 +306,7 @@ def test_marked_words_are_those_that_rouge_counts(text: str, reference: str) -> 
     assert len(shared) == len(shared_words(reference, text))
     words = sum(len(page_dialogues._words(side)) for side in (text, reference))
     f1 = 200 * len(shared) / words if words else 0.0
-    assert f1 == pytest.approx(ev.rouge([text], [reference])[0]["rouge1"], abs=1e-9)
+    assert f1 == pytest.approx(rouge.rouge([text], [reference])[0]["rouge1"], abs=1e-9)
 
 
 def test_marks_stand_on_the_words() -> None:

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.summarization import reading
-from minilora.summarization.presets import DataOptions, UserError
-from minilora.summarization.reading import Example
+from minilora.summarization.data import reading
+from minilora.summarization.data.reading import Example
+from minilora.summarization.errors import UserError
+from minilora.summarization.settings import DataOptions
 from tests.helpers import EXPECTED, GOOD, OTHER, as_csv, as_json, as_jsonl, load, rows, write
 
 

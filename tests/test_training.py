@@ -14,15 +14,17 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
 import minilora
-from minilora.summarization import evaluation, training
 from minilora.summarization.cli import evaluate_main, train_main
-from minilora.summarization.data import Encoded
+from minilora.summarization.data.batches import Encoded
+from minilora.summarization.errors import UserError
+from minilora.summarization.evaluation import generate
 from minilora.summarization.flags import parse_run
-from minilora.summarization.log import Log
-from minilora.summarization.presets import UserError
-from minilora.summarization.session import Session, open_session
-from minilora.summarization.stopping import stop_requests
-from minilora.summarization.training import Trainer, fit, last_step, learning_rate
+from minilora.summarization.training import schedule, trainer, validation
+from minilora.summarization.training.log import Log
+from minilora.summarization.training.schedule import last_step, learning_rate
+from minilora.summarization.training.session import Session, open_session
+from minilora.summarization.training.stopping import stop_requests
+from minilora.summarization.training.trainer import Trainer, fit
 from tests.helpers import SMALL, records, save_bart, save_data, small_bart
 
 
@@ -217,11 +219,11 @@ def test_the_number_of_steps_is_that_of_the_groups(
 def test_every_row_is_in_one_group_of_the_epoch(folder: Path) -> None:
     session = session_for(folder)
     for epoch in (0, 1):
-        groups = training.epoch_groups(session, epoch)
+        groups = schedule.epoch_groups(session, epoch)
         assert [len(group) for group in groups] == [2, 2, 2, 1]
         rows = [row.id for group in groups for batch in group for row in batch]
         assert sorted(rows) == sorted(row.id for row in session.splits["train"].encoded)
-    assert training.epoch_groups(session, 0) != training.epoch_groups(session, 1)
+    assert schedule.epoch_groups(session, 0) != schedule.epoch_groups(session, 1)
 
 
 # A run --------------------------------------------------------------------------------------------
@@ -302,7 +304,7 @@ def test_the_best_adapter_is_kept_not_the_last(
         measures = dict.fromkeys(("rouge1", "rouge2", "rougeL"), scores[len(seen) - 1])
         return {"loss": math.inf, **measures}
 
-    monkeypatch.setattr(training, "validate", validate)
+    monkeypatch.setattr(trainer, "validate", validate)
     outcome = fit(session_for(folder, "--epochs", 4), tmp_path)
     assert outcome.progress.best == 9.0
     kept = minilora.read_adapter(tmp_path / "adapter").tensors
@@ -314,12 +316,12 @@ def test_the_best_adapter_is_kept_not_the_last(
 def test_validation_counts_tokens_and_changes_nothing(folder: Path) -> None:
     session = session_for(folder)
     randomize(session.model)
-    state, before = torch.get_rng_state(), training.validate(session)
+    state, before = torch.get_rng_state(), trainer.validate(session)
     assert torch.equal(torch.get_rng_state(), state)
     session.run.generation.evaluation_batch_size = 1
-    assert training.validate(session)["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    assert trainer.validate(session)["loss"] == pytest.approx(before["loss"], rel=1e-5)
     session.run.training.validation_limit = 1
-    assert training.validate(session)["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    assert trainer.validate(session)["loss"] == pytest.approx(before["loss"], rel=1e-5)
 
 
 # Full fine-tuning ---------------------------------------------------------------------------------
@@ -334,9 +336,9 @@ def test_validation_decodes_with_its_own_beams(
         used.append(arguments[3].beams)
         return original(*arguments)
 
-    original = evaluation.summarize
-    monkeypatch.setattr(training, "summarize", summarize)
-    training.validate(session)
+    original = generate.summarize
+    monkeypatch.setattr(validation, "summarize", summarize)
+    trainer.validate(session)
     assert used == [2]
     assert session.run.generation.beams == 3
 
@@ -431,7 +433,7 @@ def test_interrupted_in_any_step_it_ends_as_if_it_had_not_been(
 def test_interrupted_while_validating_it_stops_at_once_and_ends_the_same(
     folder: Path, whole: Path, tmp_path: Path, monkeypatch: Any, epoch: int
 ) -> None:
-    original, calls = training.rouge, []
+    original, calls = validation.rouge, []
 
     def rouge(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -439,7 +441,7 @@ def test_interrupted_while_validating_it_stops_at_once_and_ends_the_same(
             interrupt()
         return original(*arguments)
 
-    monkeypatch.setattr(training, "rouge", rouge)
+    monkeypatch.setattr(validation, "rouge", rouge)
     assert train_main(flags(folder, "--output", tmp_path / "run")) == 130
     assert records(tmp_path / "run")[-1]["kind"] == "step"
     assert (tmp_path / "run" / "adapter").is_dir()

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import minilora
-from minilora.summarization import training
 from minilora.summarization.cli import train_main
+from minilora.summarization.training import trainer
 from tests.faults import unreadable
 from tests.helpers import SMALL, records, save_bart, save_data
 
@@ -42,14 +42,14 @@ def flags(folder: Path, output: Path) -> list[str]:
 
 
 def stop_at(patch: pytest.MonkeyPatch, number: int) -> None:
-    original = training.Trainer.step
+    original = trainer.Trainer.step
 
     def step(trainer: Any, group: Any) -> Any:
         if trainer.progress.step + 1 == number:
             os.kill(os.getpid(), 15)
         return original(trainer, group)
 
-    patch.setattr(training.Trainer, "step", step)
+    patch.setattr(trainer.Trainer, "step", step)
 
 
 @pytest.fixture
