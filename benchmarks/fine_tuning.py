@@ -146,7 +146,6 @@ def minilora_loop(setting: Setting, **settings: Any) -> Prepared:
     import minilora
     from minilora.summarization.settings import RunConfig
     from minilora.summarization.training.session import open_session
-    from minilora.summarization.training.stopping import stop_requests
     from minilora.summarization.training.trainer import Trainer
 
     flat = {
@@ -186,10 +185,10 @@ def minilora_loop(setting: Setting, **settings: Any) -> Prepared:
                 return measures
 
         trainer = Paused(session, setting.folder / f"run-{time.time_ns()}")
-        with trainer.log, trainer.bar, stop_requests() as stop:
+        with trainer.open():
             windows.open()
             while trainer.progress.step < trainer.last:
-                trainer.train_epoch(stop)
+                trainer.train_epoch()
                 trainer.progress.epoch, trainer.progress.position = trainer.progress.epoch + 1, 0
 
     def adapters() -> dict[str, torch.Tensor]:

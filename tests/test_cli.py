@@ -220,9 +220,9 @@ def test_bad_models(here: Path, capfd: Any, damage: Any, says: list[str]) -> Non
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "pocket"])
 def test_hub_presets_fail_offline_in_one_line(here: Path, capfd: Any, preset: str) -> None:
     argv = ["--preset", preset]
-    refused(train_main, here, capfd, argv, "knkarthick/samsum", "nor does the hub give it")
+    refused(train_main, here, capfd, argv, "knkarthick/samsum", "and the hub does not have it")
     argv += ["--data", "../data"]
-    refused(train_main, here, capfd, argv, "facebook/bart", "nor does the hub give it")
+    refused(train_main, here, capfd, argv, "facebook/bart", "and the hub does not have it")
 
 
 def test_an_output_that_holds_a_run_is_never_written_over(here: Path, capfd: Any) -> None:
@@ -378,7 +378,7 @@ def test_interrupted_before_or_after_training_it_says_so(
 
     monkeypatch.setattr(cli, "evaluate", interrupt)
     assert call(train_main, *BASE, "--max-steps", "1", "--output", "run") == 130
-    assert "do it with: python evaluate.py run" in capfd.readouterr().out
+    assert "score it with: python evaluate.py run" in capfd.readouterr().out
     assert "not scored yet" in Path("run/report.html").read_text()
     monkeypatch.setattr(cli, "open_session", interrupt)
     assert call(train_main, *BASE, "--output", "other") == 130
@@ -407,7 +407,7 @@ def test_a_run_is_scored_as_at_its_end(here: Path, capfd: Any) -> None:
     assert call(evaluate_main, "../run", "--output", "new/e.json") == 0
     out, err = capfd.readouterr()
     assert err == ""
-    assert "where they differ most" in out
+    assert "the largest differences" in out
     assert "4 dialogues, test split of" in out
     own = json.loads((here.parent / "run" / "evaluation.json").read_text())
     assert json.loads(Path("new/e.json").read_text()) == own
@@ -566,7 +566,7 @@ def test_a_process_that_is_told_to_stop_says_how_to_go_on_and_does(here: Path) -
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err == ""
-    command = re.search(r"go on with: python (train\.py --resume long)\n", out)
+    command = re.search(r"resume with: python (train\.py --resume long)\n", out)
     assert command, out
     assert minilora.read_adapter("long/adapter").modules
     step = json.loads(sorted(Path("long/checkpoints").glob("*/state.json"))[-1].read_text())

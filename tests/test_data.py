@@ -100,7 +100,7 @@ def test_missing_test_is_said(tmp_path: Path) -> None:
     found, notices = load(tmp_path)
     assert found["test"] == found["validation"]
     assert "no test data" in notices
-    assert "val.json stands in" in notices
+    assert "val.json, which also chooses the best epoch" in notices
     assert load(tmp_path, "train", "validation")[1] == ""
 
 

@@ -12,8 +12,6 @@ from types import ModuleType
 
 import pytest
 
-from minilora.summarization import flags, settings
-
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -108,12 +106,14 @@ def test_commands_and_flags_within_the_text_are_there(page: Path) -> None:
 def flags() -> set[str]:
     """Every flag of train.py, evaluate.py and the merge command."""
     from minilora import __main__
+    from minilora.summarization.flags import evaluation_parser
+    from minilora.summarization.settings import GROUPS
 
-    names = {field.name for kind in settings.GROUPS.values() for field in fields(kind)}
+    names = {field.name for kind in GROUPS.values() for field in fields(kind)}
     commands = __main__._parser()._subparsers
     assert commands is not None
     merge = commands._group_actions[0].choices["merge"]  # type: ignore[index]
-    parsers = (flags.evaluation_parser(), merge)
+    parsers = (evaluation_parser(), merge)
     options = {option for parser in parsers for option in parser._option_string_actions}
     return options | {f"--{name.replace('_', '-')}" for name in names} | {"--preset"}
 

@@ -303,11 +303,11 @@ def test_nothing_is_printed(model, tokenizer, encoded, options, capfd, monkeypat
 
 def test_every_setting_reaches_generate(model, tokenizer, encoded, monkeypatch) -> None:
     given: dict[str, object] = {}
-    generate = model.generate
+    original = model.generate
 
     def spy(**arguments: object) -> torch.Tensor:
         given.update(arguments)
-        return generate(**arguments)
+        return original(**arguments)
 
     monkeypatch.setattr(model, "generate", spy)
     options = GenerationOptions(

@@ -163,7 +163,7 @@ def test_loftq_has_a_rate_of_its_own_where_it_was_measured(flags: list[str], rat
 
 def test_loftq_goes_with_qlora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.train_main(["--init", "loftq", "--output", str(tmp_path / "run")]) == 2
-    assert "it goes with --method qlora" in capsys.readouterr().err
+    assert "--init loftq requires --method qlora" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -97,11 +97,6 @@ class Reader(HTMLParser):
             self.text += data
 
 
-def test_the_names_of_scores_are_the_evaluations() -> None:
-    assert rouge.METRICS == rouge.METRICS
-    assert rouge.MEASURES == rouge.MEASURES
-
-
 # The page -----------------------------------------------------------------------------------------
 
 
@@ -190,7 +185,7 @@ def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
     assert reader.open == []
     assert "4 runs, side by side" in reader.text
     assert "short: not scored" in reader.text
-    assert "Scored on other dialogues, and so not shown here: elsewhere" in reader.text
+    assert "Scored on other dialogues, so not shown here: elsewhere" in reader.text
     assert sum("data-gain" in attributes for _, attributes in reader.tags) == len(REFERENCES)
     differing = re.findall(r'<strong class="differs"><code>(.*?)</code>', source)
     assert differing == ["8", "4", "8", "8"]
@@ -221,7 +216,7 @@ DAMAGE: dict[str, tuple[str, bytes | None, str]] = {
     "bytes for a config": ("config.json", b"\xff\xfe\x00", "config.json: cannot be read as JSON"),
     "nested too deep": ("config.json", b"[" * 99_999, "config.json: cannot be read as JSON"),
     "a bad line": ("log.jsonl", b'{"kind": "start"\n{}\n', "log.jsonl line 1: cannot be read"),
-    "no record": ("log.jsonl", b"3\n", "log.jsonl line 1: is no record"),
+    "no record": ("log.jsonl", b"3\n", "log.jsonl line 1: is not a record"),
     "no total": ("log.jsonl", b'{"kind": "start", "trainable": 1}\n', "line 1: has no total"),
     "a text for a number": (
         "log.jsonl",

@@ -480,7 +480,7 @@ def test_hub_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(datasets, "load_dataset", fail)
     (tmp_path / "samsum").mkdir()
     line = (
-        r"samsun: no such file .*\(but there is samsum\); nor .* \(OSError: Couldn't reach the hub"
+        r"samsun: no such file .*\(but there is samsum\), and .* \(OSError: Couldn't reach the hub"
     )
     with pytest.raises(UserError, match=line):
         load("samsun")
@@ -489,7 +489,7 @@ def test_hub_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"nosuch/thing: no such file.*; nor does the hub"):
+    with pytest.raises(UserError, match=r"nosuch/thing: no such file.*, and the hub does not"):
         load("nosuch/thing")
 
 

@@ -20,7 +20,7 @@ from minilora.summarization.errors import UserError
 from minilora.summarization.evaluation import generate
 from minilora.summarization.flags import parse_run
 from minilora.summarization.training import schedule, trainer, validation
-from minilora.summarization.training.log import Log
+from minilora.summarization.training.log import open_log
 from minilora.summarization.training.schedule import last_step, learning_rate
 from minilora.summarization.training.session import Session, open_session
 from minilora.summarization.training.stopping import stop_requests
@@ -218,12 +218,13 @@ def test_the_number_of_steps_is_that_of_the_groups(
 
 def test_every_row_is_in_one_group_of_the_epoch(folder: Path) -> None:
     session = session_for(folder)
+    train, options = session.splits["train"].encoded, session.run.training
     for epoch in (0, 1):
-        groups = schedule.epoch_groups(session, epoch)
+        groups = schedule.epoch_groups(train, options, 0, epoch)
         assert [len(group) for group in groups] == [2, 2, 2, 1]
         rows = [row.id for group in groups for batch in group for row in batch]
-        assert sorted(rows) == sorted(row.id for row in session.splits["train"].encoded)
-    assert schedule.epoch_groups(session, 0) != schedule.epoch_groups(session, 1)
+        assert sorted(rows) == sorted(row.id for row in train)
+    assert schedule.epoch_groups(train, options, 0, 0) != groups
 
 
 # A run --------------------------------------------------------------------------------------------
@@ -422,7 +423,7 @@ def test_interrupted_in_any_step_it_ends_as_if_it_had_not_been(
     assert train_main(flags(folder, "--output", run)) == 130
     out = capsys.readouterr().out
     assert f"stopped after step {step}" in out
-    assert f"go on with: python train.py --resume '{run}'" in out
+    assert f"resume with: python train.py --resume '{run}'" in out
     assert minilora.read_adapter(run / "adapter").modules  # a usable one
     assert sum(record["kind"] == "step" for record in records(run)) == step
     assert train_main(["--resume", str(run)]) == 0
@@ -522,11 +523,11 @@ def test_a_second_request_stops_at_once_and_handlers_are_put_back() -> None:
 
 
 def test_a_log_is_cut_back_and_goes_on(tmp_path: Path) -> None:
-    with Log(tmp_path / "log.jsonl", 0) as log:
+    with open_log(tmp_path / "log.jsonl", 0) as log:
         log.write("a", x=1)
         kept = log.flush()
         log.write("b", x=math.nan)
-    with Log(tmp_path / "log.jsonl", kept) as log:
+    with open_log(tmp_path / "log.jsonl", kept) as log:
         log.write("c", x=-math.inf)
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [

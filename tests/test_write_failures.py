@@ -246,7 +246,7 @@ def test_all_checkpoints_damaged_is_no_reason_to_begin_again_in_silence(
         flip("state.safetensors", 0.5)(path)
     before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     assert train_main(["--resume", str(run)]) == 2
-    check_one_line(capfd.readouterr().err, "not one of 2 checkpoints is whole")
+    check_one_line(capfd.readouterr().err, "all 2 checkpoints are damaged")
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 

@@ -165,14 +165,13 @@ def _evaluation(path: Path) -> Evaluation | None:
     examples = content.get("examples")
     if not isinstance(examples, list) or not examples:
         raise UserError(f"{path}: has no examples")
+    compared = [_compared(e, f"{path}: examples[{i}]") for i, e in enumerate(examples)]
     return Evaluation(
         data=str(content.get("data", "")),
         split=str(content.get("split", "")),
         generation={},
-        intervals={
-            side: {m: _interval(content, side, m, path) for m in MEASURES} for side in SIDES
-        },
-        examples=[_compared(e, f"{path}: examples[{i}]") for i, e in enumerate(examples)],
+        intervals={s: {m: _interval(content, s, m, path) for m in MEASURES} for s in SIDES},
+        examples=compared,
     )
 
 
