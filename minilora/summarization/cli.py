@@ -14,57 +14,28 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import minilora
-from minilora.summarization import errors, processes
-from minilora.summarization.data.batches import encode
-from minilora.summarization.data.reading import Example, line_feeds, load_file
-from minilora.summarization.data.splits import load
-from minilora.summarization.errors import EXPECTED, UserError, one_line
-from minilora.summarization.evaluation.compare import Evaluation
-from minilora.summarization.evaluation.generate import evaluate, summarize
-from minilora.summarization.evaluation.rouge import require_rouge, rouge_is_installed
-from minilora.summarization.files import write_json
-from minilora.summarization.flags import (
-    check_evaluation,
-    check_free,
-    evaluation_parser,
-    output_directory,
-    parse_run,
-    read_run,
-)
-from minilora.summarization.model import speed
-from minilora.summarization.model.device import choose_device, choose_precision
-from minilora.summarization.model.loading import (
-    ADAPTER_FILES,
-    adapter_directory,
-    check_vocabulary,
-    limit_lengths,
-    load_model,
-    load_tokenizer,
-)
-from minilora.summarization.presets import PRESETS
-from minilora.summarization.report.page import write_report
-from minilora.summarization.report.terminal import (
-    first,
-    format_comparison,
-    format_examples,
-    header,
-    most_changed,
-    printable,
-    summary,
-)
-from minilora.summarization.settings import RunConfig
-from minilora.summarization.training.failures import out_of_memory, smaller_evaluation_batch
-from minilora.summarization.training.lock import lock
-from minilora.summarization.training.session import (
-    Session,
-    Split,
-    four_bits,
-    open_session,
-    trained_path,
-    write_config,
-)
-from minilora.summarization.training.stopping import stop_requests
-from minilora.summarization.training.trainer import fit
+
+from . import errors, flags, processes
+from .data.batches import encode
+from .data.reading import Example, line_feeds, load_file
+from .data.splits import load
+from .errors import EXPECTED, UserError, one_line
+from .evaluation.compare import Evaluation
+from .evaluation.generate import evaluate, summarize
+from .evaluation.rouge import require_rouge, rouge_is_installed
+from .files import write_json
+from .model import loading, speed
+from .model.device import choose_device, choose_precision
+from .model.loading import load_model
+from .presets import PRESETS
+from .report import terminal
+from .report.page import write_report
+from .settings import RunConfig
+from .training.failures import out_of_memory, smaller_evaluation_batch
+from .training.lock import lock
+from .training.session import Session, Split, four_bits, open_session, trained_path, write_config
+from .training.stopping import stop_requests
+from .training.trainer import fit
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -105,28 +76,24 @@ def _command(program: str) -> str:
 
 def _train(argv: Sequence[str]) -> int:
     started = time.monotonic()
-    run = parse_run(argv)
-    output = Path(processes.from_rank0(lambda: str(output_directory(run))))
+    run = flags.parse_run(argv)
+    output = Path(processes.from_rank0(lambda: str(flags.output_directory(run))))
     session = open_session(run)
-    with ExitStack() as held:
-
-        def enter() -> None:
-            output.mkdir(parents=True, exist_ok=True)
-            held.enter_context(lock(output))
-
-        processes.on_rank0(enter)
+    with ExitStack() as held:  # process 0 holds the lock
+        processes.on_rank0(lambda: held.enter_context(lock(output)))
         return _train_into(output, run, session, started)
 
 
 def _train_into(output: Path, run: RunConfig, session: Session, started: float) -> int:
     if not run.output.resume:
-        processes.on_rank0(lambda: check_free(output))  # another run may have taken it meanwhile
+        # Again, since another run may have taken it meanwhile.
+        processes.on_rank0(lambda: flags.check_free(output))
         processes.on_rank0(lambda: write_config(run, output))
     if not all(processes.gather((output / "config.json").exists())):
         raise UserError(f"{output} must be on a file system that the machines share")
     for notice in session.notices:
         print(f"note: {notice}", file=sys.stderr)
-    print(header(session, output), flush=True)
+    print(terminal.header(session, output), flush=True)
     again = shlex.quote(str(output))
     try:
         outcome = fit(session, output)
@@ -151,11 +118,11 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
             print(f"\ntrained, not scored; score it with: {_command('evaluate.py')} {again}")
             return 130
         processes.on_rank0(lambda: write_json(output / "evaluation.json", evaluation.to_dict()))
-        print(f"\n{format_examples(evaluation, first(evaluation, 3))}")
-        print(f"\n{format_comparison(evaluation)}")
+        print(f"\n{terminal.format_examples(evaluation, terminal.first(evaluation, 3))}")
+        print(f"\n{terminal.format_comparison(evaluation)}")
     seconds = time.monotonic() - started
     page = _write_report(run, output)
-    print(f"\n{summary(session, outcome, output, seconds, _command('evaluate.py'), page)}")
+    print(f"\n{terminal.summary(session, outcome, output, seconds, _command('evaluate.py'), page)}")
     return 0
 
 
@@ -220,7 +187,7 @@ class Models:
     def encode(self, run: RunConfig, examples: list[Example], cut: str) -> Split:
         """Token ids; dialogues that are cut are noted as `cut` says, with `{truncation}`."""
         encoded, truncation = encode(examples, self.tokenizer, run.data)
-        check_vocabulary(self.tuned, encoded, run.model.model)
+        loading.check_vocabulary(self.tuned, encoded, run.model.model)
         if truncation.sources:
             print(f"note: {cut.format(truncation=truncation)}", file=sys.stderr)
         return Split(examples, encoded)
@@ -230,11 +197,11 @@ class Models:
 
 
 def _evaluate(argv: Sequence[str]) -> int:
-    parser = evaluation_parser()
+    parser = flags.evaluation_parser()
     arguments, unknown = parser.parse_known_args(argv)
     parser.refuse(unknown)
-    check_evaluation(arguments)
-    directory, run = _run_of(adapter_directory(arguments.run), arguments)
+    flags.check_evaluation(arguments)
+    directory, run = _run_of(loading.adapter_directory(arguments.run), arguments)
     text = _read_text(arguments.text) if arguments.text else None
     device = processes.own_device(choose_device(arguments.device or run.model.device))
     if text is None:
@@ -242,7 +209,7 @@ def _evaluate(argv: Sequence[str]) -> int:
         examples, split = _examples(run, arguments)
     models = _load_trained(directory, run, device)
     models.prepare()
-    run = limit_lengths(run, models.tuned)
+    run = loading.limit_lengths(run, models.tuned)
     if text is not None:
         print(_summaries_of(text, run, models))
         return 0
@@ -250,13 +217,14 @@ def _evaluate(argv: Sequence[str]) -> int:
     if arguments.output:
         path, scores = Path(arguments.output), evaluation.to_dict()
         processes.on_rank0(lambda: write_json(path, scores))
-    print(f"the largest differences:\n\n{format_examples(evaluation, most_changed(evaluation, 3))}")
-    print(f"\n{format_comparison(evaluation)}")
+    changed = terminal.most_changed(evaluation, 3)
+    print(f"the largest differences:\n\n{terminal.format_examples(evaluation, changed)}")
+    print(f"\n{terminal.format_comparison(evaluation)}")
     return 0
 
 
 def _is_adapter(directory: Path) -> bool:
-    return (directory / ADAPTER_FILES[0]).exists()
+    return (directory / loading.ADAPTER_FILES[0]).exists()
 
 
 def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunConfig]:
@@ -276,7 +244,7 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
         if adapter.config.init == "loftq":  # such an adapter belongs to a base in four bits
             run.model.method = "qlora"
     else:
-        run = read_run(directory)
+        run = flags.read_run(directory)
         run.model.model = arguments.model or run.model.model
     run.data.data = arguments.data or run.data.data
     size = arguments.evaluation_batch_size
@@ -300,7 +268,7 @@ def _examples(run: RunConfig, arguments: argparse.Namespace) -> tuple[list[Examp
 
 def _load_trained(directory: Path, run: RunConfig, device: torch.device) -> Models:
     """The fine-tuned model, and after a full fine-tune the base beside it."""
-    tokenizer = load_tokenizer(run.model.model)
+    tokenizer = loading.load_tokenizer(run.model.model)
     autocast_dtype = choose_precision(run.model.precision, device)
     base = load_model(run.model.model, device, four_bits(run))
     if run.model.method == "full":
@@ -331,7 +299,7 @@ def _summaries_of(text: str, run: RunConfig, models: Models) -> str:
 
     def write(model: PreTrainedModel) -> str:
         written = summarize(model, models.tokenizer, encoded, run.generation, models.autocast_dtype)
-        return printable(written[0].text).strip() or "(empty)"
+        return terminal.printable(written[0].text).strip() or "(empty)"
 
     tuned = write(models.tuned)
     with minilora.disabled(models.tuned) if models.base is None else nullcontext():

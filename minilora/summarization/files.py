@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora.files import PARTIAL, sync, write_file
-from minilora.summarization.errors import UserError
+
+from .errors import UserError
 
 OLD = ".old" + PARTIAL
 

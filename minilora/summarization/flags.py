@@ -9,17 +9,10 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from minilora.summarization.errors import UserError
-from minilora.summarization.files import read_object
-from minilora.summarization.presets import LEARNING_RATES, PRESETS
-from minilora.summarization.settings import (
-    GROUPS,
-    REMOVED,
-    OutputOptions,
-    RunConfig,
-    removed_settings,
-    spelt,
-)
+from .errors import UserError
+from .files import read_object
+from .presets import LEARNING_RATES, PRESETS
+from .settings import GROUPS, REMOVED, OutputOptions, RunConfig, removed_settings, spelt
 
 # A resumed run may change the device, the checkpoints it keeps and what it does at its end. What
 # changes its result needs --accept-changes, and its directory cannot change.
@@ -79,13 +72,7 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
         formatter_class=Help,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="pocket",
-        metavar="NAME",
-        help=f"a whole configuration that the other flags change: {', '.join(PRESETS)}",
-    )
+    _add_preset(parser, f"a whole configuration that the other flags change: {', '.join(PRESETS)}")
     options = parser._option_string_actions
     options["--evaluate"].help = options["--report"].help = argparse.SUPPRESS  # the default
     options["--no-evaluate"].help = "do not score the test split at the end"
@@ -110,9 +97,13 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
 
 def _early_parser() -> Parser:
     parser = Parser([], prog="train.py", add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, default="pocket")
+    _add_preset(parser)
     parser.add_argument("--resume")
     return parser
+
+
+def _add_preset(parser: Parser, text: str = "") -> None:
+    parser.add_argument("--preset", choices=PRESETS, default="pocket", metavar="NAME", help=text)
 
 
 def _require_same(before: dict[str, Any], now: dict[str, Any], options: OutputOptions) -> None:
@@ -188,18 +179,11 @@ def evaluation_parser() -> Parser:
     parser.add_argument("--limit", type=int, default=0, help="only the first N dialogues; 0: all")
     parser.add_argument("--text", default=None, help="summarize this file; - is standard input")
     parser.add_argument("--output", default=None, help="write all scores and texts to FILE.json")
-    parser.add_argument(
-        "--evaluation-batch-size", type=int, default=None, help="dialogues summarized at once"
-    )
+    size = "--evaluation-batch-size"
+    parser.add_argument(size, type=int, default=None, help="dialogues summarized at once")
     parser.add_argument("--device", default=None, help="auto, cpu, cuda, ...")
     parser.add_argument("--model", default=None, help="base model of an adapter directory")
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="pocket",
-        metavar="NAME",
-        help="settings for an adapter directory",
-    )
+    _add_preset(parser, "settings for an adapter directory")
     return parser
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from minilora.summarization.errors import EXPECTED, LostPeer, UserError, exit_code, one_line
+from .errors import EXPECTED, LostPeer, UserError, exit_code, one_line
 
 T = TypeVar("T")
 
@@ -281,9 +281,12 @@ def _is_lost(error: BaseException) -> bool:
 
 @contextmanager
 def _only_rank0_prints() -> Iterator[None]:
-    with ExitStack() as stack:
-        if rank() != 0:
-            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(nowhere))
-            stack.enter_context(redirect_stderr(nowhere))
+    if rank() == 0:
+        yield
+        return
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
         yield

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from minilora.summarization.errors import UserError
-from minilora.summarization.presets import PRESETS
+from .errors import UserError
+from .presets import PRESETS
 
 # The ranges that argparse does not check by the type.
 POSITIVE = (
@@ -34,16 +34,13 @@ def _flag(default: Any, text: str) -> Any:
 class ModelOptions:
     _argument_group_name = "model"
 
-    model: str = _flag(
-        "pocket-bart", "directory or hub name of the base model; pocket-bart is embedded"
-    )
+    model: str = _flag("pocket-bart", "directory or hub name of the base model, or pocket-bart")
     method: Literal["lora", "qlora", "full"] = _flag(
-        "lora",
-        "lora trains an adapter, qlora an adapter on a base in 4 bits, full every parameter",
+        "lora", "lora trains an adapter, qlora one on a base in 4 bits, full every parameter"
     )
     device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag(
-        "auto", "auto: bf16 where it is faster, fp16 on older GPUs, fp32 otherwise"
+        "auto", "auto: bf16 if it is faster, fp16 on old GPUs, else fp32"
     )
     seed: int = _flag(0, "seed of the adapter's start, the order of the batches and dropout")
 
@@ -54,8 +51,8 @@ class DataOptions:
 
     data: str = _flag(
         "minichat",
-        "directory with train/validation/test files, one file (.json, .jsonl, .csv), or a hub "
-        "name; minichat is embedded",
+        "minichat, a hub name, a file (.json, .jsonl, .csv), or a directory with train, "
+        "validation and test files",
     )
     dialogue_column: str = _flag("dialogue", "column with the text to summarize")
     summary_column: str = _flag("summary", "column with the reference summary")
@@ -74,14 +71,12 @@ class AdapterOptions:
     alpha: float = _flag(32.0, "numerator of the scale s = alpha / r")
     dropout: float = _flag(0.05, "dropout probability of the adapter's input")
     targets: list[str] = _flag(
-        ["q_proj", "v_proj"],
-        "names of the linears to adapt, a regular expression, or all-linear",
+        ["q_proj", "v_proj"], "names of the linears to adapt, a regular expression, or all-linear"
     )
     exclude: list[str] = _flag([], "names among the targets to leave alone")
     rslora: bool = _flag(False, "scale s = alpha / sqrt(r) (Kalajdzievski 2023)")
     init: Literal["kaiming", "gaussian", "loftq"] = _flag(
-        "kaiming",
-        "how A starts (B starts at zero); loftq starts A and B from the error of the 4 bits",
+        "kaiming", "how A starts (B is zero); loftq: A and B from the error of the 4 bits"
     )
 
 
@@ -91,26 +86,16 @@ class TrainingOptions:
 
     epochs: int = _flag(5, "passes over the training split")
     max_steps: int = _flag(0, "stop after so many optimizer steps; 0: no limit")
-    learning_rate: float | None = _flag(
-        None, "peak of the schedule; default: the preset's for the method and the start"
-    )
+    learning_rate: float | None = _flag(None, "peak of the schedule; default: the preset's")
     warmup: float = _flag(0.06, "share of the steps over which the learning rate rises")
     weight_decay: float = _flag(0.0, "decoupled weight decay (AdamW)")
     batch_size: int = _flag(8, "dialogues in a batch, over all processes")
     accumulate: int = _flag(1, "batches in an optimizer step")
-    compile: bool = _flag(
-        False, "torch.compile the layers: minutes to start, then faster; results differ by rounding"
-    )
-    checkpoint_activations: bool = _flag(
-        False, "save only the layers' inputs and compute the rest twice: less memory, slower"
-    )
+    compile: bool = _flag(False, "torch.compile the layers: slow to start, then faster")
+    checkpoint_activations: bool = _flag(False, "compute layers twice to save memory")
     clip: float = _flag(1.0, "largest norm of the gradient; 0: no clipping")
-    validation_beams: int = _flag(
-        1, "beams of the summaries that choose the best epoch; 1 is greedy"
-    )
-    validation_limit: int = _flag(
-        0, "summarize at most so many validation dialogues per epoch; 0: all"
-    )
+    validation_beams: int = _flag(1, "beams when the best epoch is chosen; 1 is greedy")
+    validation_limit: int = _flag(0, "validation dialogues summarized per epoch; 0: all")
 
 
 @dataclass
@@ -133,9 +118,7 @@ class OutputOptions:
 
     output: str | None = _flag(None, "directory of the run; default: runs/NAME")
     resume: str | None = _flag(None, "run directory to resume")
-    accept_changes: bool = _flag(
-        False, "resume although settings, data or base model have changed since the run began"
-    )
+    accept_changes: bool = _flag(False, "resume although settings, data or base model changed")
     checkpoint_minutes: float = _flag(10.0, "minutes between two checkpoints within an epoch")
     checkpoint_steps: int = _flag(0, "steps between two checkpoints, besides the minutes; 0: none")
     keep_checkpoints: int = _flag(2, "newest checkpoints to keep, besides the best")

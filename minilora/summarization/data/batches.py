@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from minilora.summarization.data.reading import Example
-from minilora.summarization.errors import UserError
-from minilora.summarization.settings import DataOptions
+from ..errors import UserError
+from ..settings import DataOptions
+from .reading import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from minilora.summarization.errors import UserError, one_line
-from minilora.summarization.presets import local_path
-from minilora.summarization.settings import DataOptions
+from ..errors import UserError, one_line
+from ..presets import local_path
+from ..settings import DataOptions
 
 FORMATS = (".json", ".jsonl", ".csv")
 SHOWN = 5  # notices about single rows of a file; the others are counted

@@ -4,9 +4,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 
-from minilora.summarization.data.reading import Example, find, read_source
-from minilora.summarization.errors import UserError
-from minilora.summarization.settings import DataOptions
+from ..errors import UserError
+from ..settings import DataOptions
+from .reading import Example, find, read_source
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.05  # share of the rows that becomes a split the data does not bring

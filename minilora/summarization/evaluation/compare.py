@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from minilora.summarization.data.reading import Example
-from minilora.summarization.errors import UserError
-from minilora.summarization.evaluation.rouge import MEASURES, Interval, bootstrap, rouge
+from ..data.reading import Example
+from ..errors import UserError
+from .rouge import MEASURES, Interval, bootstrap, rouge
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import minilora
-from minilora.summarization import processes
-from minilora.summarization.data.batches import Encoded, by_length, collate
-from minilora.summarization.data.reading import Example
-from minilora.summarization.errors import UserError
-from minilora.summarization.evaluation.compare import Evaluation, Summary, compare
-from minilora.summarization.evaluation.rouge import require_rouge
-from minilora.summarization.model.device import autocast
-from minilora.summarization.model.speed import uncompiled
-from minilora.summarization.settings import GenerationOptions
+
+from .. import processes
+from ..data.batches import Encoded, by_length, collate
+from ..data.reading import Example
+from ..errors import UserError
+from ..model.device import autocast
+from ..model.speed import uncompiled
+from ..settings import GenerationOptions
+from .compare import Evaluation, Summary, compare
+from .rouge import require_rouge
 
 
 class _BeamCache(EncoderDecoderCache):
@@ -57,41 +58,31 @@ def summarize(
     """
     settings = generate_arguments(model, generation)
     batches = processes.shard(by_length(encoded, generation.evaluation_batch_size))
-    written = processes.run_on_all(
-        lambda: list(_write(model, tokenizer, encoded, batches, settings, autocast_dtype, progress))
-    )
-    summaries = {i: Summary(text, tokens) for part in written for i, text, tokens in part}
+    device, pad = next(model.parameters()).device, cast(int, tokenizer.pad_token_id)
+
+    def write() -> list[tuple[int, str, int]]:
+        """Position, text and number of tokens of each summary."""
+        found: list[tuple[int, str, int]] = []
+        total = sum(map(len, batches))
+        bar = tqdm(total=total, desc=progress, unit="dialogue", disable=progress is None)
+        with bar, _evaluation_mode(model), uncompiled(model), autocast(device, autocast_dtype):
+            for chosen in batches:
+                batch = collate([encoded[i] for i in chosen], pad)
+                output = cast(Any, model).generate(  # `generate` computes no gradients
+                    input_ids=batch["input_ids"].to(device),
+                    attention_mask=batch["attention_mask"].to(device),
+                    past_key_values=_BeamCache(DynamicCache(), DynamicCache()),
+                    **settings,
+                )
+                texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+                lengths = (output != pad).sum(dim=1).tolist()
+                found += zip(chosen, map(str.strip, texts), lengths, strict=True)
+                bar.update(len(chosen))
+        return found
+
+    parts = processes.run_on_all(write)
+    summaries = {i: Summary(text, tokens) for part in parts for i, text, tokens in part}
     return [summaries[i] for i in range(len(encoded))]
-
-
-def _write(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    encoded: Sequence[Encoded],
-    batches: Sequence[Sequence[int]],
-    settings: dict[str, Any],
-    autocast_dtype: torch.dtype | None,
-    progress: str | None,
-) -> Iterator[tuple[int, str, int]]:
-    """Position, text and number of tokens of each summary, batch by batch."""
-    device = next(model.parameters()).device
-    pad = cast(int, tokenizer.pad_token_id)
-    total = sum(map(len, batches))
-    bar = tqdm(total=total, desc=progress, unit="dialogue", disable=progress is None)
-    with bar, _evaluation_mode(model), uncompiled(model), autocast(device, autocast_dtype):
-        for chosen in batches:
-            batch = collate([encoded[i] for i in chosen], pad)
-            output = cast(Any, model).generate(  # `generate` computes no gradients
-                input_ids=batch["input_ids"].to(device),
-                attention_mask=batch["attention_mask"].to(device),
-                past_key_values=_BeamCache(DynamicCache(), DynamicCache()),
-                **settings,
-            )
-            texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-            lengths = (output != pad).sum(dim=1).tolist()
-            for i, text, tokens in zip(chosen, texts, lengths, strict=True):
-                yield i, text.strip(), tokens
-            bar.update(len(chosen))
 
 
 def generate_arguments(model: PreTrainedModel, options: GenerationOptions) -> dict[str, Any]:

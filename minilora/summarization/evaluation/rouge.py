@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from minilora.summarization.errors import UserError
+from ..errors import UserError
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 MEASURES = (*METRICS, "gen_len")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.summarization.errors import UserError, one_line
+from ..errors import UserError, one_line
 
 
 def choose_device(name: str) -> torch.device:

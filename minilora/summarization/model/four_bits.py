@@ -19,8 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from minilora import LoRAConfig
 from minilora.quantize import NF4Linear, select_linears
-from minilora.summarization.errors import UserError
 from minilora.targets import select
+
+from ..errors import UserError
 
 METHOD = "minilora_nf4"
 

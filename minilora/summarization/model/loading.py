@@ -19,12 +19,13 @@ from transformers import (
 from transformers.utils import logging
 
 from minilora.files import PARTIAL
-from minilora.summarization.data.batches import Encoded
-from minilora.summarization.errors import UserError, one_line
-from minilora.summarization.files import put_directory
-from minilora.summarization.model.four_bits import FourBits, forget, refusals
-from minilora.summarization.presets import embedded, local_path
-from minilora.summarization.settings import RunConfig
+
+from ..data.batches import Encoded
+from ..errors import UserError, one_line
+from ..files import put_directory
+from ..presets import embedded, local_path
+from ..settings import RunConfig
+from .four_bits import FourBits, forget, refusals
 
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 

@@ -13,7 +13,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minilora.dora import DoRALinear
 from minilora.functional import keep_mask
-from minilora.summarization.errors import UserError
+
+from ..errors import UserError
 
 
 def hold_frozen_linears(model: nn.Module, dtype: torch.dtype | None) -> None:

@@ -14,15 +14,16 @@ from string import Template
 from typing import Any
 
 from minilora.files import write_file
-from minilora.summarization.presets import ASSETS
-from minilora.summarization.report.page_curves import curves
-from minilora.summarization.report.page_dialogues import dialogues
-from minilora.summarization.report.page_numbers import before_and_after, cost
-from minilora.summarization.report.page_parts import html_table, run_name, tag
-from minilora.summarization.report.page_spectra import spectra
-from minilora.summarization.report.plots import escape
-from minilora.summarization.report.runs import Run, read_report
-from minilora.summarization.settings import GROUPS
+
+from ..presets import ASSETS
+from ..settings import GROUPS
+from .page_curves import curves
+from .page_dialogues import dialogues
+from .page_numbers import before_and_after, cost
+from .page_parts import html_table, run_name, tag
+from .page_spectra import spectra
+from .plots import escape
+from .runs import Run, read_report
 
 
 def write_report(directories: Sequence[Path], path: Path) -> None:
@@ -78,10 +79,8 @@ def _hash(source: str) -> str:
 
 def _header(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
-        names = ", ".join(escape(run.name) for run in runs)
-        return f'<p class="kicker">minilora</p><h1>{len(runs)} runs, side by side</h1>' + tag(
-            "p", names, "lead"
-        )
+        names = tag("p", ", ".join(escape(run.name) for run in runs), "lead")
+        return f'<p class="kicker">minilora</p><h1>{len(runs)} runs, side by side</h1>{names}'
     run = runs[0]
     method, rank = run.config.get("method", "lora"), run.config.get("rank", "?")
     how = {"full": "every parameter fine-tuned", "qlora": f"QLoRA of rank {rank}"}
@@ -102,11 +101,8 @@ def _short(model: Any) -> str:
 def _verdict(run: Run) -> str:
     trained = ""
     if run.start:
-        share = 100 * run.start["trainable"] / run.start["total"]
-        trained = (
-            f"{run.start['trainable']:,} of {run.start['total']:,} parameters trained "
-            f"({share:.2f}%)"
-        )
+        some, total = run.start["trainable"], run.start["total"]
+        trained = f"{some:,} of {total:,} parameters trained ({100 * some / total:.2f}%)"
     if run.evaluation is None:
         return f"{trained or 'Not trained yet'}; not scored yet."
     scores, evaluation = run.evaluation.intervals, run.evaluation
@@ -144,37 +140,31 @@ def _notices(run: Run) -> str:
 
 def _configuration(runs: Sequence[Run]) -> str:
     """Every setting by group; with several runs the differences are marked."""
-    rows = [("preset", "a whole configuration, which the flags change")]
-    groups: list[tuple[str, list[tuple[str, str]]]] = []
-    for kind in GROUPS.values():
-        rows += [(f.name, str(f.metadata.get("help", ""))) for f in fields(kind)]
-        groups.append((kind._argument_group_name, rows))
-        rows = []
-    known = {name for _, settings in groups for name, _ in settings}
-    others = sorted({key for run in runs for key in run.config if key not in known})
-    groups.append(("other", [(key, "") for key in others]))
     one = len(runs) == 1
-    head = [
-        "setting",
-        *(["value", "meaning"] if one else [run_name(r, i) for i, r in enumerate(runs)]),
-    ]
+    meanings = {"preset": "a whole configuration, which the flags change"}
+    groups = {"model": ["preset"]}
+    for kind in GROUPS.values():
+        meanings |= {f.name: str(f.metadata.get("help", "")) for f in fields(kind)}
+        groups.setdefault(kind._argument_group_name, []).extend(f.name for f in fields(kind))
+    groups["other"] = sorted({key for run in runs for key in run.config} - meanings.keys())
+    head = ["value", "meaning"] if one else [run_name(r, i) for i, r in enumerate(runs)]
     kind_of_table = "settings explained" if one else "settings"
-    tables = []
-    for title, settings in groups:
+    parts = []
+    for title, names in groups.items():
         body = []
-        for key, meaning in settings:
-            if not any(key in run.config for run in runs):
+        for name in names:
+            if not any(name in run.config for run in runs):
                 continue
-            values = [_value(run.config.get(key, "–")) for run in runs]
+            values = [_value(run.config.get(name, "–")) for run in runs]
             cells = [f"<code>{escape(value)}</code>" for value in values]
             if len(set(values)) > 1:
                 cells = [tag("strong", cell, "differs") for cell in cells]
-            body.append([escape(key), *cells, *([escape(meaning)] if one else [])])
+            meaning = [escape(meanings.get(name, ""))] if one else []
+            body.append([escape(name), *cells, *meaning])
         if body:
-            tables.append(
-                f"<h3>{escape(title)}</h3>" + html_table(title, head, body, kind_of_table)
-            )
-    return "".join(tables)
+            table = html_table(title, ["setting", *head], body, kind_of_table)
+            parts.append(f"<h3>{escape(title)}</h3>{table}")
+    return "".join(parts)
 
 
 def _value(value: Any) -> str:

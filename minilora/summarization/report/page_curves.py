@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-from minilora.summarization.report.page_parts import BASE, NAMES, html_figure, run_colour
-from minilora.summarization.report.plots import Point, Series, line_chart, swatch, ticks
-from minilora.summarization.report.runs import Record, Run
+from .page_parts import BASE, NAMES, html_figure, run_colour
+from .plots import Point, Series, line_chart, swatch, ticks
+from .runs import Record, Run
 
 
 def _smooth(points: Sequence[Point]) -> tuple[int, list[Point]]:

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from minilora.summarization.evaluation.compare import Compared
-from minilora.summarization.evaluation.rouge import require_rouge
-from minilora.summarization.report.page_parts import BASE, run_colour, tag
-from minilora.summarization.report.plots import escape, swatch
-from minilora.summarization.report.runs import Run
+from ..evaluation.compare import Compared
+from ..evaluation.rouge import require_rouge
+from .page_parts import BASE, run_colour, tag
+from .plots import escape, swatch
+from .runs import Run
 
 SHOWN_AT_ONCE = 10
+SORTS = (  # key, label, aria-pressed
+    *(("order", "as in the data", "true"), ("gain", "biggest gain", "false")),
+    *(("drop", "biggest drop", "false"), ("change", "biggest change", "false")),
+)
 
 
 @cache
@@ -77,16 +81,8 @@ def dialogues(runs: Sequence[Run]) -> str:
         for position, row in enumerate(examples)
     )
     buttons = "".join(
-        f'<button type="button" data-sort="{key}" aria-pressed="{str(not i).lower()}">{label}'
-        "</button>"
-        for i, (key, label) in enumerate(
-            {
-                "order": "as in the data",
-                "gain": "biggest gain",
-                "drop": "biggest drop",
-                "change": "biggest change",
-            }.items()
-        )
+        f'<button type="button" data-sort="{key}" aria-pressed="{pressed}">{label}</button>'
+        for key, label, pressed in SORTS
     )
     choice = ""
     if len(alike) > 1:
@@ -94,12 +90,10 @@ def dialogues(runs: Sequence[Run]) -> str:
             f'<option value="{k}">{escape(run.name)}</option>' for k, (_, run) in enumerate(alike)
         )
         choice = f'<label>of <select id="of">{options}</select></label>'
-    note = (
-        f'<p class="notice">Scored on other dialogues, so not shown here: '
-        f"{', '.join(left_out)}.</p>"
-        if left_out
-        else ""
-    )
+    note = ""
+    if left_out:
+        note = f"Scored on other dialogues, so not shown here: {', '.join(left_out)}."
+        note = tag("p", note, "notice")
     tuned = "the fine-tuned model" if len(runs) == 1 else "a run"
     return (
         f'{note}<p class="words">Marked words are those that ROUGE-1 counts as shared with the '
@@ -138,9 +132,8 @@ def _card(
         label = swatch(run_colour(i), dots=True) + ("Fine-tuned" if one else escape(run.name))
         gain = example.gain
         kind = "up" if gain > 0 else "down" if gain < 0 else ""
-        score = f"ROUGE-1 {example.rouge1_finetuned:.1f} " + tag(
-            "span", f"{gain:+.1f}", f"gain {kind}"
-        )
+        change = tag("span", f"{gain:+.1f}", f"gain {kind}")
+        score = f"ROUGE-1 {example.rouge1_finetuned:.1f} {change}"
         parts.append(_summary(label, score, _marked(example.finetuned, marks)))
     gains = " ".join(f"{example.gain:.6f}" for example in row)
     return (
@@ -162,9 +155,7 @@ def _turns(dialogue: str) -> str:
     lines = []
     for line in dialogue.splitlines() or [""]:
         speaker = re.match(r"[^:\n]{1,40}:(?=\s)", line)
-        if speaker:
-            rest = line[speaker.end() :]
-            lines.append(f'<p dir="auto"><b>{escape(speaker[0])}</b>{escape(rest)}</p>')
-        else:
-            lines.append(f'<p dir="auto">{escape(line)}</p>')
+        name = speaker[0] if speaker else ""
+        bold = tag("b", escape(name)) if name else ""
+        lines.append(f'<p dir="auto">{bold}{escape(line[len(name) :])}</p>')
     return "".join(lines)

@@ -2,18 +2,10 @@
 
 from collections.abc import Sequence
 
-from minilora.summarization.evaluation.rouge import Interval
-from minilora.summarization.report.page_parts import (
-    BASE,
-    NAMES,
-    html_figure,
-    html_table,
-    run_colour,
-    run_name,
-    tag,
-)
-from minilora.summarization.report.plots import escape, interval_chart, swatch
-from minilora.summarization.report.runs import Run
+from ..evaluation.rouge import METRICS, Interval
+from .page_parts import BASE, NAMES, html_figure, html_table, run_colour, run_name, tag
+from .plots import escape, interval_chart, swatch
+from .runs import Run
 
 # What was trained ---------------------------------------------------------------------------------
 
@@ -30,36 +22,34 @@ def cost(runs: Sequence[Run]) -> str:
         [run_name(run, i), *(f"{value} <small>{more}</small>" for value, more in row.values())]
         for i, (run, row) in enumerate(zip(runs, rows, strict=True))
     ]
-    notices = "".join(
-        f'<p class="notice">{escape(run.name)}: {what}.</p>'
-        for run in runs
-        for what, wrong in (
-            ("training is not finished", run.end is None),
-            ("not scored, it has no evaluation.json", run.evaluation is None),
-        )
-        if wrong
-    )
-    return notices + html_table("What was trained", ["run", *rows[0]], body, "numbers")
+    notices = []
+    for run in runs:
+        if run.end is None:
+            notices.append(f"{escape(run.name)}: training is not finished.")
+        if run.evaluation is None:
+            notices.append(f"{escape(run.name)}: not scored, it has no evaluation.json.")
+    found = "".join(tag("p", notice, "notice") for notice in notices)
+    return found + html_table("What was trained", ["run", *rows[0]], body, "numbers")
 
 
 def _facts(run: Run) -> dict[str, tuple[str, str]]:
     """Label: (value, a remark)."""
     trained = total = share = "–"
     if run.start:
-        trained, total = f"{run.start['trainable']:,}", f"{run.start['total']:,}"
-        share = f"{100 * run.start['trainable'] / run.start['total']:.2f}%"
+        some, all_ = run.start["trainable"], run.start["total"]
+        trained, total, share = f"{some:,}", f"{all_:,}", f"{100 * some / all_:.2f}%"
     modules = f"in {len(run.spectra)} modules" if run.spectra else ""
     peak = run.end["peak_bytes"] / 2**20 if run.end else 0
-    best = run.best
+    chosen, score = "–", ""
+    if best := run.best:
+        chosen, score = f"epoch {best['epoch']:.0f}", f"ROUGE-1 {best['rouge1']:.1f}"
     return {
         "trained parameters": (trained, modules),
         "share of the model": (share, f"of {total}" if run.start else ""),
         "time": (_duration(run.seconds), "training and validation" if run.end else "so far"),
         "peak memory": (f"{peak:,.0f} MiB" if peak else "–", ""),
         "steps": (f"{len(run.steps):,}", _epochs(run)),
-        "best validation": (
-            (f"epoch {best['epoch']:.0f}", f"ROUGE-1 {best['rouge1']:.1f}") if best else ("–", "")
-        ),
+        "best validation": (chosen, score),
     }
 
 
@@ -92,11 +82,7 @@ def before_and_after(runs: Sequence[Run]) -> str:
         lines.append((name, run_colour(i), evaluation.intervals["finetuned"]))
     plot = interval_chart(
         "ROUGE before and after with 95% intervals",
-        [
-            (NAMES[metric], [(name, colour, row[metric]) for name, colour, row in lines])
-            for metric in NAMES
-            if metric != "gen_len"
-        ],
+        [(NAMES[m], [(name, colour, row[m]) for name, colour, row in lines]) for m in METRICS],
         "F1 × 100",
     )
     figure = html_figure(
@@ -112,10 +98,10 @@ def before_and_after(runs: Sequence[Run]) -> str:
             sides = [evaluation.intervals[side][metric] for side in ("base", "finetuned")]
             change = evaluation.intervals["difference"][metric]
             kind = "up" if change.low > 0 else "down" if change.high < 0 else ""
-            difference = _signed(change)
+            difference = _html(change, "+.2f")
             if kind and metric != "gen_len":  # shorter is neither better nor worse
                 difference = tag("span", difference, f"clear {kind}")
-            rows.append([first, *map(_plain, sides), difference])
+            rows.append([first, *map(_html, sides), difference])
     table = html_table(
         "ROUGE before and after",
         ["" if one else "measure, run", "base", "fine-tuned", "difference, paired"],
@@ -130,12 +116,8 @@ def before_and_after(runs: Sequence[Run]) -> str:
     return f'<div class="pair">{figure}<div>{words}</div></div>{table}'
 
 
-def _plain(value: Interval) -> str:
-    return f"{value.mean:.2f} <small>[{value.low:.2f}, {value.high:.2f}]</small>"
-
-
-def _signed(value: Interval) -> str:
-    return f"{value.mean:+.2f} <small>[{value.low:+.2f}, {value.high:+.2f}]</small>"
+def _html(x: Interval, spec: str = ".2f") -> str:
+    return f"{x.mean:{spec}} <small>[{x.low:{spec}}, {x.high:{spec}}]</small>"
 
 
 def _counts(run: Run, one: bool) -> str:

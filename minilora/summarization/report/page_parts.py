@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from minilora.summarization.report.plots import escape, swatch
-from minilora.summarization.report.runs import Run
+from .plots import escape, swatch
+from .runs import Run
 
 NAMES = {
     "rouge1": "ROUGE-1",

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 
-from minilora.summarization.report.page_parts import html_table, run_name
-from minilora.summarization.report.plots import Series, escape, line_chart, swatch, ticks
-from minilora.summarization.report.runs import Run, Spectrum
+from .page_parts import html_table, run_name
+from .plots import Series, escape, line_chart, swatch, ticks
+from .runs import Run, Spectrum
 
 
 def spectra(runs: Sequence[Run]) -> str:

@@ -15,10 +15,11 @@ from typing import Any, cast
 
 from minilora import read_adapter
 from minilora.arithmetic import singular_values
-from minilora.summarization.errors import UserError
-from minilora.summarization.evaluation.compare import Compared, Evaluation
-from minilora.summarization.evaluation.rouge import MEASURES, Interval
-from minilora.summarization.files import read_object
+
+from ..errors import UserError
+from ..evaluation.compare import Compared, Evaluation
+from ..evaluation.rouge import MEASURES, Interval
+from ..files import read_object
 
 SIDES = ("base", "finetuned", "difference")
 
@@ -96,34 +97,29 @@ def read_report(directory: Path) -> Run:
     config = read_object(directory / "config.json")
     if config is None:
         raise UserError(f"{directory} is not a run: it has no config.json")
-    log = list(_log(directory / "log.jsonl"))
-    kinds: dict[str, list[Record]] = {"start": [], "step": [], "validation": [], "end": []}
-    for record in log:
+    kinds: dict[str, list[Record]] = {kind: [] for kind in LOG_KEYS}
+    for record in _log(directory / "log.jsonl"):
         kinds.get(record["kind"], []).append(record)
     dora, spectra = _spectra(directory / "adapter")
     return Run(
         path=directory,
         config=config,
-        start=kinds["start"][-1] if kinds["start"] else None,
+        start=next(reversed(kinds["start"]), None),
         steps=tuple(kinds["step"]),
         validations=tuple(kinds["validation"]),
-        end=kinds["end"][-1] if kinds["end"] else None,
+        end=next(reversed(kinds["end"]), None),
         spectra=spectra,
         dora=dora,
         evaluation=_evaluation(directory / "evaluation.json"),
     )
 
 
-# The keys that a record of each kind must have.
+# The keys of each kind of record. Those in parentheses may be null: so infinity and NaN are written.
 LOG_KEYS = {
-    "start": ("trainable", "total"),
-    "step": ("step", "loss", "seconds"),
-    "validation": ("step", "epoch", "loss", "rouge1", "rouge2", "rougeL"),
-    "end": ("seconds", "peak_bytes"),
-}
-MAY_BE_NULL = {  # infinity and NaN are written as null
-    "step": ("loss", "seconds"),
-    "validation": ("loss", "rouge1", "rouge2", "rougeL"),
+    "start": "trainable total",
+    "step": "step (loss) (seconds)",
+    "validation": "step epoch (loss) (rouge1) (rouge2) (rougeL)",
+    "end": "seconds peak_bytes",
 }
 
 
@@ -140,10 +136,10 @@ def _log(path: Path) -> Iterator[Record]:
             raise UserError(f"{where}: cannot be read as JSON: {error}") from None
         if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
             raise UserError(f"{where}: is not a record")
-        for key in LOG_KEYS.get(record["kind"], ()):
-            if record.get(key) is not None or key not in MAY_BE_NULL.get(record["kind"], ()):
-                _number(record, key, where)
-            record.setdefault(key, None)
+        for key in LOG_KEYS.get(record["kind"], "").split():
+            name = key.strip("()")
+            if record.setdefault(name, None) is not None or name == key:
+                _number(record, name, where)
         yield record
 
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minilora.quantize import quantize_report
-from minilora.summarization import processes
-from minilora.summarization.evaluation.compare import Evaluation
-from minilora.summarization.evaluation.rouge import MEASURES
-from minilora.summarization.training.session import Session, trained_path
-from minilora.summarization.training.trainer import Outcome
+
+from .. import processes
+from ..evaluation.compare import Evaluation
+from ..evaluation.rouge import MEASURES
+from ..training.session import Session, trained_path
+from ..training.trainer import Outcome
 
 
 def first(evaluation: Evaluation, k: int = 3) -> list[int]:

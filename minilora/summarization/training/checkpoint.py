@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from minilora.files import write_directory
-from minilora.summarization.errors import UserError
-from minilora.summarization.files import remove_directory
+
+from ..errors import UserError
+from ..files import remove_directory
 
 TENSORS, STATE, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 
@@ -80,12 +81,22 @@ def save_checkpoint(
         OSError: the disk is full or read-only; the older checkpoints are unchanged.
     """
     target = directory / _name(progress.step, validated=progress.position == 0)
-    if not target.exists() or _is_damaged(target):
-        random = random_states() if random is None else random
-        contents = _contents(progress, model, optimizer, scaler, origin or {}, random)
+    if not _is_complete(target):
+        tensors = {f"parameter.{name}": p.detach() for name, p in _trained(model).items()}
+        for name, parameter in _trained(model).items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        tensors |= random_states() if random is None else random
+        state = {"progress": asdict(progress), "scaler": scaler.state_dict()}
+        state["origin"] = dict(origin or {})
+        contents = {
+            TENSORS: safetensors.torch.save({k: t.cpu().contiguous() for k, t in tensors.items()}),
+            STATE: json.dumps(state, indent=2).encode() + b"\n",
+        }
+        sums = "".join(f"{_sum(name, content)}\n" for name, content in contents.items())
         if target.exists():
             remove_directory(target)
-        write_directory(target, contents)
+        write_directory(target, contents | {SUMS: sums.encode()})
     best = _name(progress.best_step, validated=True)
     older = [path for path in newest_first(directory) if path.name <= target.name]
     for path in newest_first(directory):
@@ -163,38 +174,11 @@ def _name(step: int, validated: bool) -> str:
     return f"step-{step:08d}" + ("-validated" if validated and step else "")
 
 
-def _is_damaged(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     try:
-        read_checkpoint(path)
+        return bool(read_checkpoint(path))
     except Damaged:
-        return True
-    return False
-
-
-def _contents(
-    progress: Progress,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    origin: Mapping[str, str],
-    random: Mapping[str, Tensor],
-) -> dict[str, bytes]:
-    tensors = {f"parameter.{name}": p.detach() for name, p in _trained(model).items()}
-    for name, parameter in _trained(model).items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-    tensors |= random
-    state = {
-        "progress": asdict(progress),
-        "scaler": scaler.state_dict(),
-        "origin": dict(origin),
-    }
-    contents = {
-        TENSORS: safetensors.torch.save({key: t.cpu().contiguous() for key, t in tensors.items()}),
-        STATE: json.dumps(state, indent=2).encode() + b"\n",
-    }
-    sums = "".join(f"{_sum(name, content)}\n" for name, content in contents.items())
-    return contents | {SUMS: sums.encode()}
+        return False
 
 
 def _sum(name: str, content: bytes) -> str:
@@ -205,12 +189,8 @@ def _restore(
     path: Path, tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     trained = _trained(model)
-    stored = {
-        key.removeprefix("parameter."): tensor.shape
-        for key, tensor in tensors.items()
-        if key.startswith("parameter.")
-    }
-    if stored != {name: parameter.shape for name, parameter in trained.items()}:
+    stored = {key: t.shape for key, t in tensors.items() if key.startswith("parameter.")}
+    if stored != {f"parameter.{name}": p.shape for name, p in trained.items()}:
         raise UserError(f"{path} holds other parameters than this run trains")
     with torch.no_grad():
         for name, parameter in trained.items():

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from minilora.summarization import processes
-from minilora.summarization.training.loss import summed_loss
+from .. import processes
+from .loss import summed_loss
 
 # torch 2.13 renamed the option. Buffers are the same in every process, since none of them trains.
 _NAMES = inspect.signature(DistributedDataParallel).parameters

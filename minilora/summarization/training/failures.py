@@ -5,9 +5,9 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-from minilora.summarization.data.batches import Encoded
-from minilora.summarization.errors import UserError
-from minilora.summarization.settings import TrainingOptions
+from ..data.batches import Encoded
+from ..errors import UserError
+from ..settings import TrainingOptions
 
 
 class BadBatch(UserError):

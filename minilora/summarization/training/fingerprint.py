@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from minilora.summarization.data.batches import Encoded
-from minilora.summarization.data.reading import Example
-from minilora.summarization.data.splits import fingerprint
+from ..data.batches import Encoded
+from ..data.reading import Example
+from ..data.splits import fingerprint
 
 # Where a run computes. The same arithmetic elsewhere may round differently.
 PLACES = ("torch", "device", "precision", "threads", "processes")

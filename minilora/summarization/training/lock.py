@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from minilora.summarization.errors import UserError
+from ..errors import UserError
 
 try:
     import fcntl
@@ -17,7 +17,7 @@ NAME = ".lock"
 
 @contextmanager
 def lock(directory: Path) -> Iterator[None]:
-    """Keep other runs out of a directory while the block runs.
+    """Make a directory, and keep other runs out of it inside the block.
 
     The lock is the kernel's (flock) on a file that holds the process id. It ends with the process,
     however that dies, so the file of a killed run locks nothing.
@@ -26,6 +26,7 @@ def lock(directory: Path) -> Iterator[None]:
         UserError: another process holds it; its id is named.
         OSError: the directory cannot be written.
     """
+    directory.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minilora.files import write_file
-from minilora.summarization import processes
+
+from .. import processes
 
 
 class Log:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minilora.summarization.data.batches import IGNORED
+from ..data.batches import IGNORED
 
 # Models whose logits are the head's output plus `final_logits_bias`, if there is one. Others scale
 # or cap them.

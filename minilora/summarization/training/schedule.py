@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from minilora.summarization.data.batches import Encoded, batches
-from minilora.summarization.settings import TrainingOptions
+from ..data.batches import Encoded, batches
+from ..settings import TrainingOptions
 
 Group = Sequence[Sequence[Encoded]]
 """The batches of one optimizer step."""

@@ -12,25 +12,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import minilora
 from minilora import InjectReport, LoRAConfig
 from minilora.files import write_file
-from minilora.summarization import processes
-from minilora.summarization.data.batches import Encoded, collate, encode
-from minilora.summarization.data.reading import Example
-from minilora.summarization.data.splits import SPLITS, load
-from minilora.summarization.errors import UserError
-from minilora.summarization.evaluation.generate import generate_arguments
-from minilora.summarization.evaluation.rouge import rouge_is_installed
-from minilora.summarization.model import speed
-from minilora.summarization.model.device import autocast, choose_device, choose_precision
-from minilora.summarization.model.four_bits import FourBits
-from minilora.summarization.model.loading import (
-    check_vocabulary,
-    limit_lengths,
-    load_model,
-    load_tokenizer,
-    save_model,
-)
-from minilora.summarization.settings import RunConfig
-from minilora.summarization.training.fingerprint import PLACES, fingerprints, place
+
+from .. import processes
+from ..data.batches import Encoded, collate, encode
+from ..data.reading import Example
+from ..data.splits import SPLITS, load
+from ..errors import UserError
+from ..evaluation.generate import generate_arguments
+from ..evaluation.rouge import rouge_is_installed
+from ..model import speed
+from ..model.device import autocast, choose_device, choose_precision
+from ..model.four_bits import FourBits
+from ..model.loading import check_vocabulary, limit_lengths, load_model, load_tokenizer, save_model
+from ..settings import RunConfig
+from .fingerprint import PLACES, fingerprints, place
 
 
 @dataclass
@@ -114,17 +109,8 @@ def open_session(run: RunConfig) -> Session:
     began = {"start": processes.checksum(model), "settings": run.to_dict()}
     processes.require_same({n: v for n, v in origin.items() if n not in PLACES} | began)
     processes.seed_by_rank(run.model.seed)
-    return Session(
-        run=run,
-        device=device,
-        autocast_dtype=autocast_dtype,
-        model=model,
-        tokenizer=tokenizer,
-        splits=splits,
-        report=report,
-        notices=notices,
-        origin=origin,
-    )
+    parts = (model, tokenizer, splits, report, notices, origin)
+    return Session(run, device, autocast_dtype, *parts)
 
 
 def prepare(

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from minilora.summarization import processes
+from .. import processes
 
 
 class StopRequest:

@@ -21,36 +21,22 @@ from torch import nn
 from tqdm import tqdm
 
 import minilora
-from minilora.summarization import processes
-from minilora.summarization.data.batches import Encoded
-from minilora.summarization.errors import UserError
-from minilora.summarization.files import sweep
-from minilora.summarization.model import speed
-from minilora.summarization.model.device import peak_bytes
-from minilora.summarization.training.checkpoint import (
-    Progress,
-    load_checkpoint,
-    random_states,
-    save_checkpoint,
-)
-from minilora.summarization.training.ddp import Replica
-from minilora.summarization.training.failures import (
-    BadBatch,
-    out_of_memory,
-    smaller_evaluation_batch,
-    step_memory,
-)
-from minilora.summarization.training.fingerprint import differences
-from minilora.summarization.training.log import Clock, Log, open_log
-from minilora.summarization.training.schedule import (
-    Group,
-    epoch_groups,
-    last_step,
-    learning_rate,
-)
-from minilora.summarization.training.session import Session, save_trained, write_config
-from minilora.summarization.training.stopping import StopRequest, stop_requests
-from minilora.summarization.training.validation import describe, selection_score, validate
+
+from .. import processes
+from ..data.batches import Encoded
+from ..errors import UserError
+from ..files import sweep
+from ..model import speed
+from ..model.device import peak_bytes
+from .checkpoint import Progress, load_checkpoint, random_states, save_checkpoint
+from .ddp import Replica
+from .failures import BadBatch, out_of_memory, smaller_evaluation_batch, step_memory
+from .fingerprint import differences
+from .log import Clock, Log, open_log
+from .schedule import Group, epoch_groups, last_step, learning_rate
+from .session import Session, save_trained, write_config
+from .stopping import StopRequest, stop_requests
+from .validation import describe, selection_score, validate
 
 
 @dataclass
@@ -108,12 +94,9 @@ class Trainer:
     def open(self) -> Iterator[None]:
         """Inside the block there are a log, a progress bar and handlers of Ctrl-C and SIGTERM."""
         bar = tqdm(
-            total=self.last,
-            initial=self.progress.step,
-            unit="step",
+            total=self.last, initial=self.progress.step, unit="step", dynamic_ncols=True,
             disable=None,  # no bar when stderr is not a terminal
-            dynamic_ncols=True,
-        )
+        )  # fmt: skip
         log = open_log(self.output / "log.jsonl", self.progress.log_bytes)
         with log as self.log, bar as self.bar, stop_requests() as self.stop:
             yield
@@ -208,9 +191,8 @@ class Trainer:
 
     def update(self) -> None:
         """The optimizer's step; GradScaler leaves it out if fp16 overflowed."""
-        with out_of_memory(
-            "while AdamW updates the parameters", "--method lora trains fewer of them"
-        ):
+        doing = "while AdamW updates the parameters"
+        with out_of_memory(doing, "--method lora trains fewer of them"):
             self.scaler.step(self.optimizer)
 
     def measures(self, group: Group, loss: float, norm: float, seconds: float) -> dict[str, Any]:
@@ -293,27 +275,22 @@ class Trainer:
         Raises:
             UserError: the result would change, and --accept-changes was not given.
         """
+        what = (self.session.model, self.optimizer, self.scaler)
         self.progress, origin, notices = load_checkpoint(
-            self.output / "checkpoints",
-            self.session.model,
-            self.optimizer,
-            self.scaler,
-            rank=processes.rank(),
+            self.output / "checkpoints", *what, rank=processes.rank()
         )
         processes.require_same({f"a checkpoint in {self.output}": self.progress.step})
         self.clock = Clock(self.progress.seconds)
-        what, where = differences(origin, self.session.origin)
-        changed = f"changed since the run began: {', '.join(what)}"
-        if what and not self.session.run.output.accept_changes:
+        other, where = differences(origin, self.session.origin)
+        changed = f"changed since the run began: {', '.join(other)}"
+        if other and not self.session.run.output.accept_changes:
             raise UserError(
                 f"--resume {self.output}: {changed}; restore what changed, or use --accept-changes "
                 "to resume with it"
             )
-        notices += [changed] if what else []
+        notices += [changed] if other else []
         if where:
-            notices.append(
-                f"results may differ by rounding from the run's start: {', '.join(where)}"
-            )
+            notices.append(f"rounding may differ from the run's start: {', '.join(where)}")
         return notices
 
     def checkpoint_is_due(self) -> bool:
@@ -325,16 +302,7 @@ class Trainer:
         progress, session = self.progress, self.session
         progress.seconds, progress.log_bytes = self.clock.seconds(), self.log.flush()
         random = processes.gather_tensors(random_states(processes.rank()))
-        processes.on_rank0(
-            lambda: save_checkpoint(
-                self.output / "checkpoints",
-                progress,
-                session.model,
-                self.optimizer,
-                self.scaler,
-                session.origin,
-                session.run.output.keep_checkpoints,
-                random,
-            )
-        )
+        what = (session.model, self.optimizer, self.scaler, session.origin)
+        path, keep = self.output / "checkpoints", session.run.output.keep_checkpoints
+        processes.on_rank0(lambda: save_checkpoint(path, progress, *what, keep, random))
         self.clock.mark()

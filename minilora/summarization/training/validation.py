@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import torch
 
-from minilora.summarization import processes
-from minilora.summarization.data.batches import by_length
-from minilora.summarization.evaluation.generate import summarize
-from minilora.summarization.evaluation.rouge import METRICS, rouge, rouge_is_installed
-from minilora.summarization.training.loss import summed_loss
-from minilora.summarization.training.session import Session, Split
+from .. import processes
+from ..data.batches import by_length
+from ..evaluation.generate import summarize
+from ..evaluation.rouge import METRICS, rouge, rouge_is_installed
+from .loss import summed_loss
+from .session import Session, Split
 
 Scores = dict[str, float | None]
 
