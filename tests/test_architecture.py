@@ -101,6 +101,7 @@ def test_every_file_of_the_task_is_in_one_of_its_folders() -> None:
 LAZY = {"datasets", "rouge_score"}
 
 
+@pytest.mark.slow
 def test_the_task_starts_without_datasets_and_rouge_score() -> None:
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({sorted(LAZY)}))\n"  # importing them raises

@@ -43,6 +43,7 @@ def script(name: str) -> ModuleType:
 # Turns --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_contestants_have_their_own_processes_and_answer_in_rotating_turns() -> None:
     turns = script("turns")
     with turns.contestants({"a": (double, (0,)), "b": (double, (100,))}) as started:

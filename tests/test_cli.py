@@ -386,6 +386,7 @@ def test_interrupted_before_or_after_training_it_says_so(
     assert not Path("other").exists()
 
 
+@pytest.mark.slow
 def test_the_embedded_model_trains_on_the_embedded_dialogues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
@@ -555,6 +556,7 @@ def shell(*argv: object, **more: Any) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.slow
 def test_a_process_that_is_told_to_stop_says_how_to_go_on_and_does(here: Path) -> None:
     many = ["--epochs", "2000", "--no-evaluate", "--checkpoint-minutes", "60"]
     process = shell(ROOT / "train.py", *BASE, *many, "--output", "long")
@@ -583,6 +585,7 @@ def test_a_process_that_is_told_to_stop_says_how_to_go_on_and_does(here: Path) -
     assert (process.returncode, err) == (130, "")
 
 
+@pytest.mark.slow
 def test_bad_input_ends_in_one_line_and_exit_code_2_in_a_shell_too(here: Path) -> None:
     process = shell(ROOT / "train.py", *BASE, "--targets", "q_porj")
     out, err = process.communicate(timeout=60)

@@ -264,6 +264,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert json.loads((run / "evaluation.json").read_bytes())["n"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_with_the_same_number_of_processes_the_end_is_the_same_bit_for_bit(
     folder: Path, count: int
@@ -345,6 +346,7 @@ def torchrun(folder: Path, what: str, run: Path) -> tuple[int, str, float]:
     return result.returncode, printed, time.monotonic() - started
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_and_is_named(folder: Path, tmp_path: Path) -> None:
     died = tmp_path / "died"
     what = f"open({str(died)!r}, 'w').close(); os.kill(os.getpid(), signal.SIGKILL)"
@@ -365,6 +367,7 @@ def test_the_main_process_may_die_as_well(folder: Path) -> None:
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves_once(folder: Path) -> None:
     run = folder / "terminated"
     code, said, _ = torchrun(folder, "os.kill(os.getppid(), signal.SIGTERM)", run)

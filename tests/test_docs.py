@@ -31,6 +31,7 @@ def load(name: str) -> ModuleType:
 check, record = load("check"), load("record")
 
 
+@pytest.mark.slow
 def test_every_block_runs_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py"])
     done = list(check.check(PAGES))

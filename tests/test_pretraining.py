@@ -285,6 +285,7 @@ def tiny_data(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @needs_muon
 def test_processes_share_their_gradients_and_go_on_as_one(tiny_data: Path) -> None:
     log = tiny_data / "run" / "log.jsonl"
@@ -300,6 +301,7 @@ def test_processes_share_their_gradients_and_go_on_as_one(tiny_data: Path) -> No
     assert first["tokens"] < second["tokens"] < 21_000
 
 
+@pytest.mark.slow
 def test_processes_that_are_stopped_save_together(tiny_data: Path) -> None:
     """Most of this run's time is evaluation, during which the other process waits."""
     run = subprocess.Popen(
@@ -321,6 +323,7 @@ def test_processes_that_are_stopped_save_together(tiny_data: Path) -> None:
     assert len(saved["rngs"]) == 2
 
 
+@pytest.mark.slow
 def test_what_pretraining_refuses(tiny_data: Path, tmp_path: Path) -> None:
     def refused(*flags: str) -> str:
         command = pretrain(tiny_data, [], *flags)

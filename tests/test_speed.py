@@ -184,6 +184,7 @@ def test_checkpointed_activations_give_the_same_gradients_with_the_same_dropout(
     assert all(gradient.any() for gradient in after[1])
 
 
+@pytest.mark.slow
 def test_compiled_layers_compute_the_same_and_keep_their_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -104,10 +104,9 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
         ) from None
     if outcome.interrupted:
         _write_report(run, output)
-        print(
-            f"\nstopped after step {outcome.progress.step}; the result so far is in "
-            f"{trained_path(output, run)}\nresume with: {_command('train.py')} --resume {again}"
-        )
+        where = f"the result so far is in {trained_path(output, run)}"
+        print(f"\nstopped after step {outcome.progress.step}; {where}")
+        print(f"resume with: {_command('train.py')} --resume {again}")
         return 130
     if run.output.evaluate and rouge_is_installed():
         try:
@@ -256,8 +255,7 @@ def _examples(run: RunConfig, arguments: argparse.Namespace) -> tuple[list[Examp
     """The dialogues to score. If --data is a file and no split is asked for, all of it."""
     split = arguments.split or "test"
     if arguments.data and Path(arguments.data).is_file() and arguments.split is None:
-        examples, notices = load_file(arguments.data, run.data)
-        split = "all"
+        split, (examples, notices) = "all", load_file(arguments.data, run.data)
     else:
         data, notices = load(run.data, (split,))
         examples = data[split]

@@ -53,9 +53,8 @@ def curves(runs: Sequence[Run]) -> str:
     rouge, legend = _rouge_series(runs)
     if rouge:
         which = "ROUGE" if one else "ROUGE-1"
-        plot = line_chart(
-            f"{which} on the validation split by step", rouge, "optimizer step", "F1 × 100", x=x
-        )
+        title = f"{which} on the validation split by step"
+        plot = line_chart(title, rouge, "optimizer step", "F1 × 100", x=x)
         words = f"{which} of summaries written for the validation split, after each epoch."
         figures.append(html_figure(plot, legend, words))
     return f'<div class="pair">{"".join(figures)}</div>'
@@ -64,15 +63,10 @@ def curves(runs: Sequence[Run]) -> str:
 def _rouge_series(runs: Sequence[Run]) -> tuple[list[Series], list[tuple[str, str]]]:
     """Of one run three metrics, of several ROUGE-1."""
     if len(runs) == 1:
-        metrics = ("rouge1", "rouge2", "rougeL")
-        lines = [
-            Series(NAMES[m], _points(runs[0].validations, m), colour, dots=True)
-            for m, colour in zip(metrics, ("c1", "c3", "c2"), strict=True)
-        ]
+        colours = {"rouge1": "c1", "rouge2": "c3", "rougeL": "c2"}
+        shown = [(NAMES[m], runs[0], m, colour) for m, colour in colours.items()]
     else:
-        lines = [
-            Series(run.name, _points(run.validations, "rouge1"), run_colour(i), dots=True)
-            for i, run in enumerate(runs)
-        ]
-    lines = [series for series in lines if series.points]
-    return lines, [(swatch(series.colour), series.name) for series in lines]
+        shown = [(run.name, run, "rouge1", run_colour(i)) for i, run in enumerate(runs)]
+    series = [Series(n, _points(r.validations, m), c, dots=True) for n, r, m, c in shown]
+    lines = [one for one in series if one.points]
+    return lines, [(swatch(line.colour), line.name) for line in lines]

@@ -80,13 +80,9 @@ def before_and_after(runs: Sequence[Run]) -> str:
             lines.append((of, BASE, evaluation.intervals["base"]))
         name = "fine-tuned" if one else run.name
         lines.append((name, run_colour(i), evaluation.intervals["finetuned"]))
-    plot = interval_chart(
-        "ROUGE before and after with 95% intervals",
-        [(NAMES[m], [(name, colour, row[m]) for name, colour, row in lines]) for m in METRICS],
-        "F1 × 100",
-    )
+    marks = [(NAMES[m], [(name, colour, row[m]) for name, colour, row in lines]) for m in METRICS]
     figure = html_figure(
-        plot,
+        interval_chart("ROUGE before and after with 95% intervals", marks, "F1 × 100"),
         [(swatch(colour, dots=True), name) for name, colour, _ in lines],
         "Means with 95% bootstrap intervals. Both models find the same dialogues hard, so the "
         "paired difference in the table says more than whether the bars overlap.",
@@ -102,12 +98,8 @@ def before_and_after(runs: Sequence[Run]) -> str:
             if kind and metric != "gen_len":  # shorter is neither better nor worse
                 difference = tag("span", difference, f"clear {kind}")
             rows.append([first, *map(_html, sides), difference])
-    table = html_table(
-        "ROUGE before and after",
-        ["" if one else "measure, run", "base", "fine-tuned", "difference, paired"],
-        rows,
-        "numbers stacked",
-    )
+    head = ["" if one else "measure, run", "base", "fine-tuned", "difference, paired"]
+    table = html_table("ROUGE before and after", head, rows, "numbers stacked")
     words = "".join(f"<p>{_counts(run, one)}</p>" for _, run, _ in scored)
     words += "<p>Square brackets hold 95% intervals; a difference is bold where it excludes 0.</p>"
     words = tag("div", words, "words")
@@ -124,8 +116,5 @@ def _counts(run: Run, one: bool) -> str:
     assert run.evaluation is not None
     gains = [example.gain for example in run.evaluation.examples]
     up, down = sum(g > 0 for g in gains), sum(g < 0 for g in gains)
-    who = "" if one else f"{escape(run.name)}: "
-    return (
-        f"{who}ROUGE-1 rose on {up:,} dialogues, fell on {down:,} and stayed on "
-        f"{len(gains) - up - down:,}."
-    )
+    who, same = "" if one else f"{escape(run.name)}: ", len(gains) - up - down
+    return f"{who}ROUGE-1 rose on {up:,} dialogues, fell on {down:,} and stayed on {same:,}."

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 
 from .page_parts import html_table, run_name
 from .plots import Series, escape, line_chart, swatch, ticks
@@ -9,20 +10,15 @@ from .runs import Run, Spectrum
 
 
 def spectra(runs: Sequence[Run]) -> str:
-    parts = []
-    for i, run in enumerate(runs):
-        head = f"<h3>{run_name(run, i)}</h3>" if len(runs) > 1 else ""
-        if not run.spectra:
-            full = run.config.get("method") == "full"
-            words = "Every parameter was trained: no adapter." if full else "No adapter yet."
-            parts.append(f"{head}<p>{words}</p>")
-        else:
-            parts.append(head + _spectra_of(run))
-    return "".join(parts)
+    heads = [f"<h3>{run_name(run, i)}</h3>" if len(runs) > 1 else "" for i, run in enumerate(runs)]
+    return "".join(head + _spectra_of(run) for head, run in zip(heads, runs, strict=True))
 
 
 def _spectra_of(run: Run) -> str:
     """A small plot for each kind of module, a line for each layer."""
+    if not run.spectra:
+        full = run.config.get("method") == "full"
+        return f"<p>{'Every parameter was trained: no adapter.' if full else 'No adapter yet.'}</p>"
     kinds: dict[str, list[Spectrum]] = {}
     for spectrum in run.spectra:
         kinds.setdefault(re.sub(r"\d+", "N", spectrum.module), []).append(spectrum)
@@ -34,32 +30,22 @@ def _spectra_of(run: Run) -> str:
     plots = []
     for kind, members in kinds.items():
         members = sorted(members, key=lambda s: [int(n) for n in re.findall(r"\d+", s.module)])
-        series = [
-            Series(
-                spectrum.module,
-                [(float(k), value) for k, value in enumerate(spectrum.values, 1)],
-                _shade(n, len(members)),
-                dots=rank <= 16,
-            )
-            for n, spectrum in enumerate(members)
-        ]
+        series = []
+        for n, spectrum in enumerate(members):
+            points = [(float(k), value) for k, value in enumerate(spectrum.values, 1)]
+            shade = _shade(n, len(members))
+            series.append(Series(spectrum.module, points, shade, dots=rank <= 16))
         plot = line_chart(
             f"Singular values of {kind}", series, "index", "σ", width=270, height=190, x=x, y=y
         )
         label = escape(kind.removeprefix(prefix)).replace(".", ".<wbr>")
         plots.append(f'<figure class="small"><h4>{label}</h4>{plot}</figure>')
-    rows = [
-        [
-            escape(s.module),
-            f"{s.shape[0]} × {s.shape[1]}",
-            str(len(s.values)),
-            f"{s.scale:.4g}",
-            f"{s.norm:.3g}",
-            f"{s.stable_rank:.2f}",
-            " ".join(f"{value:.3g}" for value in s.values),
-        ]
-        for s in run.spectra
-    ]
+    rows = []
+    for s in run.spectra:
+        numbers = [f"{s.scale:.4g}", f"{s.norm:.3g}", f"{s.stable_rank:.2f}"]
+        values = " ".join(f"{value:.3g}" for value in s.values)
+        shape = [f"{s.shape[0]} × {s.shape[1]}", str(len(s.values))]
+        rows.append([escape(s.module), *shape, *numbers, values])
     head = ["module", "out × in", "r", "s", "‖sBA‖", "stable rank", "singular values of sBA"]
     dora = " DoRA normalizes W + sBA by its rows afterwards." if run.dora else ""
     return (
@@ -80,10 +66,6 @@ def _shade(position: int, of: int) -> str:
 
 def _common_prefix(names: Sequence[str]) -> str:
     """The dotted beginning that all names share."""
-    parts = [name.split(".")[:-1] for name in names]
-    same = []
-    for column in zip(*parts, strict=False):
-        if len(set(column)) > 1:
-            break
-        same.append(column[0])
-    return "".join(f"{part}." for part in same)
+    parts = sorted(name.split(".")[:-1] for name in names)
+    pairs = zip(parts[0], parts[-1], strict=False)  # all others lie between these two
+    return "".join(f"{one}." for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -69,10 +69,8 @@ class Frame:
     def at(self, x: float, y: float) -> Point:
         (x0, x1), (y0, y1) = (self.x[0], self.x[-1]), (self.y[0], self.y[-1])
         across, down = self.width - self.left - self.right, self.height - self.top - self.bottom
-        return (
-            round(self.left + (x - x0) / (x1 - x0) * across, 1),
-            round(self.top + (y1 - y) / (y1 - y0) * down, 1),
-        )
+        right, below = (x - x0) / (x1 - x0) * across, (y1 - y) / (y1 - y0) * down
+        return round(self.left + right, 1), round(self.top + below, 1)
 
     def axes(self, x_label: str, y_label: str, skip_x: int = 1) -> list[str]:
         """Grid lines, tick labels and axis labels."""
@@ -107,12 +105,12 @@ def line_chart(
 ) -> str:
     """Lines over two linear axes; by default the points choose the ticks `x` and `y`."""
     points = [point for one in series for point in one.points]
-    frame = Frame(
-        width,
-        height,
-        x or ticks(min(p[0] for p in points), max(p[0] for p in points)),
-        y or ticks(min(p[1] for p in points), max(p[1] for p in points)),
+    columns = list(zip(*points, strict=True))
+    x, y = (
+        x or ticks(min(columns[0]), max(columns[0])),
+        y or ticks(min(columns[1]), max(columns[1])),
     )
+    frame = Frame(width, height, x, y)
     parts = frame.axes(x_label, y_label)
     for one in series:
         places = [frame.at(*point) for point in one.points]
@@ -123,10 +121,8 @@ def line_chart(
         if one.dots or len(places) == 1:
             for (cx, cy), (px, py) in zip(places, one.points, strict=True):
                 said = escape(f"{one.name}: {number(round(py, 4))} at {number(px)}")
-                parts.append(
-                    f'<circle class="dot {one.colour}" cx="{cx}" cy="{cy}" r="3.2">'
-                    f"<title>{said}</title></circle>"
-                )
+                dot = f'<circle class="dot {one.colour}" cx="{cx}" cy="{cy}" r="3.2">'
+                parts.append(f"{dot}<title>{said}</title></circle>")
     return _svg(title, width, height, parts)
 
 
@@ -172,11 +168,9 @@ def interval_chart(
 
 def swatch(colour: str, faint: bool = False, dots: bool = False) -> str:
     """The mark of a series in a legend."""
-    mark = (
-        f'<circle class="dot {colour}" cx="9" cy="6" r="4"/>'
-        if dots
-        else f'<path class="line {colour}{" faint" if faint else ""}" d="M1 6H17"/>'
-    )
+    mark = f'<path class="line {colour}{" faint" if faint else ""}" d="M1 6H17"/>'
+    if dots:
+        mark = f'<circle class="dot {colour}" cx="9" cy="6" r="4"/>'
     return f'<svg class="swatch" viewBox="0 0 18 12" aria-hidden="true">{mark}</svg>'
 
 

@@ -114,7 +114,7 @@ def read_report(directory: Path) -> Run:
     )
 
 
-# The keys of each kind of record. Those in parentheses may be null: so infinity and NaN are written.
+# The keys of each kind of record. Those in parentheses may be null, which stands for NaN.
 LOG_KEYS = {
     "start": "trainable total",
     "step": "step (loss) (seconds)",
@@ -138,8 +138,9 @@ def _log(path: Path) -> Iterator[Record]:
             raise UserError(f"{where}: is not a record")
         for key in LOG_KEYS.get(record["kind"], "").split():
             name = key.strip("()")
-            if record.setdefault(name, None) is not None or name == key:
+            if record.get(name) is not None or name == key:
                 _number(record, name, where)
+            record.setdefault(name, None)
         yield record
 
 

@@ -84,22 +84,16 @@ def header(session: Session, output: Path) -> str:
     count = processes.world_size()
     shared = f", {count} processes that share each batch" if count > 1 else ""
     precision = str(session.autocast_dtype or "float32").removeprefix("torch.")
-    return "\n".join(
-        [
-            f"{run.model.model} on {run.data.data}: {len(train):,} dialogues to train, "
-            f"{len(validation):,} to validate; {session.device.type}, {precision}{shared}",
-            f"{run.model.method}: {_trained(session)}",
-            *([str(quantize_report(session.model))] if run.model.method == "qlora" else []),
-            f"run: {output}",
-        ]
-    )
-
-
-def _trained(session: Session) -> str:
-    report = session.report
-    if report.modules:
-        return str(report)
-    return f"{report.trainable:,} trainable of {report.total:,} parameters"
+    report, sizes = session.report, f"{len(train):,} dialogues to train, {len(validation):,}"
+    trained = f"{report.trainable:,} trainable of {report.total:,} parameters"
+    lines = [
+        f"{run.model.model} on {run.data.data}: {sizes} to validate; {session.device.type}, "
+        f"{precision}{shared}",
+        f"{run.model.method}: {report if report.modules else trained}",
+    ]
+    if run.model.method == "qlora":
+        lines.append(str(quantize_report(session.model)))
+    return "\n".join([*lines, f"run: {output}"])
 
 
 def summary(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import minilora
@@ -97,14 +97,16 @@ def open_session(run: RunConfig) -> Session:
     autocast_dtype = choose_precision(run.model.precision, device)
     encoded_splits = {name: split.encoded for name, split in splits.items()}
     if not rouge_is_installed():
-        notices.append(
-            "rouge_score is not installed: the validation loss chooses the best epoch, and nothing "
-            "is scored at the end"
-        )
+        without = "the validation loss chooses the best epoch, and nothing is scored at the end"
+        notices.append(f"rouge_score is not installed: {without}")
     where = place(device, autocast_dtype, processes.world_size())
     origin = fingerprints(data, encoded_splits, model) | where
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
-    report = minilora.inject(model, config) if config else _report_of_all(model)
+    if config:
+        report = minilora.inject(model, config)
+    else:
+        trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
+        report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
     prepare(model, run, device, autocast_dtype)
     began = {"start": processes.checksum(model), "settings": run.to_dict()}
     processes.require_same({n: v for n, v in origin.items() if n not in PLACES} | began)
@@ -124,11 +126,6 @@ def prepare(
         speed.checkpoint_activations(model)
     if run.training.compile:
         speed.compile_layers(model)
-
-
-def _report_of_all(model: nn.Module) -> InjectReport:
-    trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
-    return InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
 
 
 def adapter_config(run: RunConfig) -> LoRAConfig:
