@@ -107,12 +107,14 @@ def beside_bitsandbytes(name: str) -> str:
     return name if vectors == "AVX512" else f"{name}_{vectors.lower()}"
 
 
-def write_result(name: str, result: Mapping[str, Any], small: bool = False) -> Path:
+def write_result(
+    name: str, result: Mapping[str, Any], small: bool = False, folder: Path | None = None
+) -> Path:
     """benchmarks/results/NAME.json: the figures with the date, versions and hardware.
 
     A small run says nothing about speed: its result is kept apart, where no table finds it.
     """
-    folder = RESULTS / "small" if small else RESULTS
+    folder = folder or (RESULTS / "small" if small else RESULTS)
     folder.mkdir(exist_ok=True, parents=True)
     path = folder / f"{name}.json"
     content = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), **result}

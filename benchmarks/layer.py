@@ -84,18 +84,20 @@ def adapters(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def build(width: int, precision: str, device: str, heads: int) -> tuple[dict[str, Any], list[str]]:
+def build(
+    width: int, precision: str, device: str, heads: int, out: int
+) -> tuple[dict[str, Any], list[str]]:
     """Each contestant as `heads` layers of the same weights and adapters; what is missing."""
     generator = torch.Generator().manual_seed(0)
     bases = []
     for _ in range(heads):
-        base = nn.Linear(width, width)
-        base.weight.data = torch.randn(width, width, generator=generator) * 0.02
+        base = nn.Linear(width, out)
+        base.weight.data = torch.randn(out, width, generator=generator) * 0.02
         bases.append(base.to(device, torch.float32 if precision == "fp32" else torch.bfloat16))
     pairs = [
         (
             torch.randn(RANK, width, generator=generator),
-            torch.randn(width, RANK, generator=generator),
+            torch.randn(out, RANK, generator=generator),
         )
         for _ in range(heads)
     ]
@@ -162,6 +164,15 @@ def saved_bytes(run: Callable[[], object], parameters: set[int]) -> int:
     return total
 
 
+def peak(run: Callable[[], object]) -> int:
+    """Most bytes on the GPU during a run, above what is there already; the first one warms up."""
+    run()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def storages(layers: list[nn.Module]) -> set[int]:
     return {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
 
@@ -183,15 +194,17 @@ def check(made: dict[str, list[nn.Module]], x: Tensor, precision: str) -> None:
 
 
 def measure(
-    width: int, tokens: int, precision: str, heads: int, options: Any
+    width: int, tokens: int, precision: str, heads: int, options: Any, out: int | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    made, missing = build(width, precision, options.device, heads)
+    """Times and bytes of each contestant on layers width -> out (None: width -> width)."""
+    out = out or width
+    made, missing = build(width, precision, options.device, heads, out)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    out = torch.float32 if precision == "fp32" else torch.bfloat16
+    out_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(8, tokens // 8, width, generator=generator).to(options.device, dtype)
     x.requires_grad_(True)
-    gradient = torch.randn(x.shape, generator=generator).to(options.device, out)
+    gradient = torch.randn(*x.shape[:-1], out, generator=generator).to(options.device, out_dtype)
     check(made, x, precision)
     rows: dict[str, Any] = {
         name: {
@@ -201,6 +214,11 @@ def measure(
         }
         for name, layers in made.items()
     }
+    if x.is_cuda:
+        for name, layers in made.items():
+            rows[name]["peak_bytes"] = peak(
+                lambda layers=layers: step(layers, x, gradient, precision)
+            )
 
     def repeated(run: Callable[[], object]) -> Callable[[], object]:
         return lambda: [run() for _ in range(options.repeat)]

@@ -150,8 +150,8 @@ LOAD = """
 import json, resource, sys, threading, time
 import torch
 from minilora.quantize import quantize, quantize_report
-from minilora.summarization.four_bits import FourBits
-from minilora.summarization.model import load_model
+from minilora.summarization.model.four_bits import FourBits
+from minilora.summarization.model.loading import load_model
 how, path = sys.argv[1:]
 def anonymous():  # without pages of the file itself, which the system takes back at will
     for line in open("/proc/self/status"):

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -304,3 +305,58 @@ def test_a_kept_run_of_other_flags_is_refused(tmp_path: Path) -> None:
     assert pocket.run(("base", 0), options, []) == result
     with pytest.raises(SystemExit, match="other flags"):
         pocket.run(("base", 0), options, ["--epochs", "9"])
+
+
+def test_one_command_for_a_gpu_runs_from_a_tree_without_optional_packages(tmp_path: Path) -> None:
+    """Its smallest form, where what a GPU machine may lack cannot be imported."""
+    tree = tmp_path / "tree"
+    for name in ("minilora", "benchmarks"):
+        ignored = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(FOLDER.parent / name, tree / name, ignore=ignored)
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--minutes", "2", "--out"]
+    parts = ["layer", "training_8", "waits", "evaluation", "compiled"]
+    found = subprocess.run(
+        [*command, str(tmp_path / "out"), "--parts", *parts],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    results = {
+        name: json.loads((tmp_path / "out" / f"gpu_{name}.json").read_text()) for name in parts
+    }
+    assert not [name for name, result in results.items() if "error" in result], found.stderr
+    assert any("loralib" in note for note in results["layer"]["notes"])
+    assert len(results["layer"]["results"]) == 4
+    training = results["training_8"]
+    assert training["results"].keys() == {
+        "minilora",
+        "PEFT + loop",
+        "PEFT + Seq2SeqTrainer",
+        "full fine-tuning, loop",
+    }
+    assert "encoder cache: not built, and so not measured" in training["notes"]
+    losses = [row["loss_at_the_start"] for row in training["results"].values()]
+    assert max(losses) / min(losses) < 1.001  # minilora's weights are rounded to bf16 once
+    trainable = [row["trainable"] for row in training["results"].values()]
+    assert trainable[0] == trainable[1] == trainable[2] < trainable[3]
+    assert "needs CUDA" in results["waits"]["skipped"]
+    assert "skipped" in results["compiled"]
+    rows = results["evaluation"]["results"]
+    for name in ("minilora, unmerged", "PEFT, unmerged"):  # bf16: 8 bits
+        assert rows[name]["logits_differ_from_the_base_by"] > 0.02
+        assert rows[name]["logits_differ_from_merged_by"] < 0.02
+
+
+# For the start of a Python: these look as if they were not installed.
+HIDE = """
+import importlib.machinery as machinery
+hidden = {"datasets", "rouge_score", "loralib", "bitsandbytes"}
+plain = machinery.PathFinder.find_spec.__func__
+def find_spec(cls, name, path=None, target=None):
+    return None if name.split(".")[0] in hidden else plain(cls, name, path, target)
+machinery.PathFinder.find_spec = classmethod(find_spec)
+"""
