@@ -251,6 +251,7 @@ def test_layers_that_each_process_drops_by_itself(folder: Path) -> None:
 # Stop and resume ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(
     runs: dict[int, Path], folder: Path, before: int, after: int

@@ -129,6 +129,7 @@ def test_a_directory_is_removed_in_one_moment(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_exchanged_can_be_put_back_at_every_moment(tmp_path: Path) -> None:
     """What `sweep` makes of a crash at each line: the old one or the new one, and no litter."""
     write_directory(tmp_path / "model", OLD)

@@ -237,6 +237,7 @@ def test_a_directory_is_one_runs_and_free_again_after_it(tmp_path: Path) -> None
         pass
 
 
+@pytest.mark.slow
 def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"

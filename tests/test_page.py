@@ -128,6 +128,7 @@ def test_hostile_texts_stay_texts(html: str) -> None:
     assert "<img" not in html
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_whatever_is_escaped_reads_back_and_holds_no_markup(text: str) -> None:
     for source in (f"<p>{plots.escape(text)}</p>", f'<p title="{plots.escape(text)}"></p>'):

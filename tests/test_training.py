@@ -274,6 +274,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
     assert adapter(tmp_path / "other") != adapter(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_trains(folder: Path, whole: Path, tmp_path: Path, precision: str) -> None:
     argv = flags(folder, "--output", tmp_path / "run", "--precision", precision)
@@ -413,6 +414,7 @@ def check_same(run: Path, whole: Path) -> None:
     assert (run / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [1, 2, 4, 5, 7, 8])
 def test_interrupted_in_any_step_it_ends_as_if_it_had_not_been(

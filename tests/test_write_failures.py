@@ -92,6 +92,7 @@ ERRORS = [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT]
 CASES = [(call, error) for call in CALLS for error in ERRORS[:2]] + [("flush", e) for e in ERRORS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "error"), sorted(set(CASES)), ids=lambda v: errno.errorcode.get(v, v)
 )
