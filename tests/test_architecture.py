@@ -89,6 +89,20 @@ def test_a_folder_of_the_task_imports_only_folders_before_it(name: str) -> None:
         assert {parts[2] for parts in inside} <= set(before), path
 
 
+def test_the_training_loop_fits_on_one_screen() -> None:
+    """autocast, loss, scale, backward, unscale, clip, step, update: in at most 40 lines."""
+    path = ROOT / "summarization" / "training" / "trainer.py"
+    (trainer,) = (node for node in tree(path).body if getattr(node, "name", "") == "Trainer")
+    assert isinstance(trainer, ast.ClassDef)
+    lines = {node.name: node for node in trainer.body if isinstance(node, ast.FunctionDef)}
+    loop = [lines["train_epoch"], lines["step"]]
+    assert sum(node.end_lineno - node.lineno + 1 for node in loop if node.end_lineno) <= 40
+    text = ast.unparse(loop[1])
+    words = ("autocast()", "loss = ", "scale(", "backward()", "unscale_(", "clip(", "step(self.opt")
+    places = [text.index(word) for word in (*words, "scaler.update()")]
+    assert places == sorted(places)
+
+
 def test_every_file_of_the_task_is_in_one_of_its_folders() -> None:
     folder = ROOT / "summarization"
     found = {path.stem for path in modules(folder)} | {

@@ -39,6 +39,9 @@ from .stopping import StopRequest, stop_requests
 from .validation import describe, selection_score, validate
 
 
+UPDATING = ("while AdamW updates the parameters", "--method lora trains fewer of them")
+
+
 @dataclass
 class Outcome:
     """How a run ended."""
@@ -135,7 +138,8 @@ class Trainer:
         total = self.sum_losses(losses)
         self.scaler.unscale_(self.optimizer)
         norm = self.clip(group)
-        self.update()
+        with out_of_memory(*UPDATING):
+            self.scaler.step(self.optimizer)  # skipped if fp16 overflowed
         self.scaler.update()
         return self.measures(group, total / target_tokens, norm, time.perf_counter() - start)
 
@@ -188,12 +192,6 @@ class Trainer:
             ids = [row.id for batch in group for row in batch]
             raise BadBatch("gradient's norm", norm, self.progress.step + 1, ids)
         return norm
-
-    def update(self) -> None:
-        """The optimizer's step; GradScaler leaves it out if fp16 overflowed."""
-        doing = "while AdamW updates the parameters"
-        with out_of_memory(doing, "--method lora trains fewer of them"):
-            self.scaler.step(self.optimizer)
 
     def measures(self, group: Group, loss: float, norm: float, seconds: float) -> dict[str, Any]:
         """A step's record: nats per target token, the norm before clipping, tokens without padding.
