@@ -1,4 +1,4 @@
-"""`python -m minilora COMMAND`: the same doors for whoever installed the package.
+"""`python -m minilora COMMAND`: command line of the installed package.
 
     train ...                 what `python train.py ...` does
     evaluate RUN ...          what `python evaluate.py RUN ...` does
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] in (["train"], ["evaluate"]):
         from minilora.summarization import cli  # it imports transformers: only when it is needed
 
-        door = cli.train_main if arguments[0] == "train" else cli.evaluate_main
-        return door(arguments[1:])
+        entry_point = cli.train_main if arguments[0] == "train" else cli.evaluate_main
+        return entry_point(arguments[1:])
     parsed = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = parsed.run
     return errors.run(f"minilora {parsed.command}", lambda: command(parsed))

@@ -1,4 +1,4 @@
-"""The house: who may import whom, what is public, how large the library is, what is never used."""
+"""The layout: who may import whom, what is public, how large the library is, what is never used."""
 
 import ast
 import doctest
@@ -147,7 +147,7 @@ def test_importing_the_library_loads_no_transformers() -> None:
 
 
 @pytest.mark.parametrize("name", ["train.py", "evaluate.py"])
-def test_the_doors_hold_no_logic(name: str) -> None:
+def test_the_entry_points_hold_no_logic(name: str) -> None:
     path = REPOSITORY / name
     if not path.exists():
         pytest.skip(f"{name} is not there")

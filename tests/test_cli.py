@@ -1,4 +1,4 @@
-"""Both doors: what they print, what they refuse in one line, and what they leave behind."""
+"""Both entry points: what they print, what they refuse in one line, and what they leave behind."""
 
 import io
 import json
@@ -118,7 +118,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "a negative decay": (["--weight-decay", "-1"], ["--weight-decay"]),
     "a negative limit": (["--validation-limit", "-1"], ["--validation-limit"]),
     "lengths that contradict": (["--min-length", "13"], ["min_length 13", "max_length 12"]),
-    "no room for a dialogue": (["--max-source-length", "2"], ["--max-source-length 2"]),
+    "a limit below the special tokens": (["--max-source-length", "2"], ["--max-source-length 2"]),
     "no such device": (["--device", "cuda:77"], ["--device cuda:77"]),
     "no such method": (["--method", "lroa"], ["--method", "'lroa'"]),
     "no such preset": (["--preset", "samsum"], ["--preset", "'samsum'"]),

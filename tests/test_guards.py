@@ -110,9 +110,9 @@ def test_out_of_memory_elsewhere_is_a_line_too(
         assert train_main(flags(folder, *output, "--epochs", 1)) == 0
         capfd.readouterr()
         monkeypatch.setattr(BartForConditionalGeneration, "generate", fail)
-    door = evaluate_main if what == "generate" else train_main
+    main = evaluate_main if what == "generate" else train_main
     argv = [str(tmp_path / "run")] if what == "generate" else flags(folder, *output)
-    assert door(argv) == 2
+    assert main(argv) == 2
     line = capfd.readouterr().err
     assert "out of memory while" in line
     assert says in line

@@ -137,15 +137,17 @@ def small_disk(at: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", str(at)], check=True)
 
 
-@pytest.mark.parametrize("room", [0, 10_000, 20_000, 40_000])
-def test_a_disk_that_is_really_full(folder: Path, tmp_path: Path, capfd: Any, room: int) -> None:
+@pytest.mark.parametrize("free_bytes", [0, 10_000, 20_000, 40_000])
+def test_a_disk_that_is_really_full(
+    folder: Path, tmp_path: Path, capfd: Any, free_bytes: int
+) -> None:
     """A tmpfs of a megabyte that a file fills but for so many bytes."""
     (tmp_path / "disk").mkdir()
     with small_disk(tmp_path / "disk", "1m"):
         run, ballast = tmp_path / "disk" / "run", tmp_path / "disk" / "ballast"
         shutil.copytree(folder / "half", run)
         free = shutil.disk_usage(run).free
-        ballast.write_bytes(bytes(free - room))
+        ballast.write_bytes(bytes(free - free_bytes))
         assert train_main(["--resume", str(run)]) == 2
         check_one_line(capfd.readouterr().err, "No space left on device")
         ballast.unlink()
