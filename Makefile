@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := dev,plot,lessons
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: train test lint format unit bench figures lessons docs docs-check api faults clean help
+.PHONY: train test lint format unit quick bench figures lessons docs docs-check api faults clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -18,8 +19,11 @@ lint: .venv/development  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-unit: .venv/development  ## pytest
-	$(BIN)/python -m pytest
+unit: .venv/development  ## pytest, two processes; a file's tests share its runs
+	$(PYTEST)
+
+quick: .venv/development  ## pytest without the slow tests: 90 seconds on two cores
+	$(PYTEST) -m "not slow"
 
 format: .venv/development  ## format with ruff
 	$(BIN)/ruff check --fix .

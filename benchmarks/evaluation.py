@@ -38,9 +38,9 @@ from workplace import (
     spread,
 )
 
-from minilora.summarization.data import Encoded
-from minilora.summarization.model import load_model, load_tokenizer
-from minilora.summarization.presets import DataOptions, GenerationOptions
+from minilora.summarization.data.batches import Encoded
+from minilora.summarization.model.loading import load_model, load_tokenizer
+from minilora.summarization.settings import DataOptions, GenerationOptions
 
 BASE = "minilora"
 TRAINER = "PEFT + Seq2SeqTrainer.predict"
@@ -49,8 +49,8 @@ TRAINER = "PEFT + Seq2SeqTrainer.predict"
 def minilora_summarize(folder: Path, device: str, precision: str, options: Any) -> Any:
     """As evaluate.py summarizes."""
     import minilora
-    from minilora.summarization.evaluation import summarize
-    from minilora.summarization.speed import hold_frozen_linears
+    from minilora.summarization.evaluation.generate import summarize
+    from minilora.summarization.model.speed import hold_frozen_linears
 
     model = load_model(str(folder / "model"), torch.device(device))
     tokenizer = load_tokenizer(str(folder / "model"))

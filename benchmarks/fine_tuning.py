@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from turns import Turns, peak_bytes, reset_peak, resident_bytes
 from workplace import MAX_SOURCE, MAX_TARGET, TARGETS, read_rows
 
-from minilora.summarization.data import IGNORED, Encoded, by_length, collate
-from minilora.summarization.training import learning_rate
+from minilora.summarization.data.batches import IGNORED, Encoded, by_length, collate
+from minilora.summarization.training.schedule import learning_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FULL_RATE = 0.1  # of LoRA's learning rate, since full fine-tuning needs a lower one
@@ -144,10 +144,9 @@ class Prepared:
 def minilora_loop(setting: Setting, **settings: Any) -> Prepared:
     """As `train.py`, from the flags on: minilora's session and its loop."""
     import minilora
-    from minilora.summarization.presets import RunConfig
-    from minilora.summarization.session import open_session
-    from minilora.summarization.stopping import stop_requests
-    from minilora.summarization.training import Trainer
+    from minilora.summarization.settings import RunConfig
+    from minilora.summarization.training.session import open_session
+    from minilora.summarization.training.trainer import Trainer
 
     flat = {
         "model": str(setting.folder / "model"),
@@ -186,10 +185,10 @@ def minilora_loop(setting: Setting, **settings: Any) -> Prepared:
                 return measures
 
         trainer = Paused(session, setting.folder / f"run-{time.time_ns()}")
-        with trainer.log, trainer.bar, stop_requests() as stop:
+        with trainer.open():
             windows.open()
             while trainer.progress.step < trainer.last:
-                trainer.train_epoch(stop)
+                trainer.train_epoch()
                 trainer.progress.epoch, trainer.progress.position = trainer.progress.epoch + 1, 0
 
     def adapters() -> dict[str, torch.Tensor]:

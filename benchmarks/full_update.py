@@ -17,10 +17,11 @@ from common import ROOT, write_result
 from torch import nn
 from transformers import PreTrainedModel
 
-from minilora.summarization.data import IGNORED, Encoded, collate, encode, load
-from minilora.summarization.loss import summed_loss
-from minilora.summarization.model import load_model, load_tokenizer
-from minilora.summarization.presets import DataOptions
+from minilora.summarization.data.batches import IGNORED, Encoded, collate, encode
+from minilora.summarization.data.splits import load
+from minilora.summarization.model.loading import load_model, load_tokenizer
+from minilora.summarization.settings import DataOptions
+from minilora.summarization.training.loss import summed_loss
 
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64)
 CPU = torch.device("cpu")

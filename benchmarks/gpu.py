@@ -296,7 +296,7 @@ def examples(count: int, vocabulary: int, scale: float = 1.0, seed: int = 0) -> 
         scale: of the lengths, 1 for SAMSum's.
         seed: of lengths and ids.
     """
-    from minilora.summarization.data import Encoded
+    from minilora.summarization.data.batches import Encoded
 
     normal = statistics.NormalDist()
     generator = torch.Generator().manual_seed(seed)
@@ -361,9 +361,9 @@ def with_minilora(run: Run, base: Any, rows: Any, batch: int, **settings: Any) -
     """train.py's loop: its Session, made by hand for want of files, and its Trainer's step."""
     import minilora
     from minilora import LoRAConfig
-    from minilora.summarization.presets import RunConfig
-    from minilora.summarization.session import Session, Split, prepare
-    from minilora.summarization.training import Trainer
+    from minilora.summarization.settings import RunConfig
+    from minilora.summarization.training.session import Session, Split, prepare
+    from minilora.summarization.training.trainer import Trainer
 
     flags = {
         "precision": "bf16",
@@ -393,7 +393,6 @@ def with_minilora(run: Run, base: Any, rows: Any, batch: int, **settings: Any) -
         report=report,
         notices=[],
         origin={},
-        stamps={},
     )
     trainer = Trainer(session, Path(tempfile.mkdtemp()) / "run")
     return Contestant(model, trainer.step)
@@ -416,7 +415,7 @@ def peft_model(base: Any, dtype: torch.dtype | None = None) -> Any:
 
 def in_a_loop(run: Run, model: Any, rate: float = RATE) -> Contestant:
     """A plain loop as one writes it: the model's own loss, clipping, fused AdamW."""
-    from minilora.summarization.data import collate
+    from minilora.summarization.data.batches import collate
 
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -439,7 +438,7 @@ def with_trainer(run: Run, base: Any, rows: Any, batch: int) -> Contestant:
     """PEFT and Seq2SeqTrainer as people run it: shuffled, padded to the longest of the batch."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
-    from minilora.summarization.data import collate
+    from minilora.summarization.data.batches import collate
 
     model, device, warmup = peft_model(base), run.device, 2
 
@@ -538,7 +537,7 @@ def own_memory(contestant: Contestant) -> Iterator[list[int]]:
 
 def groups_of(rows: Any, batch: int) -> list[Group]:
     """One epoch in minilora's batches of like length, one batch a step."""
-    from minilora.summarization.data import batches
+    from minilora.summarization.data.batches import batches
 
     lengths = [(len(row.source), len(row.target)) for row in rows]
     return [[[rows[i] for i in chosen]] for chosen in batches(lengths, batch, 0, 0)]
@@ -550,7 +549,7 @@ def tokens_of(groups: Sequence[Group]) -> int:
 
 def start_loss(run: Run, model: Any, rows: Any) -> float:
     """Nats a target token without dropout: all start as the same function."""
-    from minilora.summarization.data import collate
+    from minilora.summarization.data.batches import collate
 
     batch = {key: t.to(run.device) for key, t in collate(rows, PAD).items()}
     mode = model.training
@@ -722,7 +721,7 @@ def waits(run: Run, base: Any, rows: Any, _: float) -> dict[str, Any]:
 
 
 def first_logits(run: Run, model: Any, rows: Any) -> torch.Tensor:
-    from minilora.summarization.data import collate
+    from minilora.summarization.data.batches import collate
 
     batch = {key: t.to(run.device) for key, t in collate(rows, PAD).items()}
     with torch.no_grad(), torch.autocast(torch.device(run.device).type, torch.bfloat16):
@@ -737,9 +736,9 @@ def evaluation(run: Run, base: Any, rows: Any, deadline: float) -> dict[str, Any
     """The same beam search by the base, by the adapter unmerged and merged, and by PEFT."""
     import minilora
     from minilora import LoRAConfig
-    from minilora.summarization.evaluation import summarize
-    from minilora.summarization.presets import GenerationOptions
-    from minilora.summarization.speed import hold_frozen_linears
+    from minilora.summarization.evaluation.generate import summarize
+    from minilora.summarization.model.speed import hold_frozen_linears
+    from minilora.summarization.settings import GenerationOptions
 
     began = time.monotonic()
     size, length = (4, 8) if run.small or not run.cuda else (32, 32)

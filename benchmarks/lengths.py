@@ -15,15 +15,14 @@ from dataclasses import replace
 
 from common import write_result
 
-from minilora.summarization.data import encode, load
-from minilora.summarization.evaluation import rouge, summarize
-from minilora.summarization.model import (
-    choose_device,
-    choose_precision,
-    load_model,
-    load_tokenizer,
-)
-from minilora.summarization.presets import PRESETS, RunConfig
+from minilora.summarization.data.batches import encode
+from minilora.summarization.data.splits import load
+from minilora.summarization.evaluation.generate import summarize
+from minilora.summarization.evaluation.rouge import rouge
+from minilora.summarization.model.device import choose_device, choose_precision
+from minilora.summarization.model.loading import load_model, load_tokenizer
+from minilora.summarization.presets import PRESETS
+from minilora.summarization.settings import RunConfig
 
 GRID = {
     "min_length": (5, 15, 20, 25, 30, 40, 50),

@@ -50,10 +50,11 @@ def flags_of(name: str, seed: int, more: Sequence[str]) -> list[str]:
 
 def work(name: str, seed: int, more: Sequence[str], directory: Path) -> None:
     """One run, in a process of its own; base's and fine-tuned scores of every test dialogue."""
-    from minilora.summarization.evaluation import rouge, summarize
+    from minilora.summarization.evaluation.generate import summarize
+    from minilora.summarization.evaluation.rouge import rouge
     from minilora.summarization.flags import parse_run
-    from minilora.summarization.session import open_session
-    from minilora.summarization.training import fit
+    from minilora.summarization.training.session import open_session
+    from minilora.summarization.training.trainer import fit
 
     base, flags = name == "base", flags_of(name, seed, more)
     session = open_session(parse_run([*flags, "--output", str(directory / "run")]))
@@ -99,8 +100,8 @@ def minutes(records: Sequence[dict[str, Any]]) -> float:
 def reload_best(session: Any, output: Path) -> None:
     """The weights of the best epoch instead of the last."""
     import minilora
-    from minilora.summarization.model import load_model
-    from minilora.summarization.session import trained_path
+    from minilora.summarization.model.loading import load_model
+    from minilora.summarization.training.session import trained_path
 
     path = trained_path(output, session.run)
     if session.run.model.method == "full":
@@ -120,9 +121,9 @@ def invented_names(summary: str, dialogue: str) -> int:
 
 def lead(data: str, turns: int = 3) -> dict[str, Any]:
     """The first turns of every test dialogue, copied, without a model."""
-    from minilora.summarization.data import load
-    from minilora.summarization.evaluation import rouge
-    from minilora.summarization.presets import DataOptions
+    from minilora.summarization.data.splits import load
+    from minilora.summarization.evaluation.rouge import rouge
+    from minilora.summarization.settings import DataOptions
 
     examples = load(DataOptions(data=data), ("test",))[0]["test"]
     copied = [" ".join(example.dialogue.split("\n")[:turns]) for example in examples]
@@ -154,7 +155,7 @@ def run(job: tuple[str, int], options: argparse.Namespace, more: Sequence[str]) 
 
 def summarized(runs: list[dict[str, Any]], base: dict[str, Any] | None) -> dict[str, Any]:
     """One contestant: mean over seeds, with the bootstrap interval over the dialogues."""
-    from minilora.summarization.evaluation import bootstrap
+    from minilora.summarization.evaluation.rouge import bootstrap
 
     row: dict[str, Any] = {"seeds": [r["seed"] for r in runs]}
     for key in ("trainable", "minutes", "peak_gib", "gen_len"):
@@ -180,8 +181,8 @@ def summarized(runs: list[dict[str, Any]], base: dict[str, Any] | None) -> dict[
 
 def examples(data: str, base: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first twenty test dialogues with every contestant's summary, first seed."""
-    from minilora.summarization.data import load
-    from minilora.summarization.presets import DataOptions
+    from minilora.summarization.data.splits import load
+    from minilora.summarization.settings import DataOptions
 
     found = load(DataOptions(data=data), ("test",))[0]["test"][:20]
     return [

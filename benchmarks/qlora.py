@@ -122,7 +122,7 @@ def plain_integers(weight: Tensor, bits: int) -> Tensor:
 
 def errors(name: str) -> dict[str, Any]:
     """||rounded - W|| / ||W|| of each kind of layer of a model, averaged."""
-    from minilora.summarization.model import load_model
+    from minilora.summarization.model.loading import load_model
 
     linears = {
         path: module.weight.detach()
@@ -150,8 +150,8 @@ LOAD = """
 import json, resource, sys, threading, time
 import torch
 from minilora.quantize import quantize, quantize_report
-from minilora.summarization.four_bits import FourBits
-from minilora.summarization.model import load_model
+from minilora.summarization.model.four_bits import FourBits
+from minilora.summarization.model.loading import load_model
 how, path = sys.argv[1:]
 def anonymous():  # without pages of the file itself, which the system can drop
     for line in open("/proc/self/status"):

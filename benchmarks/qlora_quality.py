@@ -85,7 +85,7 @@ def each_dialogue(rows: list[dict[str, Any]], method: str) -> list[float]:
 
 def means(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Over the seeds: the mean scores, the deviation of ROUGE-1, its difference from QLoRA's."""
-    from minilora.summarization.evaluation import bootstrap
+    from minilora.summarization.evaluation.rouge import bootstrap
 
     found = {}
     beside = each_dialogue(rows, "QLoRA")

@@ -27,10 +27,11 @@ from transformers import (
 
 import minilora
 from minilora import LoRAConfig
-from minilora.summarization.data import Encoded, encode, load
-from minilora.summarization.model import load_model, load_tokenizer
-from minilora.summarization.presets import DataOptions
-from minilora.summarization.reading import Example
+from minilora.summarization.data.batches import Encoded, encode
+from minilora.summarization.data.reading import Example
+from minilora.summarization.data.splits import load
+from minilora.summarization.model.loading import load_model, load_tokenizer
+from minilora.summarization.settings import DataOptions
 
 SHARED = ROOT.parent / "shared" / "data"
 SAMSUM, BART_TOKENIZER = SHARED / "samsum", SHARED / "bart-tokenizer"

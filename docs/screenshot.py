@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from minilora.summarization.page import write_report
+from minilora.summarization.report.page import write_report
 
 WIDTH, HEIGHT = 1280, 2120
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]

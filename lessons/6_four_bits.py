@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 import minilora
 from minilora.nf4 import pack, unpack
-from minilora.summarization import data
-from minilora.summarization.loss import decoder_inputs
+from minilora.summarization.data import batches
+from minilora.summarization.training.loss import decoder_inputs
 
 torch.manual_seed(0)
 
@@ -110,10 +110,10 @@ print(f"{BITS['double']:.3f} bits, error {double:.2%}")
 @torch.no_grad()
 def predictions(model: nn.Module) -> Tensor:
     """The log p of every token at every real target position of a held-out batch, (n, v)."""
-    batch = data.collate(workshop.dialogues(tokenizer, "validation", 24), workshop.PAD)
+    batch = batches.collate(workshop.dialogues(tokenizer, "validation", 24), workshop.PAD)
     labels = batch.pop("labels")  # (b, t)
     logits = model(**batch, decoder_input_ids=decoder_inputs(model, labels)).logits  # (b, t, v)
-    return logits[labels != data.IGNORED].log_softmax(dim=-1)
+    return logits[labels != batches.IGNORED].log_softmax(dim=-1)
 
 
 @torch.no_grad()

@@ -34,9 +34,10 @@ import workshop
 
 import minilora
 from minilora import LoRAConfig
-from minilora.summarization import data
-from minilora.summarization.evaluation import bootstrap, rouge, summarize
-from minilora.summarization.presets import DataOptions, GenerationOptions
+from minilora.summarization.data import splits
+from minilora.summarization.evaluation.generate import summarize
+from minilora.summarization.evaluation.rouge import bootstrap, rouge
+from minilora.summarization.settings import DataOptions, GenerationOptions
 
 # %% [markdown]
 # ## A short run on minichat
@@ -46,7 +47,7 @@ from minilora.summarization.presets import DataOptions, GenerationOptions
 
 # %%
 model, tokenizer = workshop.pocket()
-examples = {e.id: e for e in data.load(DataOptions(data="minichat"), ["test"])[0]["test"]}
+examples = {e.id: e for e in splits.load(DataOptions(data="minichat"), ["test"])[0]["test"]}
 rows = workshop.dialogues(tokenizer, "test", 32)
 torch.manual_seed(0)
 minilora.inject(model, LoRAConfig(rank=8, alpha=32, targets="all-linear"))
@@ -74,7 +75,7 @@ scores = {
 # invented if it does not occur in the dialogue.
 
 # %%
-dialogues = [e.dialogue for e in data.load(DataOptions(data="minichat"), ["train"])[0]["train"]]
+dialogues = [e.dialogue for e in splits.load(DataOptions(data="minichat"), ["train"])[0]["train"]]
 ordinary = {word for text in dialogues for word in re.findall(r"\b[a-z]+\b", text)}
 
 

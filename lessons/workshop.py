@@ -10,11 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import minilora
-from minilora.summarization import data
-from minilora.summarization.data import Encoded
-from minilora.summarization.loss import summed_loss
-from minilora.summarization.model import load_model, load_tokenizer
-from minilora.summarization.presets import DataOptions
+from minilora.summarization.data import batches, splits
+from minilora.summarization.data.batches import Encoded
+from minilora.summarization.model.loading import load_model, load_tokenizer
+from minilora.summarization.settings import DataOptions
+from minilora.summarization.training.loss import summed_loss
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
@@ -49,8 +49,8 @@ def pocket() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def dialogues(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> list[Encoded]:
     """The shortest dialogues of a split of bookings, so that a lesson is quick."""
     options = DataOptions(data="bookings")
-    examples, _ = data.load(options, [split])
-    encoded, _ = data.encode(examples[split], tokenizer, options)
+    examples, _ = splits.load(options, [split])
+    encoded, _ = batches.encode(examples[split], tokenizer, options)
     return sorted(encoded, key=lambda row: (len(row.source) + len(row.target), row.id))[:count]
 
 
@@ -60,7 +60,7 @@ def loss_on(model: PreTrainedModel, rows: Sequence[Encoded]) -> float:
     model.eval()
     with torch.no_grad():
         for start in range(0, len(rows), 16):
-            summed, count = summed_loss(model, data.collate(rows[start : start + 16], PAD))
+            summed, count = summed_loss(model, batches.collate(rows[start : start + 16], PAD))
             total, tokens = total + summed.item(), tokens + count
     return total / tokens
 
@@ -81,8 +81,8 @@ def train(
     model.eval()  # dropout would only add noise to so short a run
     losses: list[float] = []
     for epoch in range(1 + steps * batch_size // len(rows)):
-        for chosen in data.batches(lengths, batch_size, seed, epoch)[: steps - len(losses)]:
-            summed, tokens = summed_loss(model, data.collate([rows[i] for i in chosen], PAD))
+        for chosen in batches.batches(lengths, batch_size, seed, epoch)[: steps - len(losses)]:
+            summed, tokens = summed_loss(model, batches.collate([rows[i] for i in chosen], PAD))
             (summed / tokens).backward()
             nn.utils.clip_grad_norm_(minilora.trainable_parameters(model), 1.0)
             optimizer.step()

@@ -1,4 +1,4 @@
-"""`python -m minilora COMMAND`: the same doors for whoever installed the package.
+"""`python -m minilora COMMAND`: command line of the installed package.
 
     train ...                 what `python train.py ...` does
     evaluate RUN ...          what `python evaluate.py RUN ...` does
@@ -27,7 +27,8 @@ from minilora.adapter import Adapter, apply_adapter
 from minilora.arithmetic import singular_values
 from minilora.config import LoRAError
 from minilora.inject import fold_names
-from minilora.summarization.presets import UserError
+from minilora.summarization import errors
+from minilora.summarization.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,18 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] in (["train"], ["evaluate"]):
         from minilora.summarization import cli  # it imports transformers: only when it is needed
 
-        door = cli.train_main if arguments[0] == "train" else cli.evaluate_main
-        return door(arguments[1:])
+        entry_point = cli.train_main if arguments[0] == "train" else cli.evaluate_main
+        return entry_point(arguments[1:])
     parsed = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int | None] = parsed.run
-    try:
-        return command(parsed) or 0
-    except (LoRAError, UserError, OSError) as error:
-        print(f"minilora {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"minilora {parsed.command}: interrupted", file=sys.stderr)
-        return 130
+    return errors.run(f"minilora {parsed.command}", lambda: command(parsed))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,7 +89,7 @@ def _directory(name: str) -> Path:
     """Where the adapter lies; only for a hub name is transformers imported, which is slow."""
     if Path(name).is_dir():
         return Path(name)
-    from minilora.summarization.model import adapter_directory
+    from minilora.summarization.model.loading import adapter_directory
 
     return adapter_directory(name)
 
@@ -104,7 +98,7 @@ def _directory(name: str) -> Path:
 
 
 def _report(parsed: argparse.Namespace) -> None:
-    from minilora.summarization.page import write_report  # it imports rouge_score and NLTK
+    from minilora.summarization.report.page import write_report  # it imports rouge_score and NLTK
 
     runs: list[Path] = parsed.runs
     page = parsed.output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
@@ -224,7 +218,7 @@ def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":
     """The model in float32 (its sums are rounded once, when it is cast), and the dtype it has."""
     import transformers
 
-    from minilora.summarization.model import check_complete, loading
+    from minilora.summarization.model.loading import check_complete, loading
 
     with loading(name) as source:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -258,7 +252,7 @@ def _logits(model: Any) -> torch.Tensor:
 
 def _save_tokenizer(name: str, directory: Path) -> None:
     """Beside the model, where the base has one: then the directory is complete."""
-    from minilora.summarization.model import load_tokenizer
+    from minilora.summarization.model.loading import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(name)

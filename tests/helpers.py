@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
-from minilora.summarization import data
-from minilora.summarization.evaluation import Summary
-from minilora.summarization.presets import DataOptions
-from minilora.summarization.reading import Example
+from minilora.summarization.data import splits
+from minilora.summarization.data.reading import Example
+from minilora.summarization.evaluation.compare import Summary
+from minilora.summarization.settings import DataOptions
 
 GOOD = {"id": "a-1", "dialogue": "Ann: hi\nBob: hello", "summary": "They greet."}
 OTHER = {"id": "a-2", "dialogue": "Cy: bye", "summary": "Cy leaves."}
@@ -47,9 +47,9 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def load(path: Path | str, *splits: str, **settings: Any) -> tuple[dict[str, list[Example]], str]:
-    found, notices = data.load(
-        DataOptions(data=str(path), **settings), splits or ("train", "validation", "test")
+def load(path: Path | str, *names: str, **settings: Any) -> tuple[dict[str, list[Example]], str]:
+    found, notices = splits.load(
+        DataOptions(data=str(path), **settings), names or ("train", "validation", "test")
     )
     return found, "\n".join(notices)
 

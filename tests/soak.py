@@ -28,8 +28,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 from minilora.summarization.flags import parse_run
-from minilora.summarization.session import open_session
-from minilora.summarization.training import Trainer, fit
+from minilora.summarization.training.session import open_session
+from minilora.summarization.training.trainer import Trainer, fit
 from tests.helpers import SMALL, save_bart, save_data
 
 ROWS, BATCH = 240, 3  # 40 steps an epoch, two batches each

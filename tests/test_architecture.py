@@ -1,4 +1,4 @@
-"""The house: who may import whom, what is public, how large the library is, what is never used."""
+"""The layout: who may import whom, what is public, how large the library is, what is never used."""
 
 import ast
 import doctest
@@ -23,14 +23,9 @@ LIBRARY = (
     "biased", "extras", "targets", "inject", "merge", "peft_config", "adapter", "arithmetic",
     "optim", "invariants", "conformance",
 )  # fmt: skip
-TASK = (
-    "presets", "directories", "lock", "reading", "data", "origin", "four_bits",
-    "model", "speed", "loss",
-    "checkpoint", "distributed", "guards", "evaluation", "numerals", "nonsense", "log",
-    "stopping", "session", "training", "report", "runs", "plots",
-    "page_parts", "page_numbers", "page_curves", "page_dialogues", "page_spectra", "page",
-    "flags", "cli",
-)  # fmt: skip
+# The folders of the task. Each imports only those before it, and files of its own.
+TASK = ("errors", "presets", "settings", "files", "processes", "data", "model", "evaluation",
+        "training", "report", "flags", "cli")  # fmt: skip
 
 # The public names of the design, and how Python spells what is not a function of the package.
 PUBLIC = (
@@ -84,10 +79,49 @@ def test_a_library_file_imports_only_files_above_it(path: Path) -> None:
     assert files_imported(path, "minilora") <= above
 
 
-@pytest.mark.parametrize("path", modules(ROOT / "summarization"), ids=lambda path: path.stem)
-def test_a_task_file_imports_only_files_above_it(path: Path) -> None:
-    above = set(TASK[: TASK.index(path.stem)])
-    assert files_imported(path, "minilora.summarization") <= above
+@pytest.mark.parametrize("name", TASK)
+def test_a_folder_of_the_task_imports_only_folders_before_it(name: str) -> None:
+    folder = ROOT / "summarization"
+    paths = sorted((folder / name).rglob("*.py")) or [folder / f"{name}.py"]
+    before = TASK[: TASK.index(name) + 1]
+    for path in paths:
+        inside = (m.split(".") for m in imports(path) if m.startswith("minilora.summarization."))
+        assert {parts[2] for parts in inside} <= set(before), path
+
+
+def test_the_training_loop_fits_on_one_screen() -> None:
+    """autocast, loss, scale, backward, unscale, clip, step, update: in at most 40 lines."""
+    path = ROOT / "summarization" / "training" / "trainer.py"
+    (trainer,) = (node for node in tree(path).body if getattr(node, "name", "") == "Trainer")
+    assert isinstance(trainer, ast.ClassDef)
+    lines = {node.name: node for node in trainer.body if isinstance(node, ast.FunctionDef)}
+    loop = [lines["train_epoch"], lines["step"]]
+    assert sum(node.end_lineno - node.lineno + 1 for node in loop if node.end_lineno) <= 40
+    text = ast.unparse(loop[1])
+    words = ("autocast()", "loss = ", "scale(", "backward()", "unscale_(", "clip(", "step(self.opt")
+    places = [text.index(word) for word in (*words, "scaler.update()")]
+    assert places == sorted(places)
+
+
+def test_every_file_of_the_task_is_in_one_of_its_folders() -> None:
+    folder = ROOT / "summarization"
+    found = {path.stem for path in modules(folder)} | {
+        path.parent.name for path in folder.glob("*/__init__.py")
+    }
+    assert found == set(TASK)
+
+
+# Packages that a machine may lack: imported only inside the functions that use them.
+LAZY = {"datasets", "rouge_score"}
+
+
+@pytest.mark.slow
+def test_the_task_starts_without_datasets_and_rouge_score() -> None:
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({sorted(LAZY)}))\n"  # importing them raises
+        "from minilora.summarization.cli import evaluate_main, train_main"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
 def test_the_library_imports_torch_safetensors_and_the_standard_library_only() -> None:
@@ -113,7 +147,7 @@ def test_importing_the_library_loads_no_transformers() -> None:
 
 
 @pytest.mark.parametrize("name", ["train.py", "evaluate.py"])
-def test_the_doors_hold_no_logic(name: str) -> None:
+def test_the_entry_points_hold_no_logic(name: str) -> None:
     path = REPOSITORY / name
     if not path.exists():
         pytest.skip(f"{name} is not there")

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from minilora.summarization import reading
 from minilora.summarization.cli import train_main
-from minilora.summarization.presets import DataOptions, UserError
+from minilora.summarization.data import reading
+from minilora.summarization.errors import UserError
+from minilora.summarization.settings import DataOptions
 from tests.helpers import SMALL, as_csv, as_json, as_jsonl, save_bart, save_data, write
 
 COUNT = 30

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minilora.summarization.presets import DataOptions, GenerationOptions
-from minilora.summarization.reading import Example
+from minilora.summarization.data.reading import Example
+from minilora.summarization.settings import DataOptions, GenerationOptions
 
 from .helpers import byte_level_bpe, dialogues, small_bart
 from .worker import double
@@ -44,6 +44,7 @@ def script(name: str) -> ModuleType:
 # Turns --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_contestants_have_their_own_processes_and_answer_in_rotating_turns() -> None:
     turns = script("turns")
     with turns.contestants({"a": (double, (0,)), "b": (double, (100,))}) as started:

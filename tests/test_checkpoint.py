@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.summarization.checkpoint import Progress, load_checkpoint, save_checkpoint
-from minilora.summarization.presets import UserError
+from minilora.summarization.errors import UserError
+from minilora.summarization.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 
 ORIGIN = {"train data": "0123", "torch": "2.13"}
 
@@ -167,7 +167,7 @@ def test_a_damaged_one_is_passed_over_aloud(tmp_path: Path, damage: Any) -> None
 def test_where_none_is_whole_nothing_begins_again_in_silence(tmp_path: Path) -> None:
     parts = Parts(0, steps=1)
     flip_a_byte(parts.save(tmp_path, step=2))
-    with pytest.raises(UserError, match=r"not one of 1 checkpoints is whole .*state\.safetensors"):
+    with pytest.raises(UserError, match=r"all 1 checkpoints are damaged .*state\.safetensors"):
         Parts(0).load(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Both doors: what they print, what they refuse in one line, and what they leave behind."""
+"""Both entry points: what they print, what they refuse in one line, and what they leave behind."""
 
 import io
 import json
@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import minilora
 from minilora.summarization import cli
 from minilora.summarization.cli import evaluate_main, train_main
-from minilora.summarization.evaluation import MEASURES, Summary
+from minilora.summarization.evaluation.compare import Summary
+from minilora.summarization.evaluation.rouge import MEASURES
 from minilora.summarization.presets import ASSETS, PRESETS
 from tests.helpers import (
     SMALL,
@@ -117,7 +118,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "a negative decay": (["--weight-decay", "-1"], ["--weight-decay"]),
     "a negative limit": (["--validation-limit", "-1"], ["--validation-limit"]),
     "lengths that contradict": (["--min-length", "13"], ["min_length 13", "max_length 12"]),
-    "no room for a dialogue": (["--max-source-length", "2"], ["--max-source-length 2"]),
+    "a limit below the special tokens": (["--max-source-length", "2"], ["--max-source-length 2"]),
     "no such device": (["--device", "cuda:77"], ["--device cuda:77"]),
     "no such method": (["--method", "lroa"], ["--method", "'lroa'"]),
     "no such preset": (["--preset", "samsum"], ["--preset", "'samsum'"]),
@@ -219,9 +220,9 @@ def test_bad_models(here: Path, capfd: Any, damage: Any, says: list[str]) -> Non
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "pocket"])
 def test_hub_presets_fail_offline_in_one_line(here: Path, capfd: Any, preset: str) -> None:
     argv = ["--preset", preset]
-    refused(train_main, here, capfd, argv, "knkarthick/samsum", "nor does the hub give it")
+    refused(train_main, here, capfd, argv, "knkarthick/samsum", "and the hub does not have it")
     argv += ["--data", "../data"]
-    refused(train_main, here, capfd, argv, "facebook/bart", "nor does the hub give it")
+    refused(train_main, here, capfd, argv, "facebook/bart", "and the hub does not have it")
 
 
 def test_an_output_that_holds_a_run_is_never_written_over(here: Path, capfd: Any) -> None:
@@ -377,7 +378,7 @@ def test_interrupted_before_or_after_training_it_says_so(
 
     monkeypatch.setattr(cli, "evaluate", interrupt)
     assert call(train_main, *BASE, "--max-steps", "1", "--output", "run") == 130
-    assert "do it with: python evaluate.py run" in capfd.readouterr().out
+    assert "score it with: python evaluate.py run" in capfd.readouterr().out
     assert "not scored yet" in Path("run/report.html").read_text()
     monkeypatch.setattr(cli, "open_session", interrupt)
     assert call(train_main, *BASE, "--output", "other") == 130
@@ -385,6 +386,7 @@ def test_interrupted_before_or_after_training_it_says_so(
     assert not Path("other").exists()
 
 
+@pytest.mark.slow
 def test_the_embedded_model_trains_on_the_embedded_dialogues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
@@ -406,7 +408,7 @@ def test_a_run_is_scored_as_at_its_end(here: Path, capfd: Any) -> None:
     assert call(evaluate_main, "../run", "--output", "new/e.json") == 0
     out, err = capfd.readouterr()
     assert err == ""
-    assert "where they differ most" in out
+    assert "the largest differences" in out
     assert "4 dialogues, test split of" in out
     own = json.loads((here.parent / "run" / "evaluation.json").read_text())
     assert json.loads(Path("new/e.json").read_text()) == own
@@ -554,6 +556,7 @@ def shell(*argv: object, **more: Any) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.slow
 def test_a_process_that_is_told_to_stop_says_how_to_go_on_and_does(here: Path) -> None:
     many = ["--epochs", "2000", "--no-evaluate", "--checkpoint-minutes", "60"]
     process = shell(ROOT / "train.py", *BASE, *many, "--output", "long")
@@ -565,7 +568,7 @@ def test_a_process_that_is_told_to_stop_says_how_to_go_on_and_does(here: Path) -
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err == ""
-    command = re.search(r"go on with: python (train\.py --resume long)\n", out)
+    command = re.search(r"resume with: python (train\.py --resume long)\n", out)
     assert command, out
     assert minilora.read_adapter("long/adapter").modules
     step = json.loads(sorted(Path("long/checkpoints").glob("*/state.json"))[-1].read_text())
@@ -582,6 +585,7 @@ def test_a_process_that_is_told_to_stop_says_how_to_go_on_and_does(here: Path) -
     assert (process.returncode, err) == (130, "")
 
 
+@pytest.mark.slow
 def test_bad_input_ends_in_one_line_and_exit_code_2_in_a_shell_too(here: Path) -> None:
     process = shell(ROOT / "train.py", *BASE, "--targets", "q_porj")
     out, err = process.communicate(timeout=60)

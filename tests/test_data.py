@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
-from minilora.summarization import data
-from minilora.summarization.data import Encoded
-from minilora.summarization.presets import DataOptions, UserError
-from minilora.summarization.reading import Example
+from minilora.summarization.data import batches, splits
+from minilora.summarization.data.batches import Encoded
+from minilora.summarization.data.reading import Example
+from minilora.summarization.errors import UserError
+from minilora.summarization.settings import DataOptions
 from tests.helpers import (
     EXPECTED,
     GOOD,
@@ -99,7 +100,7 @@ def test_missing_test_is_said(tmp_path: Path) -> None:
     found, notices = load(tmp_path)
     assert found["test"] == found["validation"]
     assert "no test data" in notices
-    assert "val.json stands in" in notices
+    assert "val.json, which also chooses the best epoch" in notices
     assert load(tmp_path, "train", "validation")[1] == ""
 
 
@@ -187,11 +188,11 @@ def test_samsum(samsum: Path) -> None:
 
 def test_fingerprint() -> None:
     one, two = EXPECTED
-    assert data.fingerprint([one, two]) == data.fingerprint(iter([one, two]))
+    assert splits.fingerprint([one, two]) == splits.fingerprint(iter([one, two]))
     moved = Example(one.id + "A", "nn: hi\nBob: hello", one.summary)
     others = [[two, one], [one], [moved, two], [one, two, two], []]
-    assert len({data.fingerprint(other) for other in [[one, two], *others]}) == 6
-    assert len(data.fingerprint([])) == 64
+    assert len({splits.fingerprint(other) for other in [[one, two], *others]}) == 6
+    assert len(splits.fingerprint([])) == 64
 
 
 # Tokens -------------------------------------------------------------------------------------------
@@ -217,21 +218,21 @@ PROMPT = DataOptions(
 
 
 def test_prompt() -> None:
-    assert data.build_prompt("A: b", PROMPT) == (
+    assert batches.build_prompt("A: b", PROMPT) == (
         "Summarize the following conversation.\n\nA: b\n\nSummary: "
     )
-    assert data.build_prompt("A: b\\n", DataOptions()) == "A: b\\n"
+    assert batches.build_prompt("A: b\\n", DataOptions()) == "A: b\\n"
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
 def test_short_texts_are_the_tokenizers_own(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(name)
-    encoded, truncation = data.encode(EXPECTED * 300, tokenizer, PROMPT)
+    encoded, truncation = batches.encode(EXPECTED * 300, tokenizer, PROMPT)
     assert [row.id for row in encoded] == ["a-1", "a-2"] * 300
     for row, example in zip(encoded, EXPECTED * 300, strict=True):
-        assert row.source == tokenizer(data.build_prompt(example.dialogue, PROMPT)).input_ids
+        assert row.source == tokenizer(batches.build_prompt(example.dialogue, PROMPT)).input_ids
         assert row.target == tokenizer(text_target=example.summary).input_ids
-    assert truncation == data.Truncation(0, 0, 600)
+    assert truncation == batches.Truncation(0, 0, 600)
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
@@ -247,9 +248,9 @@ def test_a_long_dialogue_loses_its_end(
         max_source_length=250,
         max_target_length=20,
     )
-    (_, long), truncation = data.encode([EXPECTED[1], whole], tokenizer, options)
+    (_, long), truncation = batches.encode([EXPECTED[1], whole], tokenizer, options)
     assert (len(long.source), len(long.target)) == (250, 20)
-    full = tokenizer(data.build_prompt(whole.dialogue, options), verbose=False).input_ids
+    full = tokenizer(batches.build_prompt(whole.dialogue, options), verbose=False).input_ids
     kept = tokenizer.decode(long.source, skip_special_tokens=True)
     start = tokenizer.decode(full[:200], skip_special_tokens=True)
     assert kept.startswith(start)
@@ -258,7 +259,7 @@ def test_a_long_dialogue_loses_its_end(
     assert long.source[0] == full[0]
     assert long.source[-1] == long.target[-1] == tokenizer.eos_token_id
     assert long.source.count(tokenizer.eos_token_id) == 1
-    assert truncation == data.Truncation(1, 1, 2)
+    assert truncation == batches.Truncation(1, 1, 2)
     assert "1 of 2 dialogues" in str(truncation)
     assert "longer than" not in capfd.readouterr().err
 
@@ -269,7 +270,7 @@ def test_cutting_keeps_both_ends(bart: Any, dialogue: str, limit: int) -> None:
     options = DataOptions(
         prompt_before="Read: ", prompt_after="\\nSummary:", max_source_length=limit
     )
-    (row,), truncation = data.encode([Example("1", dialogue, "x")], bart, options)
+    (row,), truncation = batches.encode([Example("1", dialogue, "x")], bart, options)
     end = bart("\nSummary:").input_ids[1:]
     assert len(row.source) <= limit
     assert row.source[-len(end) :] == end
@@ -278,25 +279,25 @@ def test_cutting_keeps_both_ends(bart: Any, dialogue: str, limit: int) -> None:
 
 
 def test_a_dialogue_writes_no_special_tokens(bart: Any) -> None:
-    (row,), _ = data.encode([Example("1", "A: </s> <pad><s>", "a </s> b")], bart, DataOptions())
+    (row,), _ = batches.encode([Example("1", "A: </s> <pad><s>", "a </s> b")], bart, DataOptions())
     assert [i for i in row.source if i < 5] == [i for i in row.target if i < 5] == [0, 2]
     assert bart.decode(row.source, skip_special_tokens=True) == "A: </s> <pad><s>"
     assert bart("</s>").input_ids == [0, 2, 2]  # the tokenizer itself is as it was
 
 
 def test_no_room_for_the_dialogue(bart: Any) -> None:
-    used = len(bart(data.build_prompt("", PROMPT)).input_ids)
+    used = len(bart(batches.build_prompt("", PROMPT)).input_ids)
     settings = {"prompt_before": PROMPT.prompt_before, "prompt_after": PROMPT.prompt_after}
     with pytest.raises(UserError, match=rf"--max-source-length {used}: .* alone take {used}"):
-        data.encode(EXPECTED, bart, DataOptions(**settings, max_source_length=used))
-    data.encode(EXPECTED, bart, DataOptions(**settings, max_source_length=used + 1))
+        batches.encode(EXPECTED, bart, DataOptions(**settings, max_source_length=used))
+    batches.encode(EXPECTED, bart, DataOptions(**settings, max_source_length=used + 1))
     with pytest.raises(UserError, match="--max-target-length 2"):
-        data.encode(EXPECTED, bart, DataOptions(max_target_length=2))
+        batches.encode(EXPECTED, bart, DataOptions(max_target_length=2))
 
 
 def test_nothing_to_encode(bart: Any) -> None:
-    assert data.encode([], bart, DataOptions()) == ([], data.Truncation(0, 0, 0))
-    (row,), _ = data.encode([Example("stdin", "A: b", "")], bart, DataOptions())
+    assert batches.encode([], bart, DataOptions()) == ([], batches.Truncation(0, 0, 0))
+    (row,), _ = batches.encode([Example("stdin", "A: b", "")], bart, DataOptions())
     assert row.target == [0, 2]
 
 
@@ -307,10 +308,10 @@ LENGTHS = st.lists(st.tuples(st.integers(2, 512), st.integers(2, 90)), max_size=
 
 @given(LENGTHS, st.integers(1, 40), st.integers(0, 10), st.integers(0, 10))
 def test_every_index_once(lengths: list[tuple[int, int]], size: int, seed: int, epoch: int) -> None:
-    found = data.batches(lengths, size, seed, epoch)
+    found = batches.batches(lengths, size, seed, epoch)
     assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
     assert [len(batch) for batch in found if len(batch) != size] in ([], [len(lengths) % size])
-    assert found == data.batches(lengths, size, seed, epoch)
+    assert found == batches.batches(lengths, size, seed, epoch)
 
 
 def samsum_like(count: int) -> list[tuple[int, int]]:
@@ -332,14 +333,16 @@ def test_little_padding(size: int) -> None:
         real = sum(pair[side] for pair in lengths)
         padded = sum(
             len(batch) * max(lengths[i][side] for i in batch)
-            for batch in data.batches(lengths, size, 0, 0)
+            for batch in batches.batches(lengths, size, 0, 0)
         )
         assert padded / real < limit
 
 
 def test_batches_are_shuffled_anew() -> None:
     lengths = samsum_like(2000)
-    first, second, other = (data.batches(lengths, 8, *which) for which in ((0, 0), (0, 1), (1, 0)))
+    first, second, other = (
+        batches.batches(lengths, 8, *which) for which in ((0, 0), (0, 1), (1, 0))
+    )
     assert len({str(first), str(second), str(other)}) == 3
     together = [{frozenset(batch) for batch in found} for found in (first, second)]
     assert len(together[0] & together[1]) < len(first) / 10
@@ -351,23 +354,23 @@ def test_batches_are_shuffled_anew() -> None:
 def test_batches_leave_the_global_state_alone() -> None:
     random.seed(5)
     state, torch_state = random.getstate(), torch.get_rng_state()
-    found = data.batches(samsum_like(100), 8, 0, 0)
+    found = batches.batches(samsum_like(100), 8, 0, 0)
     assert random.getstate() == state
     assert torch.equal(torch.get_rng_state(), torch_state)
     random.seed(6)
-    assert data.batches(samsum_like(100), 8, 0, 0) == found
+    assert batches.batches(samsum_like(100), 8, 0, 0) == found
 
 
 def test_batches_are_the_same_on_every_machine() -> None:
     """A run is resumed by position: another order would repeat and lose examples silently."""
     lengths = [(i % 7, i % 3) for i in range(12)]
-    assert data.batches(lengths, 4, 3, 1) == [[5, 2, 8, 11], [1, 4, 10, 7], [9, 6, 0, 3]]
+    assert batches.batches(lengths, 4, 3, 1) == [[5, 2, 8, 11], [1, 4, 10, 7], [9, 6, 0, 3]]
 
 
 @given(LENGTHS, st.integers(1, 40))
 def test_longest_first(lengths: list[tuple[int, int]], size: int) -> None:
     encoded = [Encoded(str(i), [5] * s, [5] * t) for i, (s, t) in enumerate(lengths)]
-    order = [i for batch in data.by_length(encoded, size) for i in batch]
+    order = [i for batch in batches.by_length(encoded, size) for i in batch]
     assert sorted(order) == list(range(len(lengths)))
     assert [lengths[i][0] for i in order] == sorted((s for s, _ in lengths), reverse=True)
 
@@ -382,7 +385,7 @@ def test_longest_first(lengths: list[tuple[int, int]], size: int) -> None:
 )
 def test_collate(rows: list[tuple[list[int], list[int]]], pad: int) -> None:
     """Also where the texts hold the pad token: the mask and the labels go by length."""
-    batch = data.collate([Encoded("", source, target) for source, target in rows], pad)
+    batch = batches.collate([Encoded("", source, target) for source, target in rows], pad)
     width, depth = (max(len(row[side]) for row in rows) for side in (0, 1))
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(rows), width)
     assert batch["labels"].shape == (len(rows), depth)

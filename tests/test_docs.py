@@ -33,6 +33,7 @@ check, record, reading = load("check"), load("record"), load("reading")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_every_block_runs_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py"])
     done = list(check.check(PAGES))
@@ -108,13 +109,14 @@ def test_commands_and_flags_within_the_text_are_there(page: Path) -> None:
 def flags() -> set[str]:
     """Every flag of train.py, evaluate.py and the merge command."""
     from minilora import __main__
-    from minilora.summarization import flags, presets
+    from minilora.summarization.flags import evaluation_parser
+    from minilora.summarization.settings import GROUPS
 
-    names = {field.name for kind in presets.GROUPS.values() for field in fields(kind)}
+    names = {field.name for kind in GROUPS.values() for field in fields(kind)}
     commands = __main__._parser()._subparsers
     assert commands is not None
     merge = commands._group_actions[0].choices["merge"]  # type: ignore[index]
-    parsers = (flags.evaluation_parser(), merge)
+    parsers = (evaluation_parser(), merge)
     options = {option for parser in parsers for option in parser._option_string_actions}
     return options | {f"--{name.replace('_', '-')}" for name in names} | {"--preset"}
 

@@ -95,8 +95,8 @@ def test_help_lists_every_public_name() -> None:
 
 
 def task_modules() -> list[ModuleType]:
-    names = [m.name for m in pkgutil.iter_modules(minilora.summarization.__path__)]
-    return [importlib.import_module(f"minilora.summarization.{name}") for name in names]
+    found = pkgutil.walk_packages(minilora.summarization.__path__, "minilora.summarization.")
+    return [importlib.import_module(module.name) for module in found]
 
 
 @pytest.mark.parametrize("module", [minilora, *task_modules()], ids=lambda m: m.__name__)

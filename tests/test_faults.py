@@ -8,6 +8,7 @@ import pytest
 from tests.faults import CHECKPOINT, VALIDATION, Harness, unreadable
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_killed_anywhere_a_run_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """Inside a checkpoint, while validating, and twice at a random moment."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from minilora.files import sync, write_directory, write_file
-from minilora.summarization.directories import put_directory, remove_directory, sweep
+from minilora.summarization.files import put_directory, remove_directory, sweep
 
 
 def test_a_file_is_written_whole_and_its_folder_made(tmp_path: Path) -> None:
@@ -129,6 +129,7 @@ def test_a_directory_is_removed_in_one_moment(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_exchanged_can_be_put_back_at_every_moment(tmp_path: Path) -> None:
     """What `sweep` makes of a crash at each line: the old one or the new one, and no litter."""
     write_directory(tmp_path / "model", OLD)

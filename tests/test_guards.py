@@ -13,12 +13,13 @@ import pytest
 import torch
 from transformers import BartForConditionalGeneration
 
-from minilora.summarization import distributed, guards, training
 from minilora.summarization.cli import evaluate_main, train_main
-from minilora.summarization.data import Encoded
-from minilora.summarization.lock import hold
-from minilora.summarization.origin import differences
-from minilora.summarization.presets import TrainingOptions, UserError
+from minilora.summarization.data.batches import Encoded
+from minilora.summarization.errors import UserError
+from minilora.summarization.settings import TrainingOptions
+from minilora.summarization.training import ddp, failures, trainer
+from minilora.summarization.training.fingerprint import differences
+from minilora.summarization.training.lock import lock
 from tests.helpers import SMALL, as_jsonl, dialogues, records, save_bart, save_data, write
 
 
@@ -53,28 +54,18 @@ def row(name: str, source: int = 3, target: int = 2) -> Encoded:
     ],
 )
 def test_which_errors_are_of_memory(error: Exception, wanted: bool) -> None:
-    assert guards.is_out_of_memory(error) is wanted
+    assert failures.is_out_of_memory(error) is wanted
 
 
 def test_an_allocation_that_fails_is_known_as_such() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert guards.is_out_of_memory(caught.value)
-
-
-def test_pieces_hold_the_same_dialogues_in_the_same_order() -> None:
-    batches = [[row(f"{i}{j}") for j in range(size)] for i, size in enumerate((5, 1, 4))]
-    everything = [r.id for batch in batches for r in batch]
-    assert guards.pieces(batches, 0) == batches
-    for rows in (1, 2, 3, 5, 9):
-        parts = guards.pieces(batches, rows)
-        assert [r.id for part in parts for r in part] == everything
-        assert max(map(len, parts)) == min(rows, 5)
+    assert failures.is_out_of_memory(caught.value)
 
 
 def scarce(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
     """Memory suffices for so many dialogues and no more; the sizes that were tried."""
-    original, sizes = distributed.summed_loss, list[int]()
+    original, sizes = ddp.summed_loss, list[int]()
 
     def summed_loss(model: Any, batch: Any) -> Any:
         result = original(model, batch)
@@ -84,7 +75,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return result
 
-    monkeypatch.setattr(distributed, "summed_loss", summed_loss)
+    monkeypatch.setattr(ddp, "summed_loss", summed_loss)
     return sizes
 
 
@@ -104,7 +95,7 @@ def test_out_of_memory_names_the_batch_and_what_would_fit(
 
 @pytest.mark.parametrize(
     ("what", "says"),
-    [("AdamW", "AdamW moves the parameters: --method lora"), ("generate", "--evaluation-batch")],
+    [("AdamW", "AdamW updates the parameters: --method lora"), ("generate", "--evaluation-batch")],
 )
 def test_out_of_memory_elsewhere_is_a_line_too(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, what: str, says: str
@@ -119,50 +110,21 @@ def test_out_of_memory_elsewhere_is_a_line_too(
         assert train_main(flags(folder, *output, "--epochs", 1)) == 0
         capfd.readouterr()
         monkeypatch.setattr(BartForConditionalGeneration, "generate", fail)
-    door = evaluate_main if what == "generate" else train_main
+    main = evaluate_main if what == "generate" else train_main
     argv = [str(tmp_path / "run")] if what == "generate" else flags(folder, *output)
-    assert door(argv) == 2
+    assert main(argv) == 2
     line = capfd.readouterr().err
     assert "out of memory while" in line
     assert says in line
     assert line.count("\n") == 1
 
 
-def test_halved_batches_come_to_the_same(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
-    """Without dropout: the losses of a run with memory to spare, up to rounding."""
-    argv = [*flags(folder, "--batch-size", 4, "--epochs", 1), "--dropout", "0", "--auto-batch-size"]
-    config = folder / "bart" / "config.json"
-    before = config.read_text()
-    try:
-        config.write_text(json.dumps(json.loads(before) | {"dropout": 0.0}))
-        assert train_main([*argv, "--output", str(tmp_path / "a")]) == 0
-        sizes = scarce(monkeypatch, 1)
-        assert train_main([*argv, "--output", str(tmp_path / "b")]) == 0
-    finally:
-        config.write_text(before)
-    assert sizes[:3] == [4, 2, 1]
-    assert set(sizes[3:]) == {1}  # found once
-    assert capfd.readouterr().err.count("dialogues at once from now on") == 2
-    losses = [[r["loss"] for r in records(tmp_path / n) if "loss" in r] for n in "ab"]
-    assert len(losses[0]) == 3
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-
-
-def test_a_single_dialogue_cannot_be_halved(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
-    sizes = scarce(monkeypatch, 0)
-    assert train_main(flags(folder, "--output", tmp_path / "run", "--auto-batch-size")) == 2
-    assert sizes == [3, 1]
-    assert "out of memory in step 1 on a batch of 1" in capfd.readouterr().err
-
-
 def test_the_error_of_memory_suggests_what_has_the_same_batch() -> None:
     for size in range(1, 20):
-        said = str(guards.too_large([row("a")], TrainingOptions(batch_size=size, accumulate=6), 1))
-        if found := re.search(r"--batch-size (\d+) --accumulate (\d+)", said):
+        options = TrainingOptions(batch_size=size, accumulate=6)
+        with pytest.raises(UserError) as caught, failures.step_memory([row("a")], options, 1):
+            raise MemoryError
+        if found := re.search(r"--batch-size (\d+) --accumulate (\d+)", str(caught.value)):
             assert int(found[1]) * int(found[2]) == size * 6 or size % 2
 
 
@@ -170,7 +132,7 @@ def test_the_error_of_memory_suggests_what_has_the_same_batch() -> None:
 
 
 def spoilt(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    original, step = distributed.summed_loss, training.Trainer.step
+    original, step = ddp.summed_loss, trainer.Trainer.step
     now = [0]
 
     def count(trainer: Any, group: Any) -> Any:
@@ -181,63 +143,37 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
         loss, tokens = original(model, batch)
         return (loss * torch.nan if model.training and now[0] in steps else loss), tokens
 
-    monkeypatch.setattr(training.Trainer, "step", count)
-    monkeypatch.setattr(distributed, "summed_loss", summed_loss)
+    monkeypatch.setattr(trainer.Trainer, "step", count)
+    monkeypatch.setattr(ddp, "summed_loss", summed_loss)
 
 
-def test_bad_steps_are_left_out_where_wanted_and_said(
+def test_a_step_that_is_not_finite_is_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     spoilt(monkeypatch, 2)
     run = tmp_path / "run"
     assert train_main(flags(folder, "--output", run, "--checkpoint-steps", 1)) == 2
     said = capfd.readouterr().err
-    ids = re.search(r"loss is nan in step 2, on the dialogues ((d\d+(, )?){6}):", said)
-    assert ids, said
-    assert train_main(["--resume", str(run), "--skip-bad-batches"]) == 0
-    assert f"step 2 left out, not finite on the dialogues {ids[1]}" in capfd.readouterr().err
-    left_out = [record for record in records(run) if "skipped" in record]
-    assert [(r["step"], r["loss"], ", ".join(r["skipped"])) for r in left_out] == [
-        (2, None, ids[1])
-    ]
-    assert sum(record["kind"] == "step" for record in records(run)) == 4
-
-
-def test_where_every_step_is_bad_it_stops(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
-    monkeypatch.setattr(training, "IN_A_ROW", 3)
-    spoilt(monkeypatch, *range(100))
-    assert train_main(flags(folder, "--output", tmp_path / "run", "--skip-bad-batches")) == 2
-    assert "loss is nan in step 3" in capfd.readouterr().err
+    assert re.search(r"loss is nan in step 2, on the dialogues ((d\d+(, )?){6}):", said), said
+    assert said.count("\n") == 1
 
 
 # Data ---------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_changes_meanwhile_is_said_once(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+def test_data_that_changed_since_the_start_is_refused_or_noted(
+    folder: Path, tmp_path: Path, capfd: Any
 ) -> None:
     save_data(tmp_path / "data", train=6)
-    original = training.Trainer.step
-
-    def step(trainer: Any, group: Any) -> Any:
-        write(tmp_path / "data" / "train.jsonl", as_jsonl(dialogues(5)))
-        return original(trainer, group)
-
     run = tmp_path / "run"
-    argv = flags(folder, "--output", run, "--data", tmp_path / "data")
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "step", step)
-        assert train_main(argv) == 0
-    said = capfd.readouterr().err
-    assert said.count("train.jsonl was written to") == 1
-
+    assert train_main(flags(folder, "--output", run, "--data", tmp_path / "data")) == 0
+    write(tmp_path / "data" / "train.jsonl", as_jsonl(dialogues(5)))
+    capfd.readouterr()
     assert train_main(["--resume", str(run)]) == 2
     line = capfd.readouterr().err
-    assert "not what the run began with: train data; put it back, or --accept-changes" in line
+    assert "changed since the run began: train data; restore what changed, or use --acc" in line
     assert train_main(["--resume", str(run), "--accept-changes"]) == 0
-    assert "note: not what the run began with: train data" in capfd.readouterr().err
+    assert "note: changed since the run began: train data" in capfd.readouterr().err
 
 
 def test_another_model_in_the_same_directory_is_noticed(
@@ -250,7 +186,7 @@ def test_another_model_in_the_same_directory_is_noticed(
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     save_bart(tmp_path / "bart", seed=1)
     assert train_main(["--resume", str(run)]) == 2
-    assert "not what the run began with: base model" in capfd.readouterr().err
+    assert "changed since the run began: base model" in capfd.readouterr().err
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
@@ -289,24 +225,25 @@ def test_what_differs_is_named_once() -> None:
 
 
 def test_a_directory_is_one_runs_and_free_again_after_it(tmp_path: Path) -> None:
-    with hold(tmp_path):
+    with lock(tmp_path):
         with (
             pytest.raises(UserError, match=f"process {os.getpid()} is training into it"),
-            hold(tmp_path),
+            lock(tmp_path),
         ):
             pytest.fail("two at once")
         assert (tmp_path / ".lock").read_text() == str(os.getpid())  # a refusal takes nothing away
     assert list(tmp_path.iterdir()) == []
-    with hold(tmp_path):
+    with lock(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
         "import importlib.util, types\n"
-        "from minilora.summarization.lock import hold\n"
-        "with hold(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
+        "from minilora.summarization.training.lock import lock\n"
+        "with lock(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
     )
     root = str(Path(__file__).resolve().parents[1])
     with subprocess.Popen(
@@ -314,12 +251,12 @@ def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"process {process.pid} is training"), hold(tmp_path):
+        with pytest.raises(UserError, match=f"process {process.pid} is training"), lock(tmp_path):
             pytest.fail("two at once")
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert (tmp_path / ".lock").exists()
-    with hold(tmp_path):
+    with lock(tmp_path):
         pass
 
 
@@ -327,7 +264,7 @@ def test_two_runs_into_one_directory(folder: Path, tmp_path: Path, capfd: Any) -
     run = tmp_path / "run"
     assert train_main(flags(folder, "--output", run, "--epochs", 1)) == 0
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    with hold(run):
+    with lock(run):
         capfd.readouterr()
         assert train_main(["--resume", str(run)]) == 2
         assert f"process {os.getpid()} is training into it" in capfd.readouterr().err

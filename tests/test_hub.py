@@ -10,8 +10,8 @@ from huggingface_hub import constants
 import minilora
 from minilora import LoRAConfig
 from minilora.__main__ import main
-from minilora.summarization.model import adapter_directory
-from minilora.summarization.presets import UserError
+from minilora.summarization.errors import UserError
+from minilora.summarization.model.loading import adapter_directory
 
 NAME, REVISION = "someone/bart-lora-samsum", "0" * 40
 

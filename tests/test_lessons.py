@@ -33,6 +33,7 @@ def classroom(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plt.close("all")
 
 
+@pytest.mark.slow
 @each
 def test_a_lesson_runs_and_its_claim_holds(
     path: Path, classroom: None, capsys: pytest.CaptureFixture[str]
@@ -97,6 +98,7 @@ def exercise_outcomes(tmp_path: Path, *flags: str) -> dict[str, str]:
     return outcomes
 
 
+@pytest.mark.slow
 def test_every_exercise_fails_on_its_stub_and_passes_on_its_solution(tmp_path: Path) -> None:
     stubs = exercise_outcomes(tmp_path)
     solved = exercise_outcomes(tmp_path, "--solutions")

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 
-from minilora.summarization.loss import summed_loss
+from minilora.summarization.training.loss import summed_loss
 
 VOCABULARY = 50
 SIDES = {
@@ -203,7 +203,7 @@ def test_a_frozen_head_in_chunks_gives_the_same_loss_and_gradients(
     own = model(**rows, use_cache=False).loss
     own.backward()
     wanted = gradients(model)
-    monkeypatch.setattr("minilora.summarization.loss.CHUNK", chunk)
+    monkeypatch.setattr("minilora.summarization.training.loss.CHUNK", chunk)
     loss, count = summed_loss(model, rows)
     assert loss.grad_fn.name() == "FrozenHeadLossBackward"
     (loss / count).backward()
@@ -222,7 +222,7 @@ def test_a_frozen_head_in_chunks_gives_the_same_loss_and_gradients(
 def test_in_chunks_the_logits_are_never_there_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes = make("bart"), []
     model.get_output_embeddings().requires_grad_(False)
-    monkeypatch.setattr("minilora.summarization.loss.CHUNK", 2 * VOCABULARY)
+    monkeypatch.setattr("minilora.summarization.training.loss.CHUNK", 2 * VOCABULARY)
     softmax = Tensor.log_softmax
     monkeypatch.setattr(
         Tensor, "log_softmax", lambda z, **more: sizes.append(tuple(z.shape)) or softmax(z, **more)

@@ -197,6 +197,7 @@ def test_no_command_and_an_unknown_one_are_answered_with_the_usage() -> None:
         assert stop.value.code == 2
 
 
+@pytest.mark.slow
 def test_inspect_needs_no_transformers(tmp_path: Path) -> None:
     minilora.save_adapter(adapted("bart"), tmp_path)
     code = (

@@ -21,18 +21,19 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from minilora.summarization import model as module
-from minilora.summarization.data import Encoded
-from minilora.summarization.model import (
+from minilora.summarization.data.batches import Encoded
+from minilora.summarization.errors import UserError
+from minilora.summarization.model import device
+from minilora.summarization.model.device import choose_device, choose_precision
+from minilora.summarization.model.loading import (
     check_vocabulary,
-    choose_device,
-    choose_precision,
     limit_lengths,
     load_model,
     load_tokenizer,
     save_model,
 )
-from minilora.summarization.presets import PRESETS, RunConfig, UserError
+from minilora.summarization.presets import PRESETS
+from minilora.summarization.settings import RunConfig
 from tests.helpers import byte_level_bpe, save_bart, small_bart
 
 CPU = torch.device("cpu")
@@ -152,8 +153,8 @@ def test_no_such_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     "name", sorted({str(p["model"]) for p in PRESETS.values() if "model" in p} | {"nosuch", "a b"})
 )
 def test_hub_models_fail_offline_in_one_line(name: str) -> None:
-    refused(name, "no such directory, nor does the hub give it")
-    refused(name, "no such directory, nor does the hub give it", load=load_tokenizer)
+    refused(name, "no such directory, and the hub does not have it")
+    refused(name, "no such directory, and the hub does not have it", load=load_tokenizer)
 
 
 def test_a_directory_without_weights(copy: Path) -> None:
@@ -199,7 +200,7 @@ def test_weights_that_lack_tensors_or_have_others(copy: Path) -> None:
     shutil.rmtree(copy)
     save_bart(copy)
     edit_weights(copy, lambda name, tensor: tensor[:5] if name.endswith("fc1.bias") else tensor)
-    refused(copy, "fc1.bias is (5,) in the weights, but (24,) by config.json (2 such tensors)")
+    refused(copy, "fc1.bias is (5,) in the weights, but (24,) in config.json (2 such tensors)")
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -212,14 +213,14 @@ def test_no_encoder_decoder(tmp_path: Path, kind: str) -> None:
         else BertModel(BertConfig(**sizes))
     )
     model.save_pretrained(tmp_path)
-    refused(tmp_path, f"a {kind} model, which is no encoder-decoder")
+    refused(tmp_path, f"a {kind} model, which is not an encoder-decoder")
 
 
 def test_a_directory_without_a_tokenizer(copy: Path) -> None:
     """Transformers 5 makes one that knows five special tokens and no word."""
     for path in copy.glob("*token*"):
         path.unlink()
-    refused(copy, "no tokenizer lies beside it", load=load_tokenizer)
+    refused(copy, "there is no tokenizer beside it", load=load_tokenizer)
 
 
 def test_a_damaged_tokenizer(copy: Path) -> None:
@@ -306,7 +307,7 @@ def test_devices() -> None:
     ],
 )
 def test_which_processors_gain_by_bf16(cpuinfo: str, faster: bool) -> None:
-    assert module.multiplies_bf16_faster(cpuinfo) == faster
+    assert device.multiplies_bf16_faster(cpuinfo) == faster
 
 
 def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +316,7 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_precision("fp16", CPU) == torch.float16
     for multiplies, wanted in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(
-            module, "_cpu_multiplies_bf16", lambda multiplies=multiplies: multiplies
+            device, "_cpu_multiplies_bf16", lambda multiplies=multiplies: multiplies
         )
         assert choose_precision("auto", CPU) == wanted
     cuda = torch.device("cuda")

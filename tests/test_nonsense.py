@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.summarization.nonsense import (
+from minilora.summarization.evaluation.nonsense import (
     MEASURES,
     common_words,
     foreign_names,
@@ -14,7 +14,7 @@ from minilora.summarization.nonsense import (
     repeats,
     shares,
 )
-from minilora.summarization.numerals import numbers
+from minilora.summarization.evaluation.numerals import numbers
 from minilora.summarization.presets import ASSETS
 
 CHAT = "Anna: I'll bring José's cake at 4.\nTom: great, see you in Łódź! i love cake"

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 import minilora
 from minilora.__main__ import main
 from minilora.adapter import adapter_of
-from minilora.summarization import evaluation as ev
-from minilora.summarization import page, page_curves, page_dialogues, plots, runs
-from minilora.summarization.page_dialogues import shared_words
-from minilora.summarization.presets import RunConfig
-from minilora.summarization.reading import Example
+from minilora.summarization import files
+from minilora.summarization.data.reading import Example
+from minilora.summarization.evaluation import compare, rouge
+from minilora.summarization.report import page, page_curves, page_dialogues, plots, runs
+from minilora.summarization.report.page_dialogues import shared_words
+from minilora.summarization.settings import RunConfig
 from tests.conftest import adapted
 from tests.helpers import as_jsonl
 
@@ -54,9 +55,9 @@ def save_run(directory: Path, *, end: bool = True, scored: bool = True, **config
     (directory / "log.jsonl").write_bytes(as_jsonl(log(end=end)))
     minilora.write_adapter(adapter_of(adapted("bart")), directory / "adapter")
     if scored:
-        base, tuned = ([ev.Summary(t, len(t)) for t in texts] for texts in (BASE, TUNED))
-        compared = ev.compare(base, tuned, REFERENCES, data=HOSTILE, split="test")
-        ev.write_json(directory / "evaluation.json", compared.to_dict())
+        base, tuned = ([compare.Summary(t, len(t)) for t in texts] for texts in (BASE, TUNED))
+        compared = compare.compare(base, tuned, REFERENCES, data=HOSTILE, split="test")
+        files.write_json(directory / "evaluation.json", compared.to_dict())
     return directory
 
 
@@ -96,11 +97,6 @@ class Reader(HTMLParser):
             self.text += data
 
 
-def test_the_names_of_scores_are_the_evaluations() -> None:
-    assert runs.METRICS == ev.METRICS
-    assert runs.MEASURES == ev.MEASURES
-
-
 # The page -----------------------------------------------------------------------------------------
 
 
@@ -132,6 +128,7 @@ def test_hostile_texts_stay_texts(html: str) -> None:
     assert "<img" not in html
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_whatever_is_escaped_reads_back_and_holds_no_markup(text: str) -> None:
     for source in (f"<p>{plots.escape(text)}</p>", f'<p title="{plots.escape(text)}"></p>'):
@@ -189,7 +186,7 @@ def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
     assert reader.open == []
     assert "4 runs, side by side" in reader.text
     assert "short: not scored" in reader.text
-    assert "Scored on other dialogues, and so not shown here: elsewhere" in reader.text
+    assert "Scored on other dialogues, so not shown here: elsewhere" in reader.text
     assert sum("data-gain" in attributes for _, attributes in reader.tags) == len(REFERENCES)
     differing = re.findall(r'<strong class="differs"><code>(.*?)</code>', source)
     assert differing == ["8", "4", "8", "8"]
@@ -220,7 +217,7 @@ DAMAGE: dict[str, tuple[str, bytes | None, str]] = {
     "bytes for a config": ("config.json", b"\xff\xfe\x00", "config.json: cannot be read as JSON"),
     "nested too deep": ("config.json", b"[" * 99_999, "config.json: cannot be read as JSON"),
     "a bad line": ("log.jsonl", b'{"kind": "start"\n{}\n', "log.jsonl line 1: cannot be read"),
-    "no record": ("log.jsonl", b"3\n", "log.jsonl line 1: is no record"),
+    "no record": ("log.jsonl", b"3\n", "log.jsonl line 1: is not a record"),
     "no total": ("log.jsonl", b'{"kind": "start", "trainable": 1}\n', "line 1: has no total"),
     "a text for a number": (
         "log.jsonl",
@@ -305,7 +302,7 @@ def test_marked_words_are_those_that_rouge_counts(text: str, reference: str) -> 
     assert len(shared) == len(shared_words(reference, text))
     words = sum(len(page_dialogues._words(side)) for side in (text, reference))
     f1 = 200 * len(shared) / words if words else 0.0
-    assert f1 == pytest.approx(ev.rouge([text], [reference])[0]["rouge1"], abs=1e-9)
+    assert f1 == pytest.approx(rouge.rouge([text], [reference])[0]["rouge1"], abs=1e-9)
 
 
 def test_marks_stand_on_the_words() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from minilora.summarization.page import write_report
+from minilora.summarization.report.page import write_report
 from tests.test_page import HOSTILE, save_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `browser`")

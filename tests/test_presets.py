@@ -7,15 +7,10 @@ from typing import Any, get_args
 
 import pytest
 
+from minilora.summarization.errors import UserError
 from minilora.summarization.flags import parse_run
-from minilora.summarization.presets import (
-    GROUPS,
-    LEARNING_RATES,
-    PRESETS,
-    RunConfig,
-    UserError,
-    embedded,
-)
+from minilora.summarization.presets import LEARNING_RATES, PRESETS, embedded
+from minilora.summarization.settings import GROUPS, RunConfig
 
 FIELDS = [(group, field) for group, kind in GROUPS.items() for field in fields(kind)]
 NAMES = [field.name for _, field in FIELDS]

@@ -387,11 +387,10 @@ def test_pretraining_writes_weights_and_goes_on(tiny_data: Path, tmp_path: Path)
     assert weights["model.encoder.layers.0.fc1.weight"].dtype == torch.float16
     assert "M tokens of source and target" in (tmp_path / "model" / "README.md").read_text()
 
-    other = pretrain(
-        tiny_data, tmp_path / "other", "--init", str(tmp_path / "model"), "--width", "32"
-    )
-    assert other.returncode != 0
-    warm = pretrain(tiny_data, tmp_path / "warm", "--init", str(tmp_path / "model"), "--seen", "3")
+    warm_start = ("--init", str(tmp_path / "model"))
+    other = pretrain(tiny_data, tmp_path / "other", *warm_start, "--layers", "2")
+    assert "has other layers than --layers and --width say" in other.stderr
+    warm = pretrain(tiny_data, tmp_path / "warm", *warm_start, "--seen", "3")
     assert warm.returncode == 0, warm.stderr
     assert "'tokens': 3000000" in warm.stdout
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.summarization import reading
-from minilora.summarization.presets import DataOptions, UserError
-from minilora.summarization.reading import Example
+from minilora.summarization.data import reading
+from minilora.summarization.data.reading import Example
+from minilora.summarization.errors import UserError
+from minilora.summarization.settings import DataOptions
 from tests.helpers import EXPECTED, GOOD, OTHER, as_csv, as_json, as_jsonl, load, rows, write
 
 
@@ -479,7 +480,7 @@ def test_hub_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(datasets, "load_dataset", fail)
     (tmp_path / "samsum").mkdir()
     line = (
-        r"samsun: no such file .*\(but there is samsum\); nor .* \(OSError: Couldn't reach the hub"
+        r"samsun: no such file .*\(but there is samsum\), and .* \(OSError: Couldn't reach the hub"
     )
     with pytest.raises(UserError, match=line):
         load("samsun")
@@ -488,7 +489,7 @@ def test_hub_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"nosuch/thing: no such file.*; nor does the hub"):
+    with pytest.raises(UserError, match=r"nosuch/thing: no such file.*, and the hub does not"):
         load("nosuch/thing")
 
 

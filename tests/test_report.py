@@ -8,38 +8,40 @@ import pytest
 import torch
 
 from minilora import InjectReport
-from minilora.summarization import evaluation as ev
-from minilora.summarization import report
-from minilora.summarization.checkpoint import Progress
-from minilora.summarization.presets import RunConfig
-from minilora.summarization.reading import Example
-from minilora.summarization.session import Session, Split
-from minilora.summarization.training import Outcome
+from minilora.summarization.data.reading import Example
+from minilora.summarization.evaluation import compare, rouge
+from minilora.summarization.report import terminal
+from minilora.summarization.settings import RunConfig
+from minilora.summarization.training.checkpoint import Progress
+from minilora.summarization.training.session import Session, Split
+from minilora.summarization.training.trainer import Outcome
 from tests.helpers import BASE, EXAMPLES, TUNED
 
 
 @pytest.fixture
-def comparison() -> ev.Evaluation:
-    return ev.compare(BASE, TUNED, EXAMPLES, data="minichat", split="test", generation={"beams": 4})
+def comparison() -> compare.Evaluation:
+    return compare.compare(
+        BASE, TUNED, EXAMPLES, data="minichat", split="test", generation={"beams": 4}
+    )
 
 
 def test_table_of_one_dialogue() -> None:
-    one = ev.compare(BASE[:1], TUNED[:1], EXAMPLES[:1])
-    assert "100.00 [100.00, 100.00]" in report.format_comparison(one)
+    one = compare.compare(BASE[:1], TUNED[:1], EXAMPLES[:1])
+    assert "100.00 [100.00, 100.00]" in terminal.format_comparison(one)
 
 
 def test_selection(comparison) -> None:
-    assert report.most_changed(comparison, 2) == [1, 0]  # +100, then -33
-    assert report.most_changed(comparison, 9) == [1, 0, 2]
-    assert report.first(comparison, 2) == [0, 1]
-    assert report.first(comparison, 9) == [0, 1, 2]
+    assert terminal.most_changed(comparison, 2) == [1, 0]  # +100, then -33
+    assert terminal.most_changed(comparison, 9) == [1, 0, 2]
+    assert terminal.first(comparison, 2) == [0, 1]
+    assert terminal.first(comparison, 9) == [0, 1, 2]
 
 
 def test_table(comparison) -> None:
-    lines = report.format_comparison(comparison).splitlines()
+    lines = terminal.format_comparison(comparison).splitlines()
     assert lines[0].startswith("3 dialogues, test split of minichat.")
     rows = lines[lines.index(next(line for line in lines if line.split()[:1] == ["base"])) :]
-    assert [row.split()[0] for row in rows[1:6]] == list(ev.MEASURES)
+    assert [row.split()[0] for row in rows[1:6]] == list(rouge.MEASURES)
     assert len({len(row) for row in rows[:6]}) == 1  # aligned
     assert all(len(line) <= 100 and line.isascii() for line in lines)
     assert f"{comparison.base['rouge1']:.2f} [" in rows[1]
@@ -48,15 +50,17 @@ def test_table(comparison) -> None:
 
 
 def test_table_with_the_widest_numbers() -> None:
-    base, tuned = [ev.Summary("", 1000)] * 2, [ev.Summary("a b c", 1)] * 2
+    base, tuned = [compare.Summary("", 1000)] * 2, [compare.Summary("a b c", 1)] * 2
     long = "x" * 300
     examples = [Example("a", "d", "a b c")] * 2
-    lines = report.format_comparison(ev.compare(base, tuned, examples, data=long)).splitlines()
+    lines = terminal.format_comparison(
+        compare.compare(base, tuned, examples, data=long)
+    ).splitlines()
     assert all(len(line) <= 100 for line in lines)
 
 
 def test_examples(comparison) -> None:
-    text = report.format_examples(comparison, [1, 0])
+    text = terminal.format_examples(comparison, [1, 0])
     assert text.index("[2 of 3] b") < text.index("[1 of 3] a")
     for line in (
         "  dialogue    Ann: cake?\n              Bob: yes\n",
@@ -71,13 +75,13 @@ def test_examples(comparison) -> None:
 def test_long_and_hostile_examples() -> None:
     dialogue = "\n".join(f"Ann: {i} " + "word " * 30 for i in range(10)) + "\x1b[2J \ud83d end"
     hostile = Example("a\x07", dialogue, "\x1b]0;title\x07 r")
-    text = report.format_examples(ev.compare(BASE[:1], TUNED[:1], [hostile]), [0])
+    text = terminal.format_examples(compare.compare(BASE[:1], TUNED[:1], [hostile]), [0])
     assert "... 8 more lines" in text
     assert text.count("Ann: ") == 6
     assert all(len(line) <= 100 for line in text.splitlines())
     assert not re.search("[\x00-\x09\x0b-\x1f]", text)
-    text = report.format_examples(
-        ev.compare(BASE[:1], TUNED[:1], [hostile]), [0], dialogue_lines=99
+    text = terminal.format_examples(
+        compare.compare(BASE[:1], TUNED[:1], [hostile]), [0], dialogue_lines=99
     )
     text.encode()
     assert "more lines" not in text
@@ -97,12 +101,12 @@ def session(method: str) -> Session:
 
 
 def test_opening_says_what_is_trained_on_what_and_where_it_goes() -> None:
-    text = report.opening(session("lora"), Path("runs/x"))
+    text = terminal.header(session("lora"), Path("runs/x"))
     assert "pocket-bart on minichat: 1,200 dialogues to train, 1,200 to validate" in text
     assert "cpu, bfloat16" in text
     assert "lora: 2 modules, 1,500 trainable of 3,000,000 (0.0500%)" in text
     assert "run: runs/x" in text
-    text = report.opening(session("full"), Path("runs/x"))
+    text = terminal.header(session("full"), Path("runs/x"))
     assert "cpu, float32" in text
     assert "full: 1,500 trainable of 3,000,000" in text
     assert "modules" not in text
@@ -111,7 +115,7 @@ def test_opening_says_what_is_trained_on_what_and_where_it_goes() -> None:
 def test_closing_says_what_it_cost_and_what_to_do_next() -> None:
     outcome = Outcome(Progress(step=1_200, seconds=150.0), interrupted=False, peak_bytes=3 * 2**20)
     command = "python evaluate.py"
-    lines = report.closing(session("lora"), outcome, Path("runs/x"), 200.0, command).splitlines()
+    lines = terminal.summary(session("lora"), outcome, Path("runs/x"), 200.0, command).splitlines()
     assert [line.split("  ")[-1].strip() for line in lines] == [
         "1,500 of 3,000,000 (0.0500%)",
         "3.3 minutes, of which training and validation took 2.5 minutes (1,200 steps)",
@@ -120,9 +124,9 @@ def test_closing_says_what_it_cost_and_what_to_do_next() -> None:
         "python evaluate.py runs/x --text chat.txt",
     ]
     page = Path("runs/x/report.html")
-    more = report.closing(session("lora"), outcome, Path("runs/x"), 200.0, command, page)
+    more = terminal.summary(session("lora"), outcome, Path("runs/x"), 200.0, command, page)
     assert f"report                {page}\n" in more
     command = "python -m minilora evaluate"
-    full = report.closing(session("full"), outcome, Path("a run"), 200.0, command)
+    full = terminal.summary(session("full"), outcome, Path("a run"), 200.0, command)
     assert str(Path("a run/model")) in full
     assert "python -m minilora evaluate 'a run' --text chat.txt" in full

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import BartForConditionalGeneration
 
 import minilora
-from minilora.summarization import speed
 from minilora.summarization.cli import train_main
-from minilora.summarization.loss import summed_loss
-from minilora.summarization.model import load_model
-from minilora.summarization.presets import UserError
-from minilora.summarization.speed import CheapDropout
+from minilora.summarization.errors import UserError
+from minilora.summarization.model import speed
+from minilora.summarization.model.loading import load_model
+from minilora.summarization.model.speed import CheapDropout
+from minilora.summarization.training.loss import summed_loss
 from tests.helpers import SMALL, records, save_bart, save_data, small_bart
 from tests.test_loss import batch
 
@@ -184,6 +184,7 @@ def test_checkpointed_activations_give_the_same_gradients_with_the_same_dropout(
     assert all(gradient.any() for gradient in after[1])
 
 
+@pytest.mark.slow
 def test_compiled_layers_compute_the_same_and_keep_their_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -14,15 +14,17 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
 import minilora
-from minilora.summarization import evaluation, training
 from minilora.summarization.cli import evaluate_main, train_main
-from minilora.summarization.data import Encoded
+from minilora.summarization.data.batches import Encoded
+from minilora.summarization.errors import UserError
+from minilora.summarization.evaluation import generate
 from minilora.summarization.flags import parse_run
-from minilora.summarization.log import Log
-from minilora.summarization.presets import UserError
-from minilora.summarization.session import Session, open_session
-from minilora.summarization.stopping import stop_requests
-from minilora.summarization.training import Trainer, fit, last_step, learning_rate
+from minilora.summarization.training import schedule, trainer, validation
+from minilora.summarization.training.log import open_log
+from minilora.summarization.training.schedule import last_step, learning_rate
+from minilora.summarization.training.session import Session, open_session
+from minilora.summarization.training.stopping import stop_requests
+from minilora.summarization.training.trainer import Trainer, fit
 from tests.helpers import SMALL, records, save_bart, save_data, small_bart
 
 
@@ -216,12 +218,13 @@ def test_the_number_of_steps_is_that_of_the_groups(
 
 def test_every_row_is_in_one_group_of_the_epoch(folder: Path) -> None:
     session = session_for(folder)
+    train, options = session.splits["train"].encoded, session.run.training
     for epoch in (0, 1):
-        groups = training.epoch_groups(session, epoch)
+        groups = schedule.epoch_groups(train, options, 0, epoch)
         assert [len(group) for group in groups] == [2, 2, 2, 1]
         rows = [row.id for group in groups for batch in group for row in batch]
-        assert sorted(rows) == sorted(row.id for row in session.splits["train"].encoded)
-    assert training.epoch_groups(session, 0) != training.epoch_groups(session, 1)
+        assert sorted(rows) == sorted(row.id for row in train)
+    assert schedule.epoch_groups(train, options, 0, 0) != groups
 
 
 # A run --------------------------------------------------------------------------------------------
@@ -271,6 +274,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
     assert adapter(tmp_path / "other") != adapter(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_trains(folder: Path, whole: Path, tmp_path: Path, precision: str) -> None:
     argv = flags(folder, "--output", tmp_path / "run", "--precision", precision)
@@ -302,7 +306,7 @@ def test_the_best_adapter_is_kept_not_the_last(
         measures = dict.fromkeys(("rouge1", "rouge2", "rougeL"), scores[len(seen) - 1])
         return {"loss": math.inf, **measures}
 
-    monkeypatch.setattr(training, "validate", validate)
+    monkeypatch.setattr(trainer, "validate", validate)
     outcome = fit(session_for(folder, "--epochs", 4), tmp_path)
     assert outcome.progress.best == 9.0
     kept = minilora.read_adapter(tmp_path / "adapter").tensors
@@ -314,12 +318,12 @@ def test_the_best_adapter_is_kept_not_the_last(
 def test_validation_counts_tokens_and_changes_nothing(folder: Path) -> None:
     session = session_for(folder)
     randomize(session.model)
-    state, before = torch.get_rng_state(), training.validate(session)
+    state, before = torch.get_rng_state(), trainer.validate(session)
     assert torch.equal(torch.get_rng_state(), state)
     session.run.generation.evaluation_batch_size = 1
-    assert training.validate(session)["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    assert trainer.validate(session)["loss"] == pytest.approx(before["loss"], rel=1e-5)
     session.run.training.validation_limit = 1
-    assert training.validate(session)["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    assert trainer.validate(session)["loss"] == pytest.approx(before["loss"], rel=1e-5)
 
 
 # Full fine-tuning ---------------------------------------------------------------------------------
@@ -334,9 +338,9 @@ def test_validation_decodes_with_its_own_beams(
         used.append(arguments[3].beams)
         return original(*arguments)
 
-    original = evaluation.summarize
-    monkeypatch.setattr(training, "summarize", summarize)
-    training.validate(session)
+    original = generate.summarize
+    monkeypatch.setattr(validation, "summarize", summarize)
+    trainer.validate(session)
     assert used == [2]
     assert session.run.generation.beams == 3
 
@@ -410,6 +414,7 @@ def check_same(run: Path, whole: Path) -> None:
     assert (run / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [1, 2, 4, 5, 7, 8])
 def test_interrupted_in_any_step_it_ends_as_if_it_had_not_been(
@@ -420,7 +425,7 @@ def test_interrupted_in_any_step_it_ends_as_if_it_had_not_been(
     assert train_main(flags(folder, "--output", run)) == 130
     out = capsys.readouterr().out
     assert f"stopped after step {step}" in out
-    assert f"go on with: python train.py --resume '{run}'" in out
+    assert f"resume with: python train.py --resume '{run}'" in out
     assert minilora.read_adapter(run / "adapter").modules  # a usable one
     assert sum(record["kind"] == "step" for record in records(run)) == step
     assert train_main(["--resume", str(run)]) == 0
@@ -431,7 +436,7 @@ def test_interrupted_in_any_step_it_ends_as_if_it_had_not_been(
 def test_interrupted_while_validating_it_stops_at_once_and_ends_the_same(
     folder: Path, whole: Path, tmp_path: Path, monkeypatch: Any, epoch: int
 ) -> None:
-    original, calls = training.rouge, []
+    original, calls = validation.rouge, []
 
     def rouge(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -439,7 +444,7 @@ def test_interrupted_while_validating_it_stops_at_once_and_ends_the_same(
             interrupt()
         return original(*arguments)
 
-    monkeypatch.setattr(training, "rouge", rouge)
+    monkeypatch.setattr(validation, "rouge", rouge)
     assert train_main(flags(folder, "--output", tmp_path / "run")) == 130
     assert records(tmp_path / "run")[-1]["kind"] == "step"
     assert (tmp_path / "run" / "adapter").is_dir()
@@ -520,11 +525,11 @@ def test_a_second_request_stops_at_once_and_handlers_are_put_back() -> None:
 
 
 def test_a_log_is_cut_back_and_goes_on(tmp_path: Path) -> None:
-    with Log(tmp_path / "log.jsonl", 0) as log:
+    with open_log(tmp_path / "log.jsonl", 0) as log:
         log.write("a", x=1)
         kept = log.flush()
         log.write("b", x=math.nan)
-    with Log(tmp_path / "log.jsonl", kept) as log:
+    with open_log(tmp_path / "log.jsonl", kept) as log:
         log.write("c", x=-math.inf)
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [

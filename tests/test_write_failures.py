@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import minilora
-from minilora.summarization import training
 from minilora.summarization.cli import train_main
+from minilora.summarization.training import trainer
 from tests.faults import unreadable
 from tests.helpers import SMALL, records, save_bart, save_data
 
@@ -42,14 +42,14 @@ def flags(folder: Path, output: Path) -> list[str]:
 
 
 def stop_at(patch: pytest.MonkeyPatch, number: int) -> None:
-    original = training.Trainer.step
+    original = trainer.Trainer.step
 
     def step(trainer: Any, group: Any) -> Any:
         if trainer.progress.step + 1 == number:
             os.kill(os.getpid(), 15)
         return original(trainer, group)
 
-    patch.setattr(training.Trainer, "step", step)
+    patch.setattr(trainer.Trainer, "step", step)
 
 
 @pytest.fixture
@@ -92,6 +92,7 @@ ERRORS = [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT]
 CASES = [(call, error) for call in CALLS for error in ERRORS[:2]] + [("flush", e) for e in ERRORS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "error"), sorted(set(CASES)), ids=lambda v: errno.errorcode.get(v, v)
 )
@@ -136,15 +137,17 @@ def small_disk(at: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", str(at)], check=True)
 
 
-@pytest.mark.parametrize("room", [0, 10_000, 20_000, 40_000])
-def test_a_disk_that_is_really_full(folder: Path, tmp_path: Path, capfd: Any, room: int) -> None:
+@pytest.mark.parametrize("free_bytes", [0, 10_000, 20_000, 40_000])
+def test_a_disk_that_is_really_full(
+    folder: Path, tmp_path: Path, capfd: Any, free_bytes: int
+) -> None:
     """A tmpfs of a megabyte that a file fills but for so many bytes."""
     (tmp_path / "disk").mkdir()
     with small_disk(tmp_path / "disk", "1m"):
         run, ballast = tmp_path / "disk" / "run", tmp_path / "disk" / "ballast"
         shutil.copytree(folder / "half", run)
         free = shutil.disk_usage(run).free
-        ballast.write_bytes(bytes(free - room))
+        ballast.write_bytes(bytes(free - free_bytes))
         assert train_main(["--resume", str(run)]) == 2
         check_one_line(capfd.readouterr().err, "No space left on device")
         ballast.unlink()
@@ -246,7 +249,7 @@ def test_all_checkpoints_damaged_is_no_reason_to_begin_again_in_silence(
         flip("state.safetensors", 0.5)(path)
     before = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     assert train_main(["--resume", str(run)]) == 2
-    check_one_line(capfd.readouterr().err, "not one of 2 checkpoints is whole")
+    check_one_line(capfd.readouterr().err, "all 2 checkpoints are damaged")
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import minilora
-from minilora.summarization.evaluation import bootstrap
+from minilora.summarization.evaluation.rouge import bootstrap
 
 SHAPES = [(16, 16), (16, 16), (64, 16), (16, 64)]
 

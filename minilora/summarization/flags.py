@@ -1,8 +1,7 @@
 """From flags to settings: one parser for training and one for evaluating."""
 
 import argparse
-import json
-import math
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,27 +9,23 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from minilora.summarization.presets import (
-    GROUPS,
-    LEARNING_RATES,
-    PRESETS,
-    OutputOptions,
-    RunConfig,
-    UserError,
-)
+from .errors import UserError
+from .files import read_object
+from .presets import LEARNING_RATES, PRESETS
+from .settings import GROUPS, REMOVED, OutputOptions, RunConfig, removed_settings, spelt
 
-# A resumed run may change where it runs, what it keeps and what it does at its end, but nothing
-# that it computes unless told so, and never where it is.
+# A resumed run may change the device, the checkpoints it keeps and what it does at its end. What
+# changes its result needs --accept-changes, and its directory cannot change.
 RESUME_MAY_CHANGE = {
     *("resume", "accept_changes", "device", "evaluate", "report"),
     *("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints"),
-    *("auto_batch_size", "skip_bad_batches", "evaluation_batch_size"),
+    "evaluation_batch_size",
 }
 RESUME_MUST_NOT_CHANGE = {"output"}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Every flag once, spelt with hyphens; a default where it says something."""
+    """Every flag once, with hyphens. Defaults that are empty or a switch are not shown."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         names = ", ".join(name for name in action.option_strings if "_" not in name)
@@ -45,7 +40,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(HfArgumentParser):
-    """Errors in one line; a misspelt flag is answered with the nearest."""
+    """Errors in one line; for a misspelt flag the nearest one is named."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
@@ -54,6 +49,8 @@ class Parser(HfArgumentParser):
         """End in an error if arguments are left over."""
         if unknown:
             flag = unknown[0].split("=")[0]
+            if removed := REMOVED.get(flag.lstrip("-").replace("-", "_")):
+                self.error(f"{flag} was removed: {removed[1]}")
             known = [option for option in self._option_string_actions if "_" not in option]
             close = get_close_matches(flag.replace("_", "-"), known, 1)
             nearest = f"; nearest: {close[0]}" if close else ""
@@ -61,10 +58,10 @@ class Parser(HfArgumentParser):
 
 
 def parse_run(argv: Sequence[str]) -> RunConfig:
-    """The settings that the flags ask for: the resumed run's or the preset's, then the flags.
+    """The settings of the resumed run or of the preset, changed by the flags.
 
     Raises:
-        UserError: the run to resume is none, or a flag would change its result.
+        UserError: --resume names no run, or a flag would change its result.
         SystemExit: an unknown flag or value (exit code 2), or --help.
     """
     parser = Parser(
@@ -75,18 +72,12 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
         formatter_class=Help,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="pocket",
-        metavar="NAME",
-        help=f"a whole configuration, which the other flags change: {', '.join(PRESETS)}",
-    )
+    _add_preset(parser, f"a whole configuration that the other flags change: {', '.join(PRESETS)}")
     options = parser._option_string_actions
-    options["--evaluate"].help = options["--report"].help = argparse.SUPPRESS  # done anyway
+    options["--evaluate"].help = options["--report"].help = argparse.SUPPRESS  # the default
     options["--no-evaluate"].help = "do not score the test split at the end"
     options["--no-report"].help = "do not write report.html"
-    # The flags that say what the other flags' defaults are come first.
+    # --preset and --resume set the defaults of the other flags, so they are read first.
     early, _ = _early_parser().parse_known_args(argv)
     resumed = read_run(Path(early.resume)) if early.resume else None
     parser.set_defaults(**(resumed.to_dict() if resumed else PRESETS[early.preset]))
@@ -100,15 +91,19 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
     if run.training.learning_rate is None:
         rates, method = LEARNING_RATES[run.preset], run.model.method
         run.training.learning_rate = rates.get(run.adapter.init, rates[method])
-    _check(run)
+    run.check()
     return run
 
 
 def _early_parser() -> Parser:
     parser = Parser([], prog="train.py", add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, default="pocket")
+    _add_preset(parser)
     parser.add_argument("--resume")
     return parser
+
+
+def _add_preset(parser: Parser, text: str = "") -> None:
+    parser.add_argument("--preset", choices=PRESETS, default="pocket", metavar="NAME", help=text)
 
 
 def _require_same(before: dict[str, Any], now: dict[str, Any], options: OutputOptions) -> None:
@@ -116,61 +111,15 @@ def _require_same(before: dict[str, Any], now: dict[str, Any], options: OutputOp
     if options.accept_changes and not RESUME_MUST_NOT_CHANGE.intersection(changed):
         return
     if changed:
-        what = ", ".join(
-            f"--{k.replace('_', '-')} (was {before[k]!r}, is {now[k]!r})" for k in changed
-        )
+        what = ", ".join(f"{spelt(k)} (was {before[k]!r}, is {now[k]!r})" for k in changed)
         raise UserError(
-            f"--resume {options.resume}: other settings than the run began with: {what}; "
-            "--accept-changes goes on all the same"
-        )
-
-
-def _check(run: RunConfig) -> None:
-    """Settings that argparse cannot refuse by their type."""
-    training, generation = run.training, run.generation
-    positive = {
-        "--epochs": training.epochs,
-        "--batch-size": training.batch_size,
-        "--accumulate": training.accumulate,
-        "--learning-rate": training.learning_rate,
-        "--beams": generation.beams,
-        "--validation-beams": training.validation_beams,
-        "--evaluation-batch-size": generation.evaluation_batch_size,
-        "--keep-checkpoints": run.output.keep_checkpoints,
-        "--max-source-length": run.data.max_source_length,
-        "--max-target-length": run.data.max_target_length,
-    }
-    for flag, value in positive.items():
-        if value is None or not 0 < value < float("inf"):
-            raise UserError(f"{flag} must be above 0, not {value}")
-    not_negative = {
-        "--max-steps": training.max_steps,
-        "--clip": training.clip,
-        "--weight-decay": training.weight_decay,
-        "--validation-limit": training.validation_limit,
-        "--min-length": generation.min_length,
-        "--no-repeat-ngram": generation.no_repeat_ngram,
-        "--checkpoint-minutes": run.output.checkpoint_minutes,
-        "--checkpoint-steps": run.output.checkpoint_steps,
-        "--seed": run.model.seed,
-    }
-    for flag, number in not_negative.items():
-        if not number >= 0:  # NaN too
-            raise UserError(f"{flag} must be 0 or more, not {number}")
-    if not math.isfinite(generation.length_penalty):
-        raise UserError(f"--length-penalty must be finite, not {generation.length_penalty}")
-    if run.model.seed >= 2**63:
-        raise UserError(f"--seed must be below 2^63, not {run.model.seed}")
-    if run.adapter.init == "loftq" and run.model.method != "qlora":
-        raise UserError("--init loftq repairs what quantization broke: it goes with --method qlora")
-    if not 0 <= training.warmup < 1:
-        raise UserError(
-            f"--warmup is a share of the steps, from 0 to below 1, not {training.warmup}"
+            f"--resume {options.resume}: settings differ from those the run began with: {what}; "
+            "--accept-changes resumes with the new ones"
         )
 
 
 def output_directory(run: RunConfig) -> Path:
-    """Where the run goes; a directory that holds another run is never written over."""
+    """The directory of the run. One that holds another run is never overwritten."""
     if run.output.resume:
         return Path(run.output.resume)
     if run.output.output:
@@ -186,31 +135,34 @@ def output_directory(run: RunConfig) -> Path:
 
 
 def check_free(output: Path) -> None:
-    """Refuse a directory that holds a run or anything else, and so would be written over."""
+    """Refuse a directory that holds a run or other files."""
     if (output / "config.json").exists():
         raise UserError(
-            f"--output {output} holds a run already: go on with it by --resume {output}, or "
+            f"--output {output} holds a run already: resume it with --resume {output}, or "
             "name another directory"
         )
-    # A name with a dot is what a run that was killed at once leaves behind.
+    # A run that was killed early leaves names that begin with a dot.
     if output.is_dir() and any(path.name[0] != "." for path in output.iterdir()):
         raise UserError(f"--output {output} is not empty: name another directory")
 
 
 def read_run(directory: Path) -> RunConfig:
+    """The settings in a run's config.json. Removed ones that had an effect are named on stderr.
+
+    Raises:
+        UserError: there is no such file, or it is not that of a run.
+    """
     path = directory / "config.json"
+    flat = read_object(path)
+    if flat is None:
+        raise UserError(f"{directory} is not a run: it has no config.json")
     try:
-        flat = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{directory} is not a run: it has no config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(flat, dict):
-        raise UserError(f"{path}: holds no object")
-    try:
-        return RunConfig.from_dict(flat)
+        run = RunConfig.from_dict(flat)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    for line in removed_settings(flat):
+        print(f"note: {path}: {line}", file=sys.stderr)
+    return run
 
 
 def evaluation_parser() -> Parser:
@@ -225,25 +177,18 @@ def evaluation_parser() -> Parser:
     parser.add_argument("--data", default=None, help="other data than the run's")
     parser.add_argument("--split", default=None, help="train, validation or test (default: test)")
     parser.add_argument("--limit", type=int, default=0, help="only the first N dialogues; 0: all")
-    parser.add_argument("--text", default=None, help="summarize this file instead; - is stdin")
+    parser.add_argument("--text", default=None, help="summarize this file; - is standard input")
     parser.add_argument("--output", default=None, help="write all scores and texts to FILE.json")
-    parser.add_argument(
-        "--evaluation-batch-size", type=int, default=None, help="dialogues summarized at once"
-    )
+    size = "--evaluation-batch-size"
+    parser.add_argument(size, type=int, default=None, help="dialogues summarized at once")
     parser.add_argument("--device", default=None, help="auto, cpu, cuda, ...")
     parser.add_argument("--model", default=None, help="base model of an adapter directory")
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="pocket",
-        metavar="NAME",
-        help="settings for an adapter directory",
-    )
+    _add_preset(parser, "settings for an adapter directory")
     return parser
 
 
 def check_evaluation(arguments: argparse.Namespace) -> None:
-    """What would be ignored, or found out only after all summaries are written."""
+    """Refuse flags that would be ignored, or fail only after all summaries are written."""
     if arguments.limit < 0:
         raise UserError(f"--limit must be 0 or more, not {arguments.limit}")
     if arguments.evaluation_batch_size is not None and arguments.evaluation_batch_size < 1:
@@ -251,6 +196,6 @@ def check_evaluation(arguments: argparse.Namespace) -> None:
         raise UserError(f"--evaluation-batch-size must be above 0, not {size}")
     for name in ("data", "split", "limit", "output"):
         if arguments.text and getattr(arguments, name):
-            raise UserError(f"--text goes without --{name}: it summarizes one text")
+            raise UserError(f"--text summarizes one text and does not take --{name}")
     if arguments.output and Path(arguments.output).is_dir():
         raise UserError(f"--output {arguments.output} is a directory: name a file in it")

@@ -1,0 +1,159 @@
+"""From examples to padded batches: tokens, batches of similar length."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..settings import DataOptions
+from .reading import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # label of padding; cross-entropy leaves it out
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An `Example` as token ids, special tokens (`<s>` ... `</s>` for BART) included."""
+
+    id: str
+    source: list[int]
+    target: list[int]
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How many of `total` examples were cut to the length limits."""
+
+    sources: int
+    targets: int
+    total: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.sources:,} of {self.total:,} dialogues cut to --max-source-length, "
+            f"{self.targets:,} summaries to --max-target-length"
+        )
+
+
+# Tokenizing ---------------------------------------------------------------------------------------
+
+
+def build_prompt(dialogue: str, options: DataOptions) -> str:
+    r"""The text the model reads. `\n` in the prompt's flags is a line break."""
+    before, after = _prompt(options)
+    return before + dialogue + after
+
+
+def _prompt(options: DataOptions) -> tuple[str, str]:
+    return options.prompt_before.replace("\\n", "\n"), options.prompt_after.replace("\\n", "\n")
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", options: DataOptions
+) -> tuple[list[Encoded], Truncation]:
+    """Token ids of prompts and summaries, in the order of `examples`, cut to the length limits.
+
+    A long dialogue loses its end; the prompt after it and `</s>` stay.
+
+    Raises:
+        UserError: prompt and special tokens alone exceed a limit.
+    """
+    dialogues = [example.dialogue for example in examples]
+    summaries = [example.summary for example in examples]
+    sources, long_sources = _limited(
+        tokenizer, "source", dialogues, options.max_source_length, _prompt(options)
+    )
+    targets, long_targets = _limited(tokenizer, "target", summaries, options.max_target_length)
+    encoded = [
+        Encoded(example.id, source, target)
+        for example, source, target in zip(examples, sources, targets, strict=True)
+    ]
+    return encoded, Truncation(long_sources, long_targets, len(encoded))
+
+
+def _limited(
+    tokenizer: "PreTrainedTokenizerBase",
+    side: Literal["source", "target"],
+    texts: Sequence[str],
+    limit: int,
+    prompt: tuple[str, str] = ("", ""),
+) -> tuple[list[list[int]], int]:
+    """Token ids of the texts inside the prompt, at most `limit` each, and how many were cut."""
+    before, after = prompt
+
+    def tokenize(texts: Sequence[str], **more: bool) -> Any:
+        arguments: dict[str, Any] = {"text" if side == "source" else "text_target": list(texts)}
+        # "</s>" in a dialogue is four characters: without split_special_tokens it ends the text.
+        return tokenizer(**arguments, **more, split_special_tokens=True, verbose=False)
+
+    opening = tokenize(["x"], return_special_tokens_mask=True)["special_tokens_mask"][0].index(0)
+    ending = tokenize([after])["input_ids"][0][opening:]  # the prompt's end, then </s>
+    if (used := len(tokenize([before + after])["input_ids"][0])) >= limit:
+        raise UserError(f"--max-{side}-length {limit}: prompt and special tokens alone take {used}")
+    rows, cut = list[list[int]](), 0
+    for start in range(0, len(texts), 512):  # not all at once: the tokenizer keeps 120 B a token
+        chunk = [before + text + after for text in texts[start : start + 512]]
+        for row in tokenize(chunk)["input_ids"]:
+            cut += len(row) > limit
+            rows.append(row if len(row) <= limit else row[: limit - len(ending)] + ending)
+    return rows, cut
+
+
+# Batching -----------------------------------------------------------------------------------------
+
+
+def batches(
+    lengths: Sequence[tuple[int, int]], batch_size: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """Batches of indexes into `lengths` for one epoch: random, of similar length within a batch.
+
+    `lengths` are (source, target) in tokens. Shuffled examples are sorted in chunks of 100 batches,
+    by target among sources that differ by less than 8, cut, and the batches shuffled: there is
+    little padding on either side. The result depends on the arguments only, so the position is all
+    that a run needs to resume within an epoch.
+    """
+    generator = random.Random(f"{seed} {epoch}")  # the global state stays as it is
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    found: list[list[int]] = []
+    for start in range(0, len(order), 100 * batch_size):
+        chunk = order[start : start + 100 * batch_size]
+        chunk.sort(key=lambda i: (lengths[i][0] // 8, lengths[i][1]))
+        found += _slices(chunk, batch_size)
+    generator.shuffle(found)
+    return found
+
+
+def by_length(encoded: Sequence[Encoded], batch_size: int) -> list[list[int]]:
+    """Batches of indexes, longest source first: too little memory shows in the first batch."""
+    order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index].source))
+    return _slices(order, batch_size)
+
+
+def _slices(order: list[int], size: int) -> list[list[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def collate(batch: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad b examples to the longest source, s tokens, and the longest target, t tokens.
+
+    The mask and the -100 follow from the lengths, not from the ids: a text may hold the pad token.
+    """
+    return {
+        "input_ids": _pad([row.source for row in batch], pad_token_id),  # (b, s)
+        "attention_mask": _pad([[1] * len(row.source) for row in batch], 0),  # (b, s), 1 on tokens
+        "labels": _pad([row.target for row in batch], IGNORED),  # (b, t)
+    }
+
+
+def _pad(rows: Sequence[list[int]], value: int) -> Tensor:
+    width = max(map(len, rows))
+    padded = [row + [value] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long)  # (b, width)

@@ -1,0 +1,1 @@
+"""Summaries by beam search, ROUGE, and the comparison of two models."""

@@ -1,0 +1,114 @@
+"""Two models' summaries of the same dialogues, scored and compared.
+
+Every score has a 95% bootstrap interval. The difference of the two models is paired by dialogue: it
+is the number to look at. Both models find the same dialogues hard, so the intervals of the two
+scores overlap more often than the difference is uncertain.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..data.reading import Example
+from ..errors import UserError
+from .rouge import MEASURES, Interval, bootstrap, rouge
+
+
+@dataclass(frozen=True)
+class Summary:
+    text: str
+    tokens: int
+    """As transformers counts gen_len: with start and end tokens, without padding."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A dialogue with its reference and both models' summaries."""
+
+    id: str
+    dialogue: str
+    reference: str
+    base: str
+    finetuned: str
+    rouge1_base: float
+    rouge1_finetuned: float
+
+    @property
+    def gain(self) -> float:
+        """In ROUGE-1, by the fine-tuning."""
+        return self.rouge1_finetuned - self.rouge1_base
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    data: str
+    split: str
+    generation: dict[str, Any]
+    intervals: dict[str, dict[str, Interval]]
+    """By side ("base", "finetuned", "difference") and measure (`MEASURES`)."""
+    examples: list[Compared]
+    """In the order of the data."""
+
+    @property
+    def n(self) -> int:
+        return len(self.examples)
+
+    @property
+    def base(self) -> dict[str, float]:
+        """The mean of each measure."""
+        return {name: interval.mean for name, interval in self.intervals["base"].items()}
+
+    @property
+    def finetuned(self) -> dict[str, float]:
+        return {name: interval.mean for name, interval in self.intervals["finetuned"].items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of evaluation.json: [low, high], and [mean, low, high] for differences."""
+        bounds = {
+            side: {m: list(x if side == "difference" else x[1:]) for m, x in row.items()}
+            for side, row in self.intervals.items()
+        }
+        return {
+            "data": self.data,
+            "split": self.split,
+            "n": self.n,
+            "base": self.base,
+            "finetuned": self.finetuned,
+            "intervals": bounds,
+            "generation": self.generation,
+            "examples": [asdict(example) for example in self.examples],
+        }
+
+
+def compare(
+    base: Sequence[Summary],
+    finetuned: Sequence[Summary],
+    examples: Sequence[Example],
+    *,
+    data: str = "",
+    split: str = "test",
+    generation: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Score both models' summaries of the same dialogues, all in the order of `examples`.
+
+    Raises:
+        UserError: there are no dialogues.
+    """
+    if not examples:
+        raise UserError(f"nothing to evaluate: the {split} split of {data} holds no dialogue")
+    before, after = _measure(base, examples), _measure(finetuned, examples)
+    change = [{m: b[m] - a[m] for m in MEASURES} for a, b in zip(before, after, strict=True)]
+    intervals = {
+        side: {m: bootstrap([row[m] for row in rows]) for m in MEASURES}
+        for side, rows in (("base", before), ("finetuned", after), ("difference", change))
+    }
+    compared = [
+        Compared(e.id, e.dialogue, e.summary, b.text, f.text, r["rouge1"], s["rouge1"])
+        for e, b, f, r, s in zip(examples, base, finetuned, before, after, strict=True)
+    ]
+    return Evaluation(data, split, dict(generation or {}), intervals, compared)
+
+
+def _measure(summaries: Sequence[Summary], examples: Sequence[Example]) -> list[dict[str, float]]:
+    scores = rouge([s.text for s in summaries], [example.summary for example in examples])
+    return [row | {"gen_len": s.tokens} for row, s in zip(scores, summaries, strict=True)]

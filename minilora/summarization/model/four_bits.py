@@ -1,0 +1,119 @@
+"""A base model read into four bits: each weight is quantized as it is read from the file.
+
+transformers reads a checkpoint tensor by tensor and asks a "quantizer" about each one; this file
+has ours. So the peak memory is the quantized model plus one weight, and shards, renamed keys and
+tied weights work as usual.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from minilora import LoRAConfig
+from minilora.quantize import NF4Linear, select_linears
+from minilora.targets import select
+
+from ..errors import UserError
+
+METHOD = "minilora_nf4"
+
+
+@register_quantization_config(METHOD)
+class FourBits(QuantizationConfigMixin):
+    """What `from_pretrained(quantization_config=...)` takes.
+
+    Args:
+        apart: an adapter's configuration whose targets stay as they are, since LoftQ quantizes
+            them itself.
+    """
+
+    def __init__(self, apart: LoRAConfig | None = None) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.apart = apart
+        self.refused: list[str] = []
+        """Why weights could not be quantized."""
+
+
+@register_quantizer(METHOD)
+class _Quantizer(HfQuantizer):
+    """Chooses the linears before a value is read, and quantizes them one by one."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        assert isinstance(config, FourBits)
+        apart = set(select(model, config.apart)) if config.apart else set()
+        self.refused = config.refused
+        self.weights = {f"{name}.weight" for name in select_linears(model) if name not in apart}
+
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
+        return param_name in self.weights
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class _Quantize(ConversionOps):
+    def __init__(self, quantizer: _Quantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **kwargs: Any) -> dict[str, Any]:
+        """Replace the linear by an NF4Linear; transformers has nothing left to set."""
+        model, name = kwargs["model"], kwargs["full_layer_name"]
+        value = next(iter(input_dict.values()))
+        weight: torch.Tensor = value[0] if isinstance(value, list) else value
+        path = name.removesuffix(".weight")
+        linear = model.get_submodule(path)
+        if weight.shape != linear.weight.shape:
+            self.quantizer.weights.discard(name)  # check_complete names it
+            return input_dict
+        try:
+            quantized = NF4Linear(linear, weight=weight)
+        except ValueError as error:
+            self.quantizer.refused.append(f"{path}: {error}")
+            return input_dict
+        quantized._is_hf_initialized = True  # type: ignore[assignment]
+        parent, _, last = path.rpartition(".")
+        setattr(model.get_submodule(parent), last, quantized)
+        kwargs["missing_keys"].discard(name)
+        return {}
+
+
+@contextmanager
+def refusals(config: FourBits | None, name: str) -> Iterator[None]:
+    """Around `from_pretrained`: a weight that cannot be quantized is named in one line.
+
+    Raises:
+        UserError: a weight holds an infinity or NaN.
+    """
+    yield
+    if config is not None and config.refused:
+        raise UserError(f"model {name}: {config.refused[0]}")
+
+
+def forget(model: nn.Module) -> None:
+    """Remove transformers' marks of a quantized model: it has NF4Linear layers, and that is all."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, HfQuantizer):
+        quantizer.remove_quantization_config(model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = False

@@ -1,0 +1,246 @@
+"""The base model and its tokenizer, from a directory or the hub."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from minilora.files import PARTIAL
+
+from ..data.batches import Encoded
+from ..errors import UserError, one_line
+from ..files import put_directory
+from ..presets import embedded, local_path
+from ..settings import RunConfig
+from .four_bits import FourBits, forget, refusals
+
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def load_model(
+    name: str, device: torch.device, four_bits: FourBits | None = None
+) -> PreTrainedModel:
+    """An encoder-decoder in float32, in evaluation mode. Safetensors only, never remote code.
+
+    Args:
+        name: a directory that `save_pretrained` wrote, a hub name, or pocket-bart.
+        device: where to put it.
+        four_bits: read the weights of its linears into four bits, all but the output head's.
+
+    Raises:
+        UserError: there is no such model, its weights are missing, incomplete or damaged, or it is
+            not an encoder-decoder.
+    """
+    with refusals(four_bits, name), loading(name) as source:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if not config.is_encoder_decoder:
+            raise UserError(
+                f"model {name}: a {config.model_type} model, which is not an encoder-decoder"
+            )
+        _check_weights(name, Path(source))
+        model, info = AutoModelForSeq2SeqLM.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # check_complete names them
+            output_loading_info=True,
+            quantization_config=four_bits,
+        )
+        forget(model)
+    check_complete(name, info)
+    assert isinstance(model, PreTrainedModel)
+    model.eval().to(device)
+    return model
+
+
+def check_complete(name: str, info: Mapping[str, Any]) -> None:
+    """Refuse a model for which transformers did not find every weight: it would draw random ones.
+
+    Args:
+        name: its name in messages.
+        info: from `from_pretrained(..., ignore_mismatched_sizes=True, output_loading_info=True)`.
+
+    Raises:
+        UserError: a weight is missing, or its shape does not agree with config.json.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"model {name}: its weights lack {len(missing)} tensors ({missing[0]}, ...): the file "
+            "is incomplete or belongs to another architecture"
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, stored, wanted = mismatched[0]
+        raise UserError(
+            f"model {name}: {key} is {tuple(stored)} in the weights, but {tuple(wanted)} in "
+            f"config.json ({len(mismatched)} such tensors): they belong to different models"
+        )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in the model's directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    with loading(name, "its tokenizer: ") as source:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    # Where the files are missing, transformers 5 makes a tokenizer without words.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise UserError(f"model {name}: there is no tokenizer beside it, such as tokenizer.json")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"model {name}: its tokenizer has no padding token")
+    return tokenizer
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write both as a directory that `load_model`, or plain transformers, reads; atomically.
+
+    Raises:
+        OSError: it cannot be written; an older model there is unchanged.
+    """
+    new = directory.with_name(f".{directory.name}{PARTIAL}")
+    shutil.rmtree(new, ignore_errors=True)
+    with _quiet():
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    put_directory(new, directory)
+
+
+def adapter_directory(name: str) -> Path:
+    """The directory of a run or an adapter; a hub name is downloaded.
+
+    Only the adapter's two files are fetched, into huggingface_hub's cache.
+
+    Raises:
+        UserError: there is no such directory, and the hub does not have it.
+    """
+    path = local_path(name)
+    if path.is_dir():
+        return path
+    # `runs/misspelt` has the form of a hub name; but there is a folder `runs` here.
+    if len(path.parts) != 2 or name.startswith((".", "/", "~")) or path.parent.is_dir():
+        raise UserError(f"{name}: no such directory; name a run or an adapter")
+    try:
+        with _quiet(bars=True):
+            directory = Path(snapshot_download(name, allow_patterns=ADAPTER_FILES))
+    except Exception as error:  # the network, the hub and its cache raise many kinds
+        raise UserError(
+            f"{name}: no such directory, and the hub does not have it: {one_line(error, name=True)}"
+        ) from None
+    if not (directory / ADAPTER_FILES[0]).is_file():
+        raise UserError(f"{name}: the hub has it, but without {ADAPTER_FILES[0]}: it is no adapter")
+    return directory
+
+
+def limit_lengths(run: RunConfig, model: PreTrainedModel) -> RunConfig:
+    """The settings with lengths cut to the positions of the model (T5 has no such limit)."""
+
+    def limit(side: str, wanted: int) -> int:
+        config = model.config  # LED has two numbers
+        names = (f"max_{side}_position_embeddings", "max_position_embeddings")
+        positions = [getattr(config, name, None) for name in names]
+        return min([wanted, *(n for n in positions if isinstance(n, int))])
+
+    return replace(
+        run,
+        data=replace(
+            run.data,
+            max_source_length=limit("encoder", run.data.max_source_length),
+            max_target_length=limit("decoder", run.data.max_target_length),
+        ),
+        generation=replace(run.generation, max_length=limit("decoder", run.generation.max_length)),
+    )
+
+
+def check_vocabulary(model: PreTrainedModel, encoded: Sequence[Encoded], name: str) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    The ids count, not the tokenizer's size: bart-large-cnn's tokenizer has one token more than the
+    model, <mask>, which no dialogue contains.
+
+    Raises:
+        UserError: the tokenizer belongs to another model.
+    """
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Module)
+    weight = embeddings.weight
+    assert isinstance(weight, torch.Tensor)
+    rows = weight.shape[0]  # (vocabulary, d)
+    largest = max(max(*row.source, *row.target) for row in encoded)
+    if largest >= rows:
+        raise UserError(
+            f"model {name}: its tokenizer has token {largest:,}, but it has only {rows:,} "
+            "embeddings: the tokenizer belongs to another model"
+        )
+
+
+@contextmanager
+def loading(name: str, what: str = "") -> Iterator[str]:
+    """Where to load `name` from. Inside the block every error of transformers ends in one line."""
+    source, is_local = _locate(name)
+    try:
+        with _quiet(bars=not is_local):  # the bar of a download is shown
+            yield source
+    except UserError:
+        raise
+    except Exception as error:
+        where = "" if is_local else "no such directory, and the hub does not have it: "
+        raise UserError(f"model {name}: {what}{where}{one_line(error, name=True)}") from None
+
+
+@contextmanager
+def _quiet(bars: bool = False) -> Iterator[None]:
+    """Inside the block transformers prints no warnings, and bars only if `bars`."""
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _locate(name: str) -> tuple[str, bool]:
+    """The directory or hub name to load from, and whether it is a directory."""
+    source = embedded(name)
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or not source
+    path = local_path(name)
+    if source and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model {name}: the directory has no config.json; is it a model?")
+        return str(path), True
+    if looks_like_path or path.exists():
+        raise UserError(f"model {name}: no such directory")
+    return source, False
+
+
+def _check_weights(name: str, directory: Path) -> None:
+    if not directory.is_dir() or any(directory.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for file in directory.glob("*.bin"))
+    hint = (
+        f"; {pickles[0]} is a pickle, which can run any code when loaded: load it with "
+        "transformers where you trust it, and save it again"
+        if pickles
+        else ""
+    )
+    raise UserError(f"model {name}: the directory holds no weights (model.safetensors){hint}")

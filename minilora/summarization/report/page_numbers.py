@@ -1,0 +1,120 @@
+"""The report in numbers: what was trained, its cost, and the scores before and after."""
+
+from collections.abc import Sequence
+
+from ..evaluation.rouge import METRICS, Interval
+from .page_parts import BASE, NAMES, html_figure, html_table, run_colour, run_name, tag
+from .plots import escape, interval_chart, swatch
+from .runs import Run
+
+# What was trained ---------------------------------------------------------------------------------
+
+
+def cost(runs: Sequence[Run]) -> str:
+    rows = [_facts(run) for run in runs]
+    if len(runs) == 1:
+        tiles = "".join(
+            f"<div><dt>{label}</dt><dd>{value}<small>{more}</small></dd></div>"
+            for label, (value, more) in rows[0].items()
+        )
+        return f'<dl class="tiles">{tiles}</dl>'
+    body = [
+        [run_name(run, i), *(f"{value} <small>{more}</small>" for value, more in row.values())]
+        for i, (run, row) in enumerate(zip(runs, rows, strict=True))
+    ]
+    notices = []
+    for run in runs:
+        if run.end is None:
+            notices.append(f"{escape(run.name)}: training is not finished.")
+        if run.evaluation is None:
+            notices.append(f"{escape(run.name)}: not scored, it has no evaluation.json.")
+    found = "".join(tag("p", notice, "notice") for notice in notices)
+    return found + html_table("What was trained", ["run", *rows[0]], body, "numbers")
+
+
+def _facts(run: Run) -> dict[str, tuple[str, str]]:
+    """Label: (value, a remark)."""
+    trained = total = share = "–"
+    if run.start:
+        some, all_ = run.start["trainable"], run.start["total"]
+        trained, total, share = f"{some:,}", f"{all_:,}", f"{100 * some / all_:.2f}%"
+    modules = f"in {len(run.spectra)} modules" if run.spectra else ""
+    peak = run.end["peak_bytes"] / 2**20 if run.end else 0
+    chosen, score = "–", ""
+    if best := run.best:
+        chosen, score = f"epoch {best['epoch']:.0f}", f"ROUGE-1 {best['rouge1']:.1f}"
+    return {
+        "trained parameters": (trained, modules),
+        "share of the model": (share, f"of {total}" if run.start else ""),
+        "time": (_duration(run.seconds), "training and validation" if run.end else "so far"),
+        "peak memory": (f"{peak:,.0f} MiB" if peak else "–", ""),
+        "steps": (f"{len(run.steps):,}", _epochs(run)),
+        "best validation": (chosen, score),
+    }
+
+
+def _epochs(run: Run) -> str:
+    count = len(run.validations)
+    return f"in {count} epoch{'s' * (count != 1)}" if count else "the first epoch not yet over"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+# Before and after ---------------------------------------------------------------------------------
+
+
+def before_and_after(runs: Sequence[Run]) -> str:
+    scored = [(i, run, run.evaluation) for i, run in enumerate(runs) if run.evaluation is not None]
+    if not scored:
+        return ""
+    one = len(runs) == 1
+    same_base = len({str(e.intervals["base"]) for _, _, e in scored}) == 1
+    lines: list[tuple[str, str, dict[str, Interval]]] = []
+    for i, run, evaluation in scored:
+        if not same_base or i == scored[0][0]:
+            of = "base" if same_base else f"base of {run.name}"
+            lines.append((of, BASE, evaluation.intervals["base"]))
+        name = "fine-tuned" if one else run.name
+        lines.append((name, run_colour(i), evaluation.intervals["finetuned"]))
+    marks = [(NAMES[m], [(name, colour, row[m]) for name, colour, row in lines]) for m in METRICS]
+    figure = html_figure(
+        interval_chart("ROUGE before and after with 95% intervals", marks, "F1 × 100"),
+        [(swatch(colour, dots=True), name) for name, colour, _ in lines],
+        "Means with 95% bootstrap intervals. Both models find the same dialogues hard, so the "
+        "paired difference in the table says more than whether the bars overlap.",
+    )
+    rows = []
+    for metric, label in NAMES.items():
+        for i, run, evaluation in scored:
+            first = label if one else f"{label} {run_name(run, i)}"
+            sides = [evaluation.intervals[side][metric] for side in ("base", "finetuned")]
+            change = evaluation.intervals["difference"][metric]
+            kind = "up" if change.low > 0 else "down" if change.high < 0 else ""
+            difference = _html(change, "+.2f")
+            if kind and metric != "gen_len":  # shorter is neither better nor worse
+                difference = tag("span", difference, f"clear {kind}")
+            rows.append([first, *map(_html, sides), difference])
+    head = ["" if one else "measure, run", "base", "fine-tuned", "difference, paired"]
+    table = html_table("ROUGE before and after", head, rows, "numbers stacked")
+    words = "".join(f"<p>{_counts(run, one)}</p>" for _, run, _ in scored)
+    words += "<p>Square brackets hold 95% intervals; a difference is bold where it excludes 0.</p>"
+    words = tag("div", words, "words")
+    if one:
+        return f'<div class="pair">{figure}<div>{table}{words}</div></div>'
+    return f'<div class="pair">{figure}<div>{words}</div></div>{table}'
+
+
+def _html(x: Interval, spec: str = ".2f") -> str:
+    return f"{x.mean:{spec}} <small>[{x.low:{spec}}, {x.high:{spec}}]</small>"
+
+
+def _counts(run: Run, one: bool) -> str:
+    assert run.evaluation is not None
+    gains = [example.gain for example in run.evaluation.examples]
+    up, down = sum(g > 0 for g in gains), sum(g < 0 for g in gains)
+    who, same = "" if one else f"{escape(run.name)}: ", len(gains) - up - down
+    return f"{who}ROUGE-1 rose on {up:,} dialogues, fell on {down:,} and stayed on {same:,}."

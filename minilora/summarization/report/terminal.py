@@ -1,0 +1,130 @@
+"""The text on the terminal: scores, dialogues, and how a run went."""
+
+import re
+import shlex
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from minilora.quantize import quantize_report
+
+from .. import processes
+from ..evaluation.compare import Evaluation
+from ..evaluation.rouge import MEASURES
+from ..training.session import Session, trained_path
+from ..training.trainer import Outcome
+
+
+def first(evaluation: Evaluation, k: int = 3) -> list[int]:
+    """Positions of the first `k` dialogues: a sample that no score has chosen."""
+    return list(range(min(k, evaluation.n)))
+
+
+def most_changed(evaluation: Evaluation, k: int = 3) -> list[int]:
+    """Positions of the `k` dialogues whose ROUGE-1 changed most, up or down."""
+    return sorted(range(evaluation.n), key=lambda i: -abs(evaluation.examples[i].gain))[:k]
+
+
+def format_comparison(evaluation: Evaluation) -> str:
+    """The scores as a plain text table."""
+    base, finetuned, change = (evaluation.intervals[k] for k in ("base", "finetuned", "difference"))
+    table = [("", "base", "fine-tuned", "difference")]
+    table += [(m, f"{base[m]:.2f}", f"{finetuned[m]:.2f}", f"{change[m]:+.2f}") for m in MEASURES]
+    wide = [max(map(len, column)) for column in zip(*table, strict=True)]
+    title = (
+        f"{evaluation.n} dialogues, {evaluation.split} split of {evaluation.data}. ROUGE as "
+        "F1 x 100, gen_len in tokens: mean [95% bootstrap interval]; the difference is paired."
+    )
+    lines = [textwrap.fill(printable(title), 100)]
+    for name, *cells in table:
+        right = (f"{cell:>{width}}" for cell, width in zip(cells, wide[1:], strict=True))
+        lines.append("  ".join([f"{name:<{wide[0]}}", *right]))
+    if unseen := sum(not re.search("[a-z0-9]", e.reference.lower()) for e in evaluation.examples):
+        lines.append(f"{unseen} references score 0: rouge_score reads a-z and 0-9 only.")
+    return "\n".join(lines)
+
+
+def format_examples(evaluation: Evaluation, which: Sequence[int], dialogue_lines: int = 12) -> str:
+    """The dialogues at these positions, cut to so many lines, above the three summaries."""
+    return "\n\n".join(_format_example(evaluation, i, dialogue_lines) for i in which)
+
+
+def _format_example(evaluation: Evaluation, position: int, dialogue_lines: int) -> str:
+    example = evaluation.examples[position]
+    dialogue = [line for turn in example.dialogue.splitlines() for line in _wrap(turn)]
+    if (more := len(dialogue) - dialogue_lines) > 1:  # the notice is a line too
+        dialogue[dialogue_lines:] = [f"... {more} more lines"]
+    lines = [
+        f"[{position + 1} of {evaluation.n}] {printable(example.id)}, ROUGE-1: "
+        f"base {example.rouge1_base:.2f}, fine-tuned {example.rouge1_finetuned:.2f}"
+    ]
+    for label, texts in (
+        ("dialogue", dialogue),
+        ("reference", _wrap(example.reference)),
+        ("base", _wrap(example.base)),
+        ("fine-tuned", _wrap(example.finetuned)),
+    ):
+        texts = texts or ["(empty)"]
+        lines += [f"  {label:<10}  {texts[0]}", *(" " * 14 + text for text in texts[1:])]
+    return "\n".join(lines)
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(printable(text), 86)
+
+
+def printable(text: str) -> str:
+    """Without control characters, which a terminal executes, and lone surrogates, which raise."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text)
+
+
+def header(session: Session, output: Path) -> str:
+    """What will be trained, on which data, and into which directory."""
+    run, train, validation = session.run, session.splits["train"], session.splits["validation"]
+    count = processes.world_size()
+    shared = f", {count} processes that share each batch" if count > 1 else ""
+    precision = str(session.autocast_dtype or "float32").removeprefix("torch.")
+    report, sizes = session.report, f"{len(train):,} dialogues to train, {len(validation):,}"
+    trained = f"{report.trainable:,} trainable of {report.total:,} parameters"
+    lines = [
+        f"{run.model.model} on {run.data.data}: {sizes} to validate; {session.device.type}, "
+        f"{precision}{shared}",
+        f"{run.model.method}: {report if report.modules else trained}",
+    ]
+    if run.model.method == "qlora":
+        lines.append(str(quantize_report(session.model)))
+    return "\n".join([*lines, f"run: {output}"])
+
+
+def summary(
+    session: Session,
+    outcome: Outcome,
+    output: Path,
+    seconds: float,
+    evaluate: str,
+    page: Path | None = None,
+) -> str:
+    """What the run cost, and how to use its result.
+
+    Args:
+        seconds: of the whole process, with set-up and scoring.
+        evaluate: the command that scores and summarizes.
+        page: where report.html is, if it was written.
+    """
+    report, progress = session.report, outcome.progress
+    share = 100 * report.trainable / report.total
+    return "\n".join(
+        [
+            f"trainable parameters  {report.trainable:,} of {report.total:,} ({share:.4f}%)",
+            f"time                  {_duration(seconds)}, of which training and validation took "
+            f"{_duration(progress.seconds)} ({progress.step:,} steps)",
+            f"peak memory           {outcome.peak_bytes / 2**20:,.0f} MiB",
+            f"saved                 {trained_path(output, session.run)}",
+            *([f"report                {page}"] if page else []),
+            f"summarize a chat      {evaluate} {shlex.quote(str(output))} --text chat.txt",
+        ]
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"

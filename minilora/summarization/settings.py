@@ -1,0 +1,234 @@
+"""Every setting of a run.
+
+Each field of the dataclasses below is a flag of `train.py`: `metadata["help"]` is its help text,
+the class's `_argument_group_name` its heading. A preset lists the fields that differ from the
+defaults, and a run's `config.json` holds the values of all of them.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from types import UnionType
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+from .errors import UserError
+from .presets import PRESETS
+
+# The ranges that argparse does not check by the type.
+POSITIVE = (
+    *("epochs", "learning_rate", "batch_size", "accumulate", "beams", "validation_beams"),
+    *("evaluation_batch_size", "keep_checkpoints", "max_source_length", "max_target_length"),
+)
+NOT_NEGATIVE = (
+    *("max_steps", "clip", "weight_decay", "validation_limit", "min_length", "no_repeat_ngram"),
+    *("checkpoint_minutes", "checkpoint_steps", "seed"),
+)
+
+
+def _flag(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelOptions:
+    _argument_group_name = "model"
+
+    model: str = _flag("pocket-bart", "directory or hub name of the base model, or pocket-bart")
+    method: Literal["lora", "qlora", "full"] = _flag(
+        "lora", "lora trains an adapter, qlora one on a base in 4 bits, full every parameter"
+    )
+    device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag(
+        "auto", "auto: bf16 if it is faster, fp16 on old GPUs, else fp32"
+    )
+    seed: int = _flag(0, "seed of the adapter's start, the order of the batches and dropout")
+
+
+@dataclass
+class DataOptions:
+    _argument_group_name = "data"
+
+    data: str = _flag(
+        "minichat",
+        "bookings, minichat, minichat-hard, a hub name, a file (.json, .jsonl, .csv), or a directory with train, "
+        "validation and test files",
+    )
+    dialogue_column: str = _flag("dialogue", "column with the text to summarize")
+    summary_column: str = _flag("summary", "column with the reference summary")
+    prompt_before: str = _flag("", "text put before every dialogue (\\n is a line break)")
+    prompt_after: str = _flag("", "text put after every dialogue")
+    max_source_length: int = _flag(512, "longer dialogues are cut (tokens, with prompt)")
+    max_target_length: int = _flag(128, "longer reference summaries are cut (tokens)")
+    skip_bad_rows: bool = _flag(False, "leave malformed rows out instead of stopping")
+
+
+@dataclass
+class AdapterOptions:
+    _argument_group_name = "adapter (LoRA, Hu et al. 2021)"
+
+    rank: int = _flag(8, "r: rows of A, columns of B")
+    alpha: float = _flag(32.0, "numerator of the scale s = alpha / r")
+    dropout: float = _flag(0.05, "dropout probability of the adapter's input")
+    targets: list[str] = _flag(
+        ["q_proj", "v_proj"], "names of the linears to adapt, a regular expression, or all-linear"
+    )
+    exclude: list[str] = _flag([], "names among the targets to leave alone")
+    rslora: bool = _flag(False, "scale s = alpha / sqrt(r) (Kalajdzievski 2023)")
+    init: Literal["kaiming", "gaussian", "loftq"] = _flag(
+        "kaiming", "how A starts (B is zero); loftq: A and B from the error of the 4 bits"
+    )
+
+
+@dataclass
+class TrainingOptions:
+    _argument_group_name = "training"
+
+    epochs: int = _flag(5, "passes over the training split")
+    max_steps: int = _flag(0, "stop after so many optimizer steps; 0: no limit")
+    learning_rate: float | None = _flag(None, "peak of the schedule; default: the preset's")
+    warmup: float = _flag(0.06, "share of the steps over which the learning rate rises")
+    weight_decay: float = _flag(0.0, "decoupled weight decay (AdamW)")
+    batch_size: int = _flag(8, "dialogues in a batch, over all processes")
+    accumulate: int = _flag(1, "batches in an optimizer step")
+    compile: bool = _flag(False, "torch.compile the layers: slow to start, then faster")
+    checkpoint_activations: bool = _flag(False, "compute layers twice to save memory")
+    clip: float = _flag(1.0, "largest norm of the gradient; 0: no clipping")
+    validation_beams: int = _flag(1, "beams when the best epoch is chosen; 1 is greedy")
+    validation_limit: int = _flag(0, "validation dialogues summarized per epoch; 0: all")
+
+
+@dataclass
+class GenerationOptions:
+    """Length belongs to the task: bart-large-cnn's own min_length 56 ruins short summaries."""
+
+    _argument_group_name = "decoding"
+
+    beams: int = _flag(4, "beams of the search; 1 is greedy")
+    min_length: int = _flag(40, "fewest tokens of a summary")
+    max_length: int = _flag(80, "most tokens of a summary")
+    length_penalty: float = _flag(1.0, "above 1 prefers longer beams, below 1 shorter ones")
+    no_repeat_ngram: int = _flag(3, "no n-gram of this size occurs twice; 0: no such rule")
+    evaluation_batch_size: int = _flag(32, "dialogues a process summarizes at once")
+
+
+@dataclass
+class OutputOptions:
+    _argument_group_name = "output"
+
+    output: str | None = _flag(None, "directory of the run; default: runs/NAME")
+    resume: str | None = _flag(None, "run directory to resume")
+    accept_changes: bool = _flag(False, "resume although settings, data or base model changed")
+    checkpoint_minutes: float = _flag(10.0, "minutes between two checkpoints within an epoch")
+    checkpoint_steps: int = _flag(0, "steps between two checkpoints, besides the minutes; 0: none")
+    keep_checkpoints: int = _flag(2, "newest checkpoints to keep, besides the best")
+    evaluate: bool = _flag(True, "compare base and fine-tuned model on the test split at the end")
+    report: bool = _flag(True, "write report.html at the end")
+
+
+@dataclass
+class RunConfig:
+    """All settings of a run, by group."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    preset: str = "pocket"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat: one entry per flag."""
+        flat: dict[str, Any] = {"preset": self.preset}
+        for group in GROUPS:
+            flat.update(asdict(getattr(self, group)))
+        return flat
+
+    @classmethod
+    def from_dict(cls, flat: dict[str, Any]) -> "RunConfig":
+        """Inverse of `to_dict`. A missing entry takes its default, one of `REMOVED` is ignored.
+
+        Raises:
+            UserError: an entry is unknown, or of another type than the flag's.
+        """
+        known: dict[str, Any] = {"preset": Literal[tuple(PRESETS)]}
+        for kind in GROUPS.values():
+            known |= get_type_hints(kind)
+        flat = {name: value for name, value in flat.items() if name not in REMOVED}
+        if unknown := sorted(set(flat) - set(known)):
+            raise UserError(f"unknown settings: {', '.join(unknown)}")
+        for name, value in flat.items():
+            if not _is_of(value, known[name]):
+                kind = getattr(known[name], "__name__", "") if known[name] in (str, int) else ""
+                wanted = kind or str(known[name]).removeprefix("typing.")
+                raise UserError(f"{name} is {value!r}, not of type {wanted}")
+        groups = {
+            group: kind(**{f.name: flat[f.name] for f in fields(kind) if f.name in flat})
+            for group, kind in GROUPS.items()
+        }
+        return cls(**cast(Any, groups), preset=flat.get("preset", "pocket"))
+
+    def check(self) -> None:
+        """Refuse values that argparse does not.
+
+        Raises:
+            UserError: a value out of its range, or settings that exclude each other.
+        """
+        flat = self.to_dict()
+        for name in POSITIVE:
+            if flat[name] is None or not 0 < flat[name] < math.inf:
+                raise UserError(f"{spelt(name)} must be above 0, not {flat[name]}")
+        for name in NOT_NEGATIVE:
+            if not flat[name] >= 0:  # NaN too
+                raise UserError(f"{spelt(name)} must be 0 or more, not {flat[name]}")
+        penalty, warmup = self.generation.length_penalty, self.training.warmup
+        if not math.isfinite(penalty):
+            raise UserError(f"--length-penalty must be finite, not {penalty}")
+        if self.model.seed >= 2**63:
+            raise UserError(f"--seed must be below 2^63, not {self.model.seed}")
+        if self.adapter.init == "loftq" and self.model.method != "qlora":
+            raise UserError("--init loftq requires --method qlora")
+        if not 0 <= warmup < 1:
+            raise UserError(f"--warmup is a share of the steps, from 0 to below 1, not {warmup}")
+
+
+def spelt(name: str) -> str:
+    """A setting as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value read from JSON is of a field's type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(_is_of(value, one) for one in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+GROUPS: dict[str, Any] = {
+    "model": ModelOptions,
+    "data": DataOptions,
+    "adapter": AdapterOptions,
+    "training": TrainingOptions,
+    "generation": GenerationOptions,
+    "output": OutputOptions,
+}
+
+# Settings of earlier versions: the default they had, and what does the same now.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "auto_batch_size": (False, "lower --batch-size and raise --accumulate"),
+    "skip_bad_batches": (False, "lower --learning-rate or use --precision fp32"),
+}
+
+
+def removed_settings(flat: dict[str, Any]) -> list[str]:
+    """A line for each removed setting that an older config.json has at another value."""
+    return [
+        f"{spelt(name)} (was {flat[name]!r}) was removed and has no effect: {instead}"
+        for name, (default, instead) in REMOVED.items()
+        if flat.get(name, default) != default
+    ]

@@ -1,0 +1,222 @@
+"""Checkpoints: the complete state of a run, in one directory that is written atomically.
+
+    checkpoints/step-00000120/            in mid-epoch, and -validated after an epoch's end
+        state.safetensors    trained parameters, AdamW's moments, random states
+        state.json           position, best score, GradScaler, fingerprints
+        SHA256SUMS           of both: `sha256sum -c SHA256SUMS` checks them
+
+Written beside, flushed, renamed. If the newest one is damaged, the one before is used. No pickle.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from minilora.files import write_directory
+
+from ..errors import UserError
+from ..files import remove_directory
+
+TENSORS, STATE, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    epoch: int = 0
+    """The current epoch, from 0."""
+    position: int = 0
+    """Optimizer steps taken in this epoch."""
+    best: float | None = None
+    """Best validation ROUGE-1 so far."""
+    best_step: int = 0
+    """The step of the best."""
+    seconds: float = 0.0
+    """Time spent training, validation included."""
+    log_bytes: int = 0
+    """Length of log.jsonl; a resumed run cuts off what was written after it."""
+
+
+class Damaged(ValueError):
+    """A checkpoint that is incomplete, or does not match its checksum."""
+
+
+def save_checkpoint(
+    directory: Path,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    origin: Mapping[str, str] | None = None,
+    keep: int = 2,
+    random: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write checkpoints/step-N; remove all but the newest `keep` and the one of the best score.
+
+    A complete one of this name is left as it is: a resumed run that stops before its next step has
+    nothing to add to it.
+
+    Args:
+        directory: the run's checkpoints/.
+        progress: where the run stands.
+        model: its trainable parameters are written, its frozen ones are not.
+        optimizer: AdamW.
+        scaler: fp16's, or a disabled one.
+        origin: the run's fingerprints, to be compared when it is resumed.
+        keep: how many of the newest to keep, 1 or more.
+        random: the `random_states` of all processes; with one process they are read here.
+
+    Raises:
+        OSError: the disk is full or read-only; the older checkpoints are unchanged.
+    """
+    target = directory / _name(progress.step, validated=progress.position == 0)
+    if not _is_complete(target):
+        tensors = {f"parameter.{name}": p.detach() for name, p in _trained(model).items()}
+        for name, parameter in _trained(model).items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        tensors |= random_states() if random is None else random
+        state = {"progress": asdict(progress), "scaler": scaler.state_dict()}
+        state["origin"] = dict(origin or {})
+        contents = {
+            TENSORS: safetensors.torch.save({k: t.cpu().contiguous() for k, t in tensors.items()}),
+            STATE: json.dumps(state, indent=2).encode() + b"\n",
+        }
+        sums = "".join(f"{_sum(name, content)}\n" for name, content in contents.items())
+        if target.exists():
+            remove_directory(target)
+        write_directory(target, contents | {SUMS: sums.encode()})
+    best = _name(progress.best_step, validated=True)
+    older = [path for path in newest_first(directory) if path.name <= target.name]
+    for path in newest_first(directory):
+        # One that is newer than `target` is damaged: this run was resumed from an older one.
+        if path not in older[:keep] and path.name != best:
+            remove_directory(path)
+    return target
+
+
+def load_checkpoint(
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    rank: int = 0,
+) -> tuple[Progress, dict[str, str], list[str]]:
+    """Restore model, optimizer, scaler and random states from the newest complete checkpoint.
+
+    A process `rank` that did not exist when it was written keeps its random states.
+
+    Returns:
+        The progress (a new one where there is no checkpoint), the run's fingerprints, and notices
+        about damaged checkpoints.
+
+    Raises:
+        UserError: there are checkpoints, but all are damaged; or it belongs to another model or
+            method.
+    """
+    notices = list[str]()
+    for path in newest_first(directory):
+        try:
+            tensors, state = read_checkpoint(path)
+            state["progress"].pop("rows_at_once", None)  # of --auto-batch-size, which was removed
+            progress = Progress(**state["progress"])
+        except (Damaged, TypeError, KeyError, AttributeError) as error:
+            notices.append(f"checkpoint {path} is damaged ({error}): the one before is used")
+            continue
+        _restore(path, tensors, model, optimizer)
+        set_random_states(tensors, rank)
+        if state["scaler"]:  # empty if the run computed without fp16
+            scaler.load_state_dict(state["scaler"])
+        return progress, state["origin"], notices
+    if notices:
+        raise UserError(
+            f"{directory}: all {len(notices)} checkpoints are damaged ({notices[0]}): restore one "
+            "from a copy, or start again with another --output"
+        )
+    return Progress(), {}, notices
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the state of a complete checkpoint.
+
+    Raises:
+        Damaged: a file is missing, cannot be read, or does not match its checksum.
+    """
+    try:
+        contents = {name: (path / name).read_bytes() for name in (TENSORS, STATE)}
+        for name, content in contents.items():
+            if _sum(name, content) not in (path / SUMS).read_text().splitlines():
+                raise Damaged(f"{name}: its checksum does not match")
+        return safetensors.torch.load(contents[TENSORS]), json.loads(contents[STATE])
+    except OSError as error:
+        raise Damaged(f"{Path(error.filename or path).name}: {error.strerror}") from None
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise Damaged(str(error)) from None
+
+
+def newest_first(directory: Path) -> list[Path]:
+    """A run's checkpoints, damaged ones too."""
+    return sorted(directory.glob("step-*"), reverse=True)
+
+
+def _name(step: int, validated: bool) -> str:
+    return f"step-{step:08d}" + ("-validated" if validated and step else "")
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        return bool(read_checkpoint(path))
+    except Damaged:
+        return False
+
+
+def _sum(name: str, content: bytes) -> str:
+    return f"{hashlib.sha256(content).hexdigest()}  {name}"
+
+
+def _restore(
+    path: Path, tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    trained = _trained(model)
+    stored = {key: t.shape for key, t in tensors.items() if key.startswith("parameter.")}
+    if stored != {f"parameter.{name}": p.shape for name, p in trained.items()}:
+        raise UserError(f"{path} holds other parameters than this run trains")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+    for name, parameter in trained.items():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if (value := tensors.get(f"optimizer.{key}.{name}")) is not None:
+                # fused AdamW needs `step` on the parameter's device too
+                optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+
+
+def random_states(rank: int = 0) -> dict[str, Tensor]:
+    """The random states of this process, which dropout uses: the CPU's and its own GPU's."""
+    states = {f"random.{rank}.cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states[f"random.{rank}.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: Mapping[str, Tensor], rank: int = 0) -> None:
+    """Inverse of `random_states`; a state that is missing stays as it is."""
+    if (state := states.get(f"random.{rank}.cpu")) is not None:
+        torch.set_rng_state(state)
+    if torch.cuda.is_initialized() and (state := states.get(f"random.{rank}.cuda")) is not None:
+        torch.cuda.set_rng_state(state)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,94 @@
+"""Data-parallel gradients: each process computes its shard, and the gradients are summed."""
+
+import inspect
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from .. import processes
+from .loss import summed_loss
+
+# torch 2.13 renamed the option. Buffers are the same in every process, since none of them trains.
+_NAMES = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers"
+
+
+class Replica:
+    """This process's copy of the model, whose gradients are the sums over all processes.
+
+    DistributedDataParallel sends the gradients of the parameters that train, and nothing else,
+    while the backward pass is still running (Li et al. 2020, section 3.2). By default it averages
+    them. Here they are summed, since each loss is divided by the target tokens of all processes.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.sent_bytes = 0
+        """Bytes of gradients sent since `take_sent`."""
+        self.summed = _SummedLoss(model)
+        self.parallel: DistributedDataParallel | None = None
+        if not processes.active():
+            return
+        # With LayerDrop each process skips other layers, so some gradients never arrive.
+        drops = [getattr(model.config, f"{side}_layerdrop", 0) for side in ("encoder", "decoder")]
+        self.parallel = DistributedDataParallel(
+            self.summed,
+            init_sync=False,  # all have read the same files and drawn the same start
+            **dict[str, Any]({_SYNC_BUFFERS: False}),
+            gradient_as_bucket_view=True,
+            find_unused_parameters=any(drops),
+        )
+        self.parallel.register_comm_hook(self, lambda self, bucket: _add_up(self, bucket))
+        # DDP arranges its buckets by the first backward pass. With the same first pass in every
+        # run, a resumed one adds in the same order and ends with the same bits.
+        self.parallel(None).backward()
+        model.zero_grad(set_to_none=True)
+        self.sent_bytes = 0
+
+    def loss(self, batch: dict[str, Tensor] | None, last: bool) -> Tensor:
+        """`summed_loss` of this process's shard of a batch: a scalar in nats.
+
+        Args:
+            batch: as `collate` makes it; None for an empty shard. Then the loss is 0, but its
+                backward pass takes part in the sum, for which the others wait.
+            last: whether the optimizer steps after this batch. Gradients are sent only then; those
+                of the batches before are accumulated.
+        """
+        if self.parallel is None:
+            loss: Tensor = self.summed(batch)
+            return loss
+        with nullcontext() if last else self.parallel.no_sync():
+            sent: Tensor = self.parallel(batch)
+        return sent
+
+    def take_sent(self) -> int:
+        sent, self.sent_bytes = self.sent_bytes, 0
+        return sent
+
+
+class _SummedLoss(nn.Module):
+    """DistributedDataParallel takes a module whose output is differentiated."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Tensor] | None) -> Tensor:
+        if batch is None:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            return torch.stack([(0.0 * parameter).sum().float() for parameter in trained]).sum()
+        return summed_loss(self.model, batch)[0]
+
+
+def _add_up(replica: Replica, bucket: Any) -> torch.futures.Future[Tensor]:
+    """DDP's communication hook: sum a bucket of gradients in place, and count its bytes."""
+    gradients = bucket.buffer()
+    replica.sent_bytes += gradients.nbytes
+    work = dist.all_reduce(gradients, async_op=True)
+    assert work is not None
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return future

@@ -1,0 +1,70 @@
+"""log.jsonl and the clock, both continued by a resumed run."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from minilora.files import write_file
+
+from .. import processes
+
+
+class Log:
+    """One JSON record a line, appended."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def write(self, kind: str, **values: Any) -> None:
+        """One record. JSON has no infinity and no NaN: they become null."""
+        record = {"kind": kind} | {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+
+    def flush(self) -> int:
+        """Write the log to the disk. Returns its length in bytes."""
+        self.file.flush()
+        if processes.rank() == 0:
+            os.fsync(self.file.fileno())
+        return self.file.tell()
+
+
+@contextmanager
+def open_log(path: Path, keep_bytes: int) -> Iterator[Log]:
+    """Continue a log after its first `keep_bytes`, those that the checkpoint has seen.
+
+    Only process 0 writes.
+    """
+    if processes.rank() == 0:
+        content = path.read_bytes()[:keep_bytes] if path.exists() else b""
+        if missing := keep_bytes - len(content):
+            print(f"note: {path} lacks {missing:,} bytes that were written", file=sys.stderr)
+        write_file(path, content)
+    with (path if processes.rank() == 0 else Path(os.devnull)).open("ab") as file:
+        yield Log(file)
+
+
+class Clock:
+    """Seconds of training, including those before a resume."""
+
+    def __init__(self, before: float) -> None:
+        self.start = time.monotonic() - before
+        self.mark()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def mark(self) -> None:
+        self.marked = time.monotonic()
+
+    def minutes_since_mark(self) -> float:
+        return (time.monotonic() - self.marked) / 60

@@ -1,0 +1,183 @@
+"""Data, tokenizer and model of a run: read, checked, and ready to train."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import minilora
+from minilora import InjectReport, LoRAConfig
+from minilora.files import write_file
+
+from .. import processes
+from ..data.batches import Encoded, collate, encode
+from ..data.reading import Example
+from ..data.splits import SPLITS, load
+from ..errors import UserError
+from ..evaluation.generate import generate_arguments
+from ..evaluation.rouge import rouge_is_installed
+from ..model import speed
+from ..model.device import autocast, choose_device, choose_precision
+from ..model.four_bits import FourBits
+from ..model.loading import check_vocabulary, limit_lengths, load_model, load_tokenizer, save_model
+from ..settings import RunConfig
+from .fingerprint import PLACES, fingerprints, place
+
+
+@dataclass
+class Split:
+    """Dialogues as text and as token ids, in the same order."""
+
+    examples: list[Example]
+    encoded: list[Encoded]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass
+class Session:
+    """Data, tokenizer and model of a run, before anything is written."""
+
+    run: RunConfig
+    """With lengths cut to the model's positions."""
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    splits: dict[str, Split]
+    """train and validation; test if the run ends with an evaluation."""
+    report: InjectReport
+    notices: list[str]
+    origin: dict[str, str]
+    """Fingerprints of what the run begins with, and where it computes."""
+
+    def autocast(self) -> torch.autocast:
+        return autocast(self.device, self.autocast_dtype)
+
+    def tensors(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
+        """A padded batch on the device; see `collate`."""
+        pad = self.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        return {key: t.to(self.device) for key, t in collate(batch, pad).items()}
+
+
+def open_session(run: RunConfig) -> Session:
+    """Load data, model and tokenizer and make the model ready to train.
+
+    Every error of a run's input is found here, before the first step.
+
+    Raises:
+        UserError: data or model are missing, malformed, or do not fit each other or the settings.
+        LoRAError: the adapter's settings do not fit the model.
+    """
+    device = processes.own_device(choose_device(run.model.device))
+    if (count := processes.world_size()) > run.training.batch_size:
+        raise UserError(
+            f"--batch-size {run.training.batch_size} is less than the {count} processes that "
+            "share each batch: raise it (and lower --accumulate), or start fewer"
+        )
+    config = adapter_config(run) if run.model.method != "full" else None
+    data, notices = load(run.data, SPLITS if run.output.evaluate else SPLITS[:2])
+    tokenizer = load_tokenizer(run.model.model)
+    model = load_model(run.model.model, device, four_bits(run, start=True))
+    run = limit_lengths(run, model)
+    generate_arguments(model, run.generation)  # refuses impossible settings
+    splits = {}
+    for name, examples in data.items():
+        encoded, truncation = encode(examples, tokenizer, run.data)
+        check_vocabulary(model, encoded, run.model.model)
+        splits[name] = Split(examples, encoded)
+        if truncation.sources or truncation.targets:
+            notices.append(f"{name}: {truncation}")
+    autocast_dtype = choose_precision(run.model.precision, device)
+    encoded_splits = {name: split.encoded for name, split in splits.items()}
+    if not rouge_is_installed():
+        without = "the validation loss chooses the best epoch, and nothing is scored at the end"
+        notices.append(f"rouge_score is not installed: {without}")
+    where = place(device, autocast_dtype, processes.world_size())
+    origin = fingerprints(data, encoded_splits, model) | where
+    torch.manual_seed(run.model.seed)  # the start of A, then dropout
+    if config:
+        report = minilora.inject(model, config)
+    else:
+        trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
+        report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
+    prepare(model, run, device, autocast_dtype)
+    began = {"start": processes.checksum(model), "settings": run.to_dict()}
+    processes.require_same({n: v for n, v in origin.items() if n not in PLACES} | began)
+    processes.seed_by_rank(run.model.seed)
+    parts = (model, tokenizer, splits, report, notices, origin)
+    return Session(run, device, autocast_dtype, *parts)
+
+
+def prepare(
+    model: PreTrainedModel, run: RunConfig, device: torch.device, autocast_dtype: torch.dtype | None
+) -> None:
+    """Make the training steps of the model cheap; see `speed`."""
+    speed.hold_frozen_linears(model, autocast_dtype)
+    speed.release_file(model)
+    speed.choose_attention(model, device)
+    if run.training.checkpoint_activations:
+        speed.checkpoint_activations(model)
+    if run.training.compile:
+        speed.compile_layers(model)
+
+
+def adapter_config(run: RunConfig) -> LoRAConfig:
+    """The library's configuration for a run's settings."""
+    options = run.adapter
+    return LoRAConfig(
+        rank=options.rank,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        targets=_targets(options.targets),
+        exclude=_targets(options.exclude) if options.exclude else (),
+        rslora=options.rslora,
+        init=options.init,
+        task_type="SEQ_2_SEQ_LM",
+    )
+
+
+def four_bits(run: RunConfig, start: bool = False) -> FourBits | None:
+    """How the base is read: in four bits for QLoRA.
+
+    Args:
+        run: its settings.
+        start: an adapter will be injected. LoftQ starts it from the targets' exact weights, so they
+            are quantized only then. The base is the same afterwards.
+    """
+    if run.model.method != "qlora":
+        return None
+    return FourBits(adapter_config(run) if start and run.adapter.init == "loftq" else None)
+
+
+def write_config(run: RunConfig, output: Path) -> None:
+    """config.json: every setting that a resumed run takes over."""
+    settings = run.to_dict() | {"resume": None, "accept_changes": False}
+    write_file(output / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
+
+
+def _targets(values: list[str]) -> str | tuple[str, ...]:
+    """A single value is a regular expression if it has a character that no module name has."""
+    if len(values) == 1 and not values[0].replace("_", "").replace(".", "").isalnum():
+        return values[0]
+    return tuple(values)
+
+
+def save_trained(session: Session, output: Path) -> None:
+    """Write the adapter (or, after a full fine-tune, the model); an atomic write."""
+    path = trained_path(output, session.run)
+    if session.run.model.method != "full":
+        minilora.save_adapter(session.model, path)
+    else:
+        save_model(session.model, session.tokenizer, path)
+
+
+def trained_path(output: Path, run: RunConfig) -> Path:
+    """The adapter of a run, or the model of a full fine-tune."""
+    return output / ("model" if run.model.method == "full" else "adapter")

@@ -1,0 +1,306 @@
+"""The training loop: from a base model and dialogues to the best adapter.
+
+output/
+    config.json      every setting, the learning rate resolved
+    log.jsonl        one record a line: start, step, validation, end
+    adapter/         the best by validation ROUGE-1 (model/ after --method full)
+    checkpoints/     for --resume
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import minilora
+
+from .. import processes
+from ..data.batches import Encoded
+from ..errors import UserError
+from ..files import sweep
+from ..model import speed
+from ..model.device import peak_bytes
+from .checkpoint import Progress, load_checkpoint, random_states, save_checkpoint
+from .ddp import Replica
+from .failures import BadBatch, out_of_memory, smaller_evaluation_batch, step_memory
+from .fingerprint import differences
+from .log import Clock, Log, open_log
+from .schedule import Group, epoch_groups, last_step, learning_rate
+from .session import Session, save_trained, write_config
+from .stopping import StopRequest, stop_requests
+from .validation import describe, selection_score, validate
+
+
+UPDATING = ("while AdamW updates the parameters", "--method lora trains fewer of them")
+
+
+@dataclass
+class Outcome:
+    """How a run ended."""
+
+    progress: Progress
+    interrupted: bool
+    peak_bytes: int
+
+
+def fit(session: Session, output: Path) -> Outcome:
+    """Train until the last step, or until Ctrl-C or SIGTERM; continue from `output`'s checkpoint.
+
+    Raises:
+        UserError: a loss that is not finite; its step and dialogues are named.
+        OSError: the output cannot be written.
+    """
+    trainer = Trainer(session, output)
+    for notice in trainer.restore():
+        print(f"note: {notice}", file=sys.stderr)
+    if session.run.output.accept_changes:  # the next resume compares with these
+        processes.on_rank0(lambda: write_config(session.run, output))
+    processes.on_rank0(lambda: sweep(output))
+    with trainer.open():
+        finished = trainer.run()
+    return Outcome(trainer.progress, not finished, peak_bytes(session.device))
+
+
+class Trainer:
+    """A run in progress: its optimizer, and where it stands."""
+
+    log: Log
+    bar: "tqdm[Any]"
+    stop: StopRequest
+
+    def __init__(self, session: Session, output: Path) -> None:
+        training = session.run.training
+        assert training.learning_rate is not None  # resolved by the command line
+        self.session, self.output = session, output
+        self.peak = training.learning_rate
+        self.last = last_step(training, len(session.splits["train"]))
+        self.warmup = max(1, round(training.warmup * self.last))
+        self.parameters = list(minilora.trainable_parameters(session.model))
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.peak, weight_decay=training.weight_decay, fused=True
+        )
+        fp16 = session.autocast_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(session.device.type, enabled=fp16)
+        self.replica = Replica(session.model)
+        self.progress = Progress()
+        self.clock = Clock(0.0)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Inside the block there are a log, a progress bar and handlers of Ctrl-C and SIGTERM."""
+        bar = tqdm(
+            total=self.last, initial=self.progress.step, unit="step", dynamic_ncols=True,
+            disable=None,  # no bar when stderr is not a terminal
+        )  # fmt: skip
+        log = open_log(self.output / "log.jsonl", self.progress.log_bytes)
+        with log as self.log, bar as self.bar, stop_requests() as self.stop:
+            yield
+
+    # The loop -------------------------------------------------------------------------------------
+
+    def train_epoch(self) -> bool:
+        """The optimizer steps that are left of this epoch. False if stopped before its end."""
+        for group in self.groups()[self.progress.position :]:
+            if self.progress.step == self.last:  # --max-steps
+                break
+            if processes.any_rank(self.stop.requested):
+                return False
+            self.advance(self.step(group))
+            if processes.any_rank(self.checkpoint_is_due()):
+                self.checkpoint()
+        return True
+
+    def step(self, group: Group) -> dict[str, Any]:
+        """One step of AdamW. The loss is the sum over all target tokens divided by their number."""
+        start, session = time.perf_counter(), self.session
+        target_tokens = sum(len(row.target) for batch in group for row in batch)
+        self.set_learning_rate()
+        session.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses: list[tuple[float, Sequence[Encoded]]] = []
+        with self.cheap_step(group):
+            for batch in group:  # one, or --accumulate
+                mine = processes.shard(batch)
+                with self.memory_for(mine):
+                    with session.autocast():
+                        tensors = session.tensors(mine) if mine else None
+                        loss = self.replica.loss(tensors, last=batch is group[-1])  # summed, nats
+                    self.scaler.scale(loss / target_tokens).backward()
+                losses.append((loss.item(), mine))
+        total = self.sum_losses(losses)
+        self.scaler.unscale_(self.optimizer)
+        norm = self.clip(group)
+        with out_of_memory(*UPDATING):
+            self.scaler.step(self.optimizer)  # skipped if fp16 overflowed
+        self.scaler.update()
+        return self.measures(group, total / target_tokens, norm, time.perf_counter() - start)
+
+    # Its neighbours -------------------------------------------------------------------------------
+
+    def groups(self) -> list[list[list[Encoded]]]:
+        run, train = self.session.run, self.session.splits["train"].encoded
+        return epoch_groups(train, run.training, run.model.seed, self.progress.epoch)
+
+    def set_learning_rate(self) -> None:
+        rate = learning_rate(self.progress.step, self.last, self.warmup, self.peak)
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = rate
+
+    def cheap_step(self, group: Group) -> AbstractContextManager[None]:
+        """On a CPU `speed.cheap_step`; not for layers that are compiled or computed twice."""
+        options = self.session.run.training
+        plain = options.compile or options.checkpoint_activations
+        if self.session.device.type != "cpu" or plain:
+            return nullcontext()
+        rows = [row for batch in group for row in batch]
+        longest = max(max(len(row.source), len(row.target)) for row in rows)
+        return speed.cheap_step(self.session.model, longest)
+
+    def memory_for(self, batch: Sequence[Encoded]) -> AbstractContextManager[None]:
+        return step_memory(batch, self.session.run.training, self.progress.step + 1)
+
+    def sum_losses(self, losses: Sequence[tuple[float, Sequence[Encoded]]]) -> float:
+        """The summed loss of the group, over all processes.
+
+        Raises:
+            BadBatch: it is not finite.
+        """
+        (total,) = processes.all_reduce_sum(sum(loss for loss, _ in losses))
+        if not math.isfinite(total):
+            bad = [row.id for loss, rows in losses if not math.isfinite(loss) for row in rows]
+            ids = [name for found in processes.gather(bad) for name in found]
+            raise BadBatch("loss", total, self.progress.step + 1, ids)
+        return total
+
+    def clip(self, group: Group) -> float:
+        """Limit the norm of the gradient to --clip. Returns the norm before.
+
+        Raises:
+            BadBatch: it is not finite, and no GradScaler skips the step.
+        """
+        limit = self.session.run.training.clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.parameters, limit).item()
+        if not (self.scaler.is_enabled() or math.isfinite(norm)):
+            ids = [row.id for batch in group for row in batch]
+            raise BadBatch("gradient's norm", norm, self.progress.step + 1, ids)
+        return norm
+
+    def measures(self, group: Group, loss: float, norm: float, seconds: float) -> dict[str, Any]:
+        """A step's record: nats per target token, the norm before clipping, tokens without padding.
+
+        With several processes also the bytes of gradients that each sent to the others.
+        """
+        tokens = sum(len(row.source) + len(row.target) for batch in group for row in batch)
+        return {
+            "loss": loss,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "gradient_norm": norm,
+            "tokens": tokens,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(tokens / seconds, 1),
+            **({"sent_bytes": self.replica.take_sent()} if processes.world_size() > 1 else {}),
+        }
+
+    def advance(self, measures: dict[str, Any]) -> None:
+        progress = self.progress
+        progress.step, progress.position = progress.step + 1, progress.position + 1
+        self.log.write("step", step=progress.step, epoch=progress.epoch + 1, **measures)
+        self.bar.update()
+        loss, rate = measures["loss"], measures["tokens_per_second"]
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+
+    # A whole run ----------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Train to the end. False if stopped before; then a checkpoint and an adapter are saved."""
+        progress, report = self.progress, self.session.report
+        if progress.log_bytes == 0:
+            self.log.write("start", trainable=report.trainable, total=report.total)
+        # A position above 0 after the last step: stopped before that epoch was validated.
+        while progress.step < self.last or progress.position:
+            if not (self.train_epoch() and self.end_epoch()):
+                self.checkpoint()
+                if progress.best is None:
+                    self.save_trained()
+                return False
+        progress.seconds = self.clock.seconds()
+        peak = peak_bytes(self.session.device)
+        self.log.write("end", seconds=round(progress.seconds, 1), peak_bytes=peak)
+        return True
+
+    def end_epoch(self) -> bool:
+        """Validate, save the adapter if it is the best so far, and begin the next epoch.
+
+        False if stopped before: an interrupted validation is discarded.
+        """
+        progress = self.progress
+        doing = f"validating after step {progress.step}"
+        instead = smaller_evaluation_batch(self.session.run.generation.evaluation_batch_size)
+        try:
+            with self.stop.at_once(), out_of_memory(f"while {doing}", instead):
+                scores = validate(self.session)
+        except KeyboardInterrupt:
+            return False
+        score = selection_score(scores)
+        better = progress.best is None or score > progress.best
+        self.log.write("validation", step=progress.step, epoch=progress.epoch + 1, **scores)
+        epochs = self.session.run.training.epochs
+        line = f"epoch {progress.epoch + 1}/{epochs}, step {progress.step}: {describe(scores)}"
+        self.bar.write(line + (" (best so far, saved)" if better else ""), file=sys.stdout)
+        if better:
+            progress.best, progress.best_step = score, progress.step
+            self.save_trained()
+        progress.epoch, progress.position = progress.epoch + 1, 0
+        self.checkpoint()
+        return True
+
+    def save_trained(self) -> None:
+        processes.on_rank0(lambda: save_trained(self.session, self.output))
+
+    # Checkpoints ----------------------------------------------------------------------------------
+
+    def restore(self) -> list[str]:
+        """Continue from the newest checkpoint of `output`, if there is one. Returns notices.
+
+        Raises:
+            UserError: the result would change, and --accept-changes was not given.
+        """
+        what = (self.session.model, self.optimizer, self.scaler)
+        self.progress, origin, notices = load_checkpoint(
+            self.output / "checkpoints", *what, rank=processes.rank()
+        )
+        processes.require_same({f"a checkpoint in {self.output}": self.progress.step})
+        self.clock = Clock(self.progress.seconds)
+        other, where = differences(origin, self.session.origin)
+        changed = f"changed since the run began: {', '.join(other)}"
+        if other and not self.session.run.output.accept_changes:
+            raise UserError(
+                f"--resume {self.output}: {changed}; restore what changed, or use --accept-changes "
+                "to resume with it"
+            )
+        notices += [changed] if other else []
+        if where:
+            notices.append(f"rounding may differ from the run's start: {', '.join(where)}")
+        return notices
+
+    def checkpoint_is_due(self) -> bool:
+        options = self.session.run.output
+        by_steps = options.checkpoint_steps and self.progress.step % options.checkpoint_steps == 0
+        return bool(by_steps) or self.clock.minutes_since_mark() >= options.checkpoint_minutes
+
+    def checkpoint(self) -> None:
+        progress, session = self.progress, self.session
+        progress.seconds, progress.log_bytes = self.clock.seconds(), self.log.flush()
+        random = processes.gather_tensors(random_states(processes.rank()))
+        what = (session.model, self.optimizer, self.scaler, session.origin)
+        path, keep = self.output / "checkpoints", session.run.output.keep_checkpoints
+        processes.on_rank0(lambda: save_checkpoint(path, progress, *what, keep, random))
+        self.clock.mark()
