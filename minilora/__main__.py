@@ -1,4 +1,4 @@
-"""`python -m minilora COMMAND`: the same doors for whoever installed the package.
+"""`python -m minilora COMMAND`: the command line of the installed package.
 
     train ...                 what `python train.py ...` does
     evaluate RUN ...          what `python evaluate.py RUN ...` does
@@ -11,6 +11,7 @@ ADAPTER is the directory of an adapter or of a run, or an adapter's name on the 
 
 import argparse
 import json
+import logging
 import shutil
 import sys
 import tempfile
@@ -21,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import minilora
-from minilora.adapter import Adapter, apply_adapter
 from minilora.arithmetic import singular_values
 from minilora.config import LoRAError
-from minilora.inject import fold_names
+from minilora.peft_format.apply import apply_adapter
+from minilora.peft_format.directory import Adapter
+from minilora.reports import fold_names
 from minilora.summarization.presets import UserError
 
 if TYPE_CHECKING:
@@ -39,10 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] in (["train"], ["evaluate"]):
         from minilora.summarization import cli  # it imports transformers: only when it is needed
 
-        door = cli.train_main if arguments[0] == "train" else cli.evaluate_main
-        return door(arguments[1:])
+        entry_point = cli.train_main if arguments[0] == "train" else cli.evaluate_main
+        return entry_point(arguments[1:])
     parsed = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = parsed.run
+    shown = logging.StreamHandler(sys.stdout)  # what the library logs, such as rounding errors
+    log = logging.getLogger("minilora")
+    log.addHandler(shown)
+    log.setLevel(logging.INFO)
     try:
         command(parsed)
     except (LoRAError, UserError, OSError) as error:
@@ -51,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"minilora {parsed.command}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        log.removeHandler(shown)
     return 0
 
 

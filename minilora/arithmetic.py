@@ -13,11 +13,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from minilora import bases
-from minilora.adapter import A_SUFFIX, B_SUFFIX, PREFIX, Adapter
-from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, check_rank
-from minilora.inject import config_of, plain_model
-from minilora.peft_config import resolve
+from minilora import linears
+from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, check
+from minilora.inject import config_of
+from minilora.modules import plain_model
+from minilora.peft_format.config import resolve
+from minilora.peft_format.directory import Adapter
+from minilora.peft_format.keys import PREFIX, SUFFIXES
 from minilora.targets import select
 
 Method = Literal["linear", "cat", "svd"]
@@ -180,7 +182,7 @@ def extract(
         >>> torch.allclose(B @ A, update, atol=1e-5)
         True
     """
-    check_rank("rank", rank)
+    check("rank", rank)
     finetuned, base = plain_model(finetuned), plain_model(base)
     if config_of(finetuned) is not None or config_of(base) is not None:
         raise LoRAError("a model carries an adapter: minilora.unwrap it, or save its adapter")
@@ -193,8 +195,8 @@ def extract(
         raise LoRAError("the models differ in names or shapes: these are not one model's weights")
     factors, fits = {}, []
     for module, layer in found.items():
-        W = bases.dense_weight(layer).to(torch.float32)  # (out, in)
-        delta = bases.dense_weight(finetuned.get_submodule(module)).to(W) - W
+        W = linears.dense_weight(layer).to(torch.float32)  # (out, in)
+        delta = linears.dense_weight(finetuned.get_submodule(module)).to(W) - W
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
         factors[module] = _halve(U[:, :rank], S[:rank], Vh[:rank])
         norm, lost = S.norm().item(), S[rank:].norm().item()
@@ -202,7 +204,7 @@ def extract(
     held = {f"{module}.weight" for module in found}
     changed = (name for name in before if not torch.equal(before[name], after[name]))
     left_out = tuple(name for name in changed if name not in held)
-    transposed = any(bases.is_conv1d(layer) for layer in found.values())
+    transposed = any(linears.is_conv1d(layer) for layer in found.values())
     name = getattr(base, "name_or_path", None) or None
     return _assemble(factors, config, name, transposed, fits, left_out)
 
@@ -284,6 +286,6 @@ def _assemble(
     )
     tensors = {}
     for module, (A, B) in factors.items():
-        tensors[PREFIX + module + A_SUFFIX] = A.float().contiguous()
-        tensors[PREFIX + module + B_SUFFIX] = B.float().contiguous()
+        tensors[PREFIX + module + SUFFIXES["lora_A"]] = A.float().contiguous()
+        tensors[PREFIX + module + SUFFIXES["lora_B"]] = B.float().contiguous()
     return Fitted(config, tensors, base_model, transposed, tuple(fits), left_out)

@@ -505,7 +505,7 @@ BAD_EVALUATIONS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "keys of another model": (
         ["../other/adapter", "--model", "../bart"],
-        ["no module model.encoder.layers.1.self_attn.q_proj"],
+        ["model.encoder.layers.1.self_attn.q_proj", "no such module"],
     ),
     "no such text": (["../run", "--text", "nothing.txt"], ["--text nothing.txt: No such file"]),
     "a text that is a directory": (["../run", "--text", "../data"], ["--text ../data: Is a dir"]),

@@ -22,7 +22,9 @@ from torch import Tensor
 
 import minilora
 from minilora import LoRAError
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of
+from minilora.peft_format.apply import adapter_of
+from minilora.peft_format.config import CONFIG_FILE
+from minilora.peft_format.directory import WEIGHTS_FILE
 from tests.conftest import State, adapted, tiny_bart
 
 EACH = 30

@@ -11,7 +11,8 @@ from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGe
 
 import minilora
 from minilora import LoRAConfig, LoRAError, LoRALinear
-from minilora.inject import fold_names, lora_layers
+from minilora.inject import lora_layers
+from minilora.reports import fold_names
 from tests.conftest import (
     ARCHITECTURES,
     State,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import minilora
 from minilora.__main__ import main
-from minilora.adapter import adapter_of
+from minilora.peft_format.apply import adapter_of
 from minilora.summarization import evaluation as ev
 from minilora.summarization import page, page_curves, page_dialogues, plots, runs
 from minilora.summarization.page_dialogues import shared_words

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 import minilora
-from minilora import bases
-from minilora.adapter import SUFFIXES, WEIGHTS_FILE, read_adapter
+from minilora import linears
 from minilora.inject import lora_layers
+from minilora.peft_format.directory import WEIGHTS_FILE, read_adapter
+from minilora.peft_format.keys import SUFFIXES
 from tests.conftest import (
     ALPHA,
     RANK,
@@ -276,7 +277,7 @@ def test_merged_weights_are_w_plus_delta_w(case: Case, tmp_path: Path) -> None:
 
 
 def dense(layer: minilora.LoRALinear) -> Tensor:
-    return bases.dense_weight(layer.base).clone()
+    return linears.dense_weight(layer.base).clone()
 
 
 def merged_in_float64(adapter: minilora.Adapter, module: str, weight: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches_end
+from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, check_regex, matches_end
+from minilora.modules import naming
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -92,10 +93,11 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
     for name in MAY_BE_EMPTY:
         if values[name] in (None, [], {}, ""):
             del values[name]
-    try:
-        return LoRAConfig(**values)
-    except LoRAError as error:
-        raise LoRAError(f"{CONFIG_FILE}: {error}") from None
+    with naming(CONFIG_FILE):
+        config = LoRAConfig(**values)
+        for name in config.also_train:  # PEFT puts it into this expression
+            check_regex("modules_to_save", name, r"(^|.*\.){}($|\..*)")
+        return config
 
 
 def config_to_peft(config: LoRAConfig, modules: tuple[str, ...]) -> dict[str, Any]:
