@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import minilora
 from minilora import LoRAError
-from minilora.adapter import CONFIG_FILE
+from minilora.peft_format.config import CONFIG_FILE
 from minilora.summarization import distributed, speed
 from minilora.summarization.data import encode, load
 from minilora.summarization.evaluation import Evaluation, evaluate, summarize, write_json

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from minilora.quantize import quantize_report
+from minilora.nf4.model import quantize_report
 from minilora.summarization import distributed
 from minilora.summarization.evaluation import MEASURES, Evaluation
 from minilora.summarization.session import Session, trained_path

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from minilora.adapter import read_adapter
 from minilora.arithmetic import singular_values
+from minilora.peft_format.directory import read_adapter
 from minilora.summarization.presets import UserError
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
