@@ -1,6 +1,7 @@
 """The keys of an adapter's tensors: which are expected, and what is wrong with those held."""
 
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 
 from torch import Tensor
 
@@ -45,15 +46,20 @@ def expected_of(config: LoRAConfig, module: str, out: int, in_: int) -> Expected
 def compare(
     expected: Expected, held: Mapping[str, Tensor], explain: Callable[[str], str]
 ) -> list[str]:
-    """Every key that is unexpected, missing, or of another shape or kind, in a few words each."""
-    problems = [f"unexpected key {k}{explain(k)}" for k in sorted(held.keys() - expected.keys())]
-    problems += [f"missing key {key}" for key in expected if key not in held]
-    for key in expected.keys() & held.keys():
+    """What is wrong with each key that is unexpected, missing, or of another shape or kind.
+
+    The three kinds take turns, so that the first few problems show each of them.
+    """
+    unexpected = [f"unexpected key {k}{explain(k)}" for k in sorted(held.keys() - expected.keys())]
+    missing = [f"missing key {key}" for key in expected if key not in held]
+    wrong = []
+    for key in sorted(expected.keys() & held.keys()):
         shape, floating = expected[key]
         if (tuple(held[key].shape), held[key].is_floating_point()) != (shape, floating):
             what = "floating point" if floating else "whole numbers"
-            problems.append(f"{key} is {kind(held[key])}, not {what} of shape {shape}")
-    return problems
+            wrong.append(f"{key} is {kind(held[key])}, not {what} of shape {shape}")
+    turns = zip_longest(unexpected, missing, wrong)
+    return [problem for turn in turns for problem in turn if problem]
 
 
 def refuse(what: str, problems: list[str], show: int = 5) -> None:
