@@ -77,11 +77,9 @@ class Fitted(Adapter):
 
 
 def combine(
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    method: Method = "cat",
+    adapters: Sequence[Adapter], weights: Sequence[float], method: Method = "cat",
     rank: int | None = None,
-) -> Fitted:
+) -> Fitted:  # fmt: skip
     """One adapter for the weighted sum of the updates of several: Delta = sum of w_i s_i B_i A_i.
 
     A module that only some adapters have gets the updates of those.
@@ -111,9 +109,8 @@ def combine(
         (torch.Size([4, 16]), True)
     """
     if not adapters or len(adapters) != len(weights):
-        raise LoRAError(
-            f"{len(adapters)} adapters and {len(weights)} weights: give one weight each"
-        )
+        count = f"{len(adapters)} adapters and {len(weights)} weights"
+        raise LoRAError(f"{count}: give one weight each")
     if not all(math.isfinite(weight) for weight in weights):
         raise LoRAError(f"the weights must be finite, not {list(weights)}")
     if method not in get_args(Method):
@@ -150,10 +147,7 @@ def combine(
 
 
 def extract(
-    finetuned: nn.Module,
-    base: nn.Module,
-    rank: int,
-    targets: str | Sequence[str] = ALL_LINEAR,
+    finetuned: nn.Module, base: nn.Module, rank: int, targets: str | Sequence[str] = ALL_LINEAR
 ) -> Fitted:
     """An adapter for what a full fine-tune did to a model's linears: Delta = W' - W, cut to a rank.
 
@@ -189,9 +183,8 @@ def extract(
     config = LoRAConfig(rank=rank, alpha=rank, targets=targets)  # type: ignore[arg-type]
     found = select(base, config)
     after, before = dict(finetuned.named_parameters()), dict(base.named_parameters())
-    if {name: p.shape for name, p in after.items()} != {
-        name: p.shape for name, p in before.items()
-    }:
+    shapes = [{name: p.shape for name, p in model.items()} for model in (after, before)]
+    if shapes[0] != shapes[1]:
         raise LoRAError("the models differ in names or shapes: these are not one model's weights")
     factors, fits = {}, []
     for module, layer in found.items():
@@ -249,13 +242,9 @@ def _add(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
     ranks = {A.shape[0] for _, A, _ in terms}
     if len(ranks) > 1:
         raise LoRAError(f"{module} has ranks {sorted(ranks)}: 'linear' needs one; try 'svd'")
-    roots = [math.sqrt(abs(weight)) for weight, _, _ in terms]
-    signed = [
-        math.copysign(root, weight) for root, (weight, _, _) in zip(roots, terms, strict=True)
-    ]
-    A = [root * A.double() for root, (_, A, _) in zip(signed, terms, strict=True)]
-    B = [root * B.double() for root, (_, _, B) in zip(roots, terms, strict=True)]
-    return torch.stack(A).sum(dim=0), torch.stack(B).sum(dim=0)
+    As = [math.copysign(math.sqrt(abs(weight)), weight) * A.double() for weight, A, _ in terms]
+    Bs = [math.sqrt(abs(weight)) * B.double() for weight, _, B in terms]
+    return torch.stack(As).sum(dim=0), torch.stack(Bs).sum(dim=0)
 
 
 def _fit(module: str, exact: Factors, made: Factors) -> Fit:
@@ -269,21 +258,16 @@ def _fit(module: str, exact: Factors, made: Factors) -> Fit:
 
 
 def _assemble(
-    factors: Mapping[str, Factors],
-    config: LoRAConfig,
-    base_model: str | None,
-    transposed: bool,
-    fits: Sequence[Fit],
-    left_out: tuple[str, ...] = (),
-) -> Fitted:
+    factors: Mapping[str, Factors], config: LoRAConfig, base_model: str | None, transposed: bool,
+    fits: Sequence[Fit], left_out: tuple[str, ...] = (),
+) -> Fitted:  # fmt: skip
     """The adapter with these factors and s = 1; a pattern for ranks unlike the commonest."""
     modules = tuple(sorted(factors))
     ranks = {module: A.shape[0] for module, (A, _) in factors.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = resolve(ranks.__getitem__, modules, rank)
-    config = replace(
-        config, rank=rank, alpha=rank, rank_pattern=pattern, alpha_pattern=pattern, rslora=False
-    )
+    config = replace(config, rank=rank, rank_pattern=pattern, rslora=False)
+    config = replace(config, alpha=rank, alpha_pattern=pattern)
     tensors = {}
     for module, (A, B) in factors.items():
         tensors[PREFIX + module + SUFFIXES["lora_A"]] = A.float().contiguous()

@@ -189,10 +189,9 @@ def unload(model: nn.Module) -> nn.Module:
         True
     """
     model = plain_model(model)
-    injection = injection_of(model)
     for layer in lora_layers(model).values():
         layer.unmerge()
-    if injection is not None and injection.enabled:
+    if (injection := injection_of(model)) is not None and injection.enabled:
         injection.swap(model)
     return _put_back(model)
 

@@ -78,9 +78,9 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     for name, module in named:
         if is_target(config, name):
             found.setdefault(module, name)
-    if not found:
-        raise LoRAError("nothing left to adapt: `exclude` or `layers` rules out every target")
     selected = {name: module for module, name in found.items()}
+    if not selected:
+        raise LoRAError("nothing left to adapt: `exclude` or `layers` rules out every target")
     check_modules(model, selected)
     for field in ("rank_pattern", "alpha_pattern"):
         require(field, getattr(config, field), list(selected), matches_end)

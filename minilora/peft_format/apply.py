@@ -12,16 +12,8 @@ from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError
 from minilora.inject import injection_of, layer_for, lora_layers, report, unload, wrap
 from minilora.layer import LoRALinear
 from minilora.modules import naming, nearest, plain_model, plain_name
+from minilora.peft_format import keys
 from minilora.peft_format.directory import Adapter, read_adapter, write_adapter
-from minilora.peft_format.keys import (
-    PREFIX,
-    SUFFIXES,
-    Expected,
-    compare,
-    expected_of,
-    modules_of,
-    refuse,
-)
 from minilora.reports import LoadReport
 from minilora.targets import check_modules, is_target, matches
 
@@ -42,9 +34,9 @@ def adapter_of(model: nn.Module) -> Adapter:
     state = trained_whole.tensors(model) if live else {}  # as trained, merged or not
     tensors = {name: state[key] for name, key in live.items()}
     for module, layer in layers.items():
-        for name in SUFFIXES.keys() & layer._parameters.keys():
-            tensors[module + SUFFIXES[name]] = layer.get_parameter(name)
-    copies = {PREFIX + name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        for name in keys.SUFFIXES.keys() & layer._parameters.keys():
+            tensors[module + keys.SUFFIXES[name]] = layer.get_parameter(name)
+    copies = {keys.PREFIX + name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     transposed = any(linears.is_conv1d(layer.base) for layer in layers.values())
     config = _as_written(injection.config, _base_modules(model, layers))
     return Adapter(config, copies, _base_model_name(model), transposed)
@@ -165,14 +157,14 @@ def _check_fit(
         targeted = [name for name in known if is_target(config, name)]
     live = trained_whole.TrainedWhole(model, config, adapter.modules).find(model)
     state = trained_whole.tensors(model) if live else {}
-    expected: Expected = {}
+    expected: keys.Expected = {}
     for name, key in live.items():
-        expected[PREFIX + name] = tuple(state[key].shape), state[key].is_floating_point()
+        expected[keys.PREFIX + name] = tuple(state[key].shape), state[key].is_floating_point()
     for name in targeted:
-        expected |= expected_of(config, name, *linears.shape(named[name]))
+        expected |= keys.expected_of(config, name, *linears.shape(named[name]))
 
     def explain(key: str) -> str:
-        for name in modules_of({key: adapter.tensors[key]}):  # one, or none
+        for name in keys.modules_of({key: adapter.tensors[key]}):  # one, or none
             if name not in named:
                 return f": the model has no such module{nearest(name, known, 1)}"
             if name not in known:
@@ -180,12 +172,12 @@ def _check_fit(
             return ": target_modules does not ask for it"
         return ""
 
-    problems = compare(expected, adapter.tensors, explain)
+    problems = keys.compare(expected, adapter.tensors, explain)
     if config.init == "loftq":
         dense = [name for name in targeted if linears.is_mergeable(named[name])]
         reason = "must be in 4 bits, by minilora.quantize: LoftQ started it so"
         problems += [f"{name} {reason}" for name in dense]
-    refuse("the adapter does not fit the model", problems)
+    keys.refuse("the adapter does not fit the model", problems)
     selected = {name: named[name] for name in adapter.modules}
     check_modules(model, selected)
     return selected

@@ -19,18 +19,9 @@ from torch import Tensor
 
 from minilora.config import LoRAConfig, LoRAError, scale
 from minilora.files import write_directory
-from minilora.modules import path
+from minilora.modules import naming, path
+from minilora.peft_format import keys
 from minilora.peft_format.config import CONFIG_FILE, config_from_peft, config_to_peft
-from minilora.peft_format.keys import (
-    PREFIX,
-    SUFFIXES,
-    Expected,
-    compare,
-    expected_of,
-    kind,
-    modules_of,
-    refuse,
-)
 from minilora.trained_whole import BASE_BIAS
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -69,35 +60,35 @@ class Adapter:
     fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
-        expected: Expected = {}
+        expected: keys.Expected = {}
         for module in self.modules:
             parameters = self.parameters(module)
             A, B = (parameters.get(name, torch.empty(0)) for name in ("lora_A", "lora_B"))
             out, in_ = B.shape[:1].numel(), A.shape[-1:].numel()
-            expected |= expected_of(self.config, module, out, in_)
+            expected |= keys.expected_of(self.config, module, out, in_)
         layers = {key: t for key, t in self.tensors.items() if not self._trains_whole(key)}
-        problems = compare(expected, layers, self._explain)
+        problems = keys.compare(expected, layers, self._explain)
         for key, tensor in self.tensors.items():
             if tensor.is_floating_point() and tensor.dtype not in FLOATS:
-                problems.append(f"{key} is {kind(tensor)}, which cannot be read exactly")
+                problems.append(f"{key} is {keys.kind(tensor)}, which cannot be read exactly")
             elif not tensor.isfinite().all():
                 problems.append(f"{key} holds values that are not finite")
         if not self.modules:
             problems.append("it holds no lora_A and lora_B")
-        refuse("the adapter's tensors are wrong", problems)
+        keys.refuse("the adapter's tensors are wrong", problems)
 
     @property
     def modules(self) -> tuple[str, ...]:
         """Dotted names of the adapted modules, sorted."""
-        return modules_of(self.tensors)
+        return keys.modules_of(self.tensors)
 
     @property
     def extras(self) -> dict[str, Tensor]:
         """The biases and whole modules that trained too, by name on disk without the prefix."""
         return {
-            key.removeprefix(PREFIX): tensor
+            key.removeprefix(keys.PREFIX): tensor
             for key, tensor in self.tensors.items()
-            if not key.endswith(tuple(SUFFIXES.values()))
+            if not key.endswith(tuple(keys.SUFFIXES.values()))
         }
 
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
@@ -107,8 +98,8 @@ class Adapter:
 
     def parameters(self, module: str) -> dict[str, Tensor]:
         """The tensors of a module by their names in LoRALinear."""
-        keys = {name: PREFIX + module + suffix for name, suffix in SUFFIXES.items()}
-        return {name: self.tensors[key] for name, key in keys.items() if key in self.tensors}
+        names = {name: keys.PREFIX + module + end for name, end in keys.SUFFIXES.items()}
+        return {name: self.tensors[key] for name, key in names.items() if key in self.tensors}
 
     def scale_of(self, module: str) -> float:
         """The scale s of a module."""
@@ -117,18 +108,18 @@ class Adapter:
 
     def _trains_whole(self, key: str) -> bool:
         """Whether the configuration can mean this key by `bias` or `also_train` (in some model)."""
-        name, bias = key.removeprefix(PREFIX), self.config.bias
+        name, bias = key.removeprefix(keys.PREFIX), self.config.bias
         module, _, end = name.rpartition(".")
-        if name == key or key.endswith(tuple(SUFFIXES.values())):
+        if name == key or key.endswith(tuple(keys.SUFFIXES.values())):
             return False
         if bias != "none" and (name.endswith(BASE_BIAS) or (end == "bias" and bias == "all")):
             return True
         return any(part.endswith(self.config.also_train) for part in path(module))  # PEFT's rule
 
     def _explain(self, key: str) -> str:
-        if key.endswith(SUFFIXES["magnitude"]):
+        if key.endswith(keys.SUFFIXES["magnitude"]):
             return ": DoRA's magnitudes, but use_dora is false"
-        return ": lora_bias is false" if key.endswith(SUFFIXES["lora_bias"]) else ""
+        return ": lora_bias is false" if key.endswith(keys.SUFFIXES["lora_bias"]) else ""
 
 
 def read_adapter(directory: str | Path) -> Adapter:
@@ -153,19 +144,17 @@ def read_adapter(directory: str | Path) -> Adapter:
     """
     directory = _adapter_directory(Path(directory))
     entries = _read_json(directory / CONFIG_FILE)
-    try:
+    with naming(directory):
         tensors = _read_tensors(directory)
-        config = config_from_peft(entries, modules_of(tensors))
+        config = config_from_peft(entries, keys.modules_of(tensors))
         if config.bias == "all" and config.also_train:
             tensors = _without_repeats(tensors)
         base_model = entries.get("base_model_name_or_path")
         if not isinstance(base_model, str | None):
             raise LoRAError(f"{CONFIG_FILE}: base_model_name_or_path is {base_model!r}")
         if _read_json(directory / CONFIG_FILE) != entries:
-            raise LoRAError("it was written anew while it was read: read it again")
+            raise LoRAError("another process wrote it meanwhile: read it again")
         return Adapter(config, tensors, base_model, entries.get("fan_in_fan_out") is True)
-    except LoRAError as error:
-        raise LoRAError(f"{directory}: {error}") from None
 
 
 def write_adapter(adapter: Adapter, directory: str | Path) -> None:
