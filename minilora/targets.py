@@ -8,9 +8,10 @@ from torch import nn
 from minilora import linears, modules
 from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches_end
 
+Rule = Callable[[str, str], bool]  # does this entry mean this module?
+
 # These modules read the weights of their linears without calling the linears: an adapter in there
 # gets no gradient and has no effect.
-Rule = Callable[[str, str], bool]  # does this entry mean this module?
 BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
