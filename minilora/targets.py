@@ -92,11 +92,11 @@ def require(field: str, entries: Iterable[str], names: list[str], rule: Rule = i
     """Refuse an entry that matches no module. PEFT lets a misspelt one pass."""
     if isinstance(entries, str):  # one regular expression, or "all-linear"
         entries, rule = () if entries in ("", ALL_LINEAR) else (entries,), matches
-    where = "among the adapted modules" if rule is matches_end else "in the model"
+    part = "'s adapted modules" if rule is matches_end else ""
     for entry in entries:
         if not any(rule(entry, name) for name in names):
             near = modules.nearest(entry, names)
-            raise LoRAError(f"{field}: {entry!r}: nothing matches it {where}{near}")
+            raise LoRAError(f"{field}: {entry!r}: nothing matches it in the model{part}{near}")
 
 
 def check_modules(model: nn.Module, selected: dict[str, nn.Module]) -> None:

@@ -173,10 +173,9 @@ def _check_fit(
         return ""
 
     problems = keys.compare(expected, adapter.tensors, explain)
-    if config.init == "loftq":
-        dense = [name for name in targeted if linears.is_mergeable(named[name])]
-        reason = "must be in 4 bits, by minilora.quantize: LoftQ started it so"
-        problems += [f"{name} {reason}" for name in dense]
+    for name in targeted if config.init == "loftq" else ():
+        if linears.is_mergeable(named[name]):
+            problems += [f"{name} must be in 4 bits, by minilora.quantize: LoftQ started it so"]
     keys.refuse("the adapter does not fit the model", problems)
     selected = {name: named[name] for name in adapter.modules}
     check_modules(model, selected)
