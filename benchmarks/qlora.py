@@ -149,7 +149,7 @@ def errors(name: str) -> dict[str, Any]:
 LOAD = """
 import json, resource, sys, threading, time
 import torch
-from minilora.quantize import quantize, quantize_report
+from minilora.nf4.model import quantize, quantize_report
 from minilora.summarization.model.four_bits import FourBits
 from minilora.summarization.model.loading import load_model
 how, path = sys.argv[1:]

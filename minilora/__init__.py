@@ -4,7 +4,7 @@ A frozen weight W (out, in) becomes W + s B A with A (r, in), B (out, r) and s =
 and B train (Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3).
 
     one layer, to study     LoRALinear
-    a whole model           LoRAConfig, inject, trainable_parameters, config_of, unwrap
+    a whole model           LoRAConfig, inject, trainable_parameters, config_of, unwrap, unload
     base and adapter        merge, unmerge, disabled
     PEFT's files            save_adapter, load_adapter
     adapters as values      read_adapter, write_adapter, Adapter, combine, extract, Fitted
@@ -31,46 +31,24 @@ Example:
 """
 
 from minilora import conformance as conformance
-from minilora.adapter import (
-    Adapter,
-    LoadReport,
-    load_adapter,
-    read_adapter,
-    save_adapter,
-    write_adapter,
-)
+from minilora import methods  # noqa: F401, since it fills the tables of inject and initialization
 from minilora.arithmetic import Fitted, combine, extract
 from minilora.config import LoRAConfig, LoRAError
-from minilora.inject import InjectReport, config_of, inject, trainable_parameters, unwrap
+from minilora.inject import config_of, inject, unload, unwrap
 from minilora.layer import LoRALinear
-from minilora.merge import MergeReport, disabled, merge, unmerge
-from minilora.quantize import NF4Linear, QuantizeReport, quantize
+from minilora.merge import disabled, merge, unmerge
+from minilora.modules import trainable_parameters
+from minilora.nf4.linear import NF4Linear
+from minilora.nf4.model import quantize
+from minilora.peft_format.apply import load_adapter, save_adapter
+from minilora.peft_format.directory import Adapter, read_adapter, write_adapter
+from minilora.reports import InjectReport, LoadReport, MergeReport, QuantizeReport
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adapter",
-    "Fitted",
-    "InjectReport",
-    "LoRAConfig",
-    "LoRAError",
-    "LoRALinear",
-    "LoadReport",
-    "MergeReport",
-    "NF4Linear",
-    "QuantizeReport",
-    "combine",
-    "config_of",
-    "disabled",
-    "extract",
-    "inject",
-    "load_adapter",
-    "merge",
-    "quantize",
-    "read_adapter",
-    "save_adapter",
-    "trainable_parameters",
-    "unmerge",
-    "unwrap",
-    "write_adapter",
-]
+    "Adapter", "Fitted", "InjectReport", "LoRAConfig", "LoRAError", "LoRALinear", "LoadReport",
+    "MergeReport", "NF4Linear", "QuantizeReport", "combine", "config_of", "disabled", "extract",
+    "inject", "load_adapter", "merge", "quantize", "read_adapter", "save_adapter",
+    "trainable_parameters", "unload", "unmerge", "unwrap", "write_adapter",
+]  # fmt: skip

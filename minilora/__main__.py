@@ -1,4 +1,4 @@
-"""`python -m minilora COMMAND`: command line of the installed package.
+"""`python -m minilora COMMAND`: the command line of the installed package.
 
     train ...                 what `python train.py ...` does
     evaluate RUN ...          what `python evaluate.py RUN ...` does
@@ -12,6 +12,7 @@ ADAPTER is the directory of an adapter or of a run, or an adapter's name on the 
 
 import argparse
 import json
+import logging
 import shutil
 import sys
 import tempfile
@@ -23,10 +24,11 @@ import torch
 
 import minilora
 from minilora import conformance
-from minilora.adapter import Adapter, apply_adapter
 from minilora.arithmetic import singular_values
 from minilora.config import LoRAError
-from minilora.inject import fold_names
+from minilora.peft_format.apply import apply_adapter
+from minilora.peft_format.directory import Adapter
+from minilora.reports import fold_names
 from minilora.summarization import errors
 from minilora.summarization.errors import UserError
 
@@ -46,7 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return entry_point(arguments[1:])
     parsed = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int | None] = parsed.run
-    return errors.run(f"minilora {parsed.command}", lambda: command(parsed))
+    shown = logging.StreamHandler(sys.stdout)  # what the library logs, such as rounding errors
+    log = logging.getLogger("minilora")
+    log.addHandler(shown)
+    log.setLevel(logging.INFO)
+    try:
+        return errors.run(f"minilora {parsed.command}", lambda: command(parsed))
+    finally:
+        log.removeHandler(shown)
 
 
 def _parser() -> argparse.ArgumentParser:

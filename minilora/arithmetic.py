@@ -13,11 +13,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from minilora import bases
-from minilora.adapter import A_SUFFIX, B_SUFFIX, PREFIX, Adapter
-from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, check_rank
-from minilora.inject import config_of, plain_model
-from minilora.peft_config import resolve
+from minilora import linears
+from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, check
+from minilora.inject import config_of
+from minilora.modules import plain_model
+from minilora.peft_format.config import resolve
+from minilora.peft_format.directory import Adapter
+from minilora.peft_format.keys import PREFIX, SUFFIXES
 from minilora.targets import select
 
 Method = Literal["linear", "cat", "svd"]
@@ -75,11 +77,9 @@ class Fitted(Adapter):
 
 
 def combine(
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    method: Method = "cat",
+    adapters: Sequence[Adapter], weights: Sequence[float], method: Method = "cat",
     rank: int | None = None,
-) -> Fitted:
+) -> Fitted:  # fmt: skip
     """One adapter for the weighted sum of the updates of several: Delta = sum of w_i s_i B_i A_i.
 
     A module that only some adapters have gets the updates of those.
@@ -109,9 +109,8 @@ def combine(
         (torch.Size([4, 16]), True)
     """
     if not adapters or len(adapters) != len(weights):
-        raise LoRAError(
-            f"{len(adapters)} adapters and {len(weights)} weights: give one weight each"
-        )
+        count = f"{len(adapters)} adapters and {len(weights)} weights"
+        raise LoRAError(f"{count}: give one weight each")
     if not all(math.isfinite(weight) for weight in weights):
         raise LoRAError(f"the weights must be finite, not {list(weights)}")
     if method not in get_args(Method):
@@ -148,10 +147,7 @@ def combine(
 
 
 def extract(
-    finetuned: nn.Module,
-    base: nn.Module,
-    rank: int,
-    targets: str | Sequence[str] = ALL_LINEAR,
+    finetuned: nn.Module, base: nn.Module, rank: int, targets: str | Sequence[str] = ALL_LINEAR
 ) -> Fitted:
     """An adapter for what a full fine-tune did to a model's linears: Delta = W' - W, cut to a rank.
 
@@ -180,21 +176,20 @@ def extract(
         >>> torch.allclose(B @ A, update, atol=1e-5)
         True
     """
-    check_rank("rank", rank)
+    check("rank", rank)
     finetuned, base = plain_model(finetuned), plain_model(base)
     if config_of(finetuned) is not None or config_of(base) is not None:
         raise LoRAError("a model carries an adapter: minilora.unwrap it, or save its adapter")
     config = LoRAConfig(rank=rank, alpha=rank, targets=targets)  # type: ignore[arg-type]
     found = select(base, config)
     after, before = dict(finetuned.named_parameters()), dict(base.named_parameters())
-    if {name: p.shape for name, p in after.items()} != {
-        name: p.shape for name, p in before.items()
-    }:
+    shapes = [{name: p.shape for name, p in model.items()} for model in (after, before)]
+    if shapes[0] != shapes[1]:
         raise LoRAError("the models differ in names or shapes: these are not one model's weights")
     factors, fits = {}, []
     for module, layer in found.items():
-        W = bases.dense_weight(layer).to(torch.float32)  # (out, in)
-        delta = bases.dense_weight(finetuned.get_submodule(module)).to(W) - W
+        W = linears.dense_weight(layer).to(torch.float32)  # (out, in)
+        delta = linears.dense_weight(finetuned.get_submodule(module)).to(W) - W
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
         factors[module] = _halve(U[:, :rank], S[:rank], Vh[:rank])
         norm, lost = S.norm().item(), S[rank:].norm().item()
@@ -202,7 +197,7 @@ def extract(
     held = {f"{module}.weight" for module in found}
     changed = (name for name in before if not torch.equal(before[name], after[name]))
     left_out = tuple(name for name in changed if name not in held)
-    transposed = any(bases.is_conv1d(layer) for layer in found.values())
+    transposed = any(linears.is_conv1d(layer) for layer in found.values())
     name = getattr(base, "name_or_path", None) or None
     return _assemble(factors, config, name, transposed, fits, left_out)
 
@@ -247,13 +242,9 @@ def _add(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
     ranks = {A.shape[0] for _, A, _ in terms}
     if len(ranks) > 1:
         raise LoRAError(f"{module} has ranks {sorted(ranks)}: 'linear' needs one; try 'svd'")
-    roots = [math.sqrt(abs(weight)) for weight, _, _ in terms]
-    signed = [
-        math.copysign(root, weight) for root, (weight, _, _) in zip(roots, terms, strict=True)
-    ]
-    A = [root * A.double() for root, (_, A, _) in zip(signed, terms, strict=True)]
-    B = [root * B.double() for root, (_, _, B) in zip(roots, terms, strict=True)]
-    return torch.stack(A).sum(dim=0), torch.stack(B).sum(dim=0)
+    As = [math.copysign(math.sqrt(abs(weight)), weight) * A.double() for weight, A, _ in terms]
+    Bs = [math.sqrt(abs(weight)) * B.double() for weight, _, B in terms]
+    return torch.stack(As).sum(dim=0), torch.stack(Bs).sum(dim=0)
 
 
 def _fit(module: str, exact: Factors, made: Factors) -> Fit:
@@ -267,23 +258,18 @@ def _fit(module: str, exact: Factors, made: Factors) -> Fit:
 
 
 def _assemble(
-    factors: Mapping[str, Factors],
-    config: LoRAConfig,
-    base_model: str | None,
-    transposed: bool,
-    fits: Sequence[Fit],
-    left_out: tuple[str, ...] = (),
-) -> Fitted:
+    factors: Mapping[str, Factors], config: LoRAConfig, base_model: str | None, transposed: bool,
+    fits: Sequence[Fit], left_out: tuple[str, ...] = (),
+) -> Fitted:  # fmt: skip
     """The adapter with these factors and s = 1; a pattern for ranks unlike the commonest."""
     modules = tuple(sorted(factors))
     ranks = {module: A.shape[0] for module, (A, _) in factors.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = resolve(ranks.__getitem__, modules, rank)
-    config = replace(
-        config, rank=rank, alpha=rank, rank_pattern=pattern, alpha_pattern=pattern, rslora=False
-    )
+    config = replace(config, rank=rank, rank_pattern=pattern, rslora=False)
+    config = replace(config, alpha=rank, alpha_pattern=pattern)
     tensors = {}
     for module, (A, B) in factors.items():
-        tensors[PREFIX + module + A_SUFFIX] = A.float().contiguous()
-        tensors[PREFIX + module + B_SUFFIX] = B.float().contiguous()
+        tensors[PREFIX + module + SUFFIXES["lora_A"]] = A.float().contiguous()
+        tensors[PREFIX + module + SUFFIXES["lora_B"]] = B.float().contiguous()
     return Fitted(config, tensors, base_model, transposed, tuple(fits), left_out)

@@ -1,22 +1,18 @@
-"""LoRAConfig: what to adapt and how, in the paper's terms. Validates itself."""
+"""LoRAConfig: what to adapt and how, in the paper's terms. It checks itself."""
 
 import math
 import re
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 Init = Literal["kaiming", "gaussian", "random", "loftq"]
 Bias = Literal["none", "lora_only", "all"]
 ALL_LINEAR = "all-linear"
-T = TypeVar("T")
 
 
 class LoRAError(ValueError):
-    """Something asked of minilora is wrong: one line that says what, where and what to do.
-
-    A ValueError, so that whoever catches those catches it too.
+    """Bad input: one line that says what is wrong, where, and what to do. It is a ValueError.
 
     Args:
         message: may quote names from a file; what is not printable is shown as an escape.
@@ -28,7 +24,7 @@ class LoRAError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        # A name in a file may hold anything; what is printed stays one line of plain characters.
+        # A name in a file may hold any character; the message stays one printable line.
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
@@ -58,8 +54,8 @@ class LoRAConfig:
             https://arxiv.org/abs/2402.09353).
         bias: which of the base's biases train: "none", "lora_only" (of the adapted modules), "all".
         lora_bias: give B a bias of its own. Not with `dora`.
-        also_train: modules that train whole, such as a new "classifier": ends of their names. Never
-            adapted themselves, nor what lies inside.
+        also_train: modules that train whole, such as a new "classifier"; names as in `targets`.
+            Neither they nor the modules inside them are adapted.
         init: "kaiming" (A Kaiming-uniform, B zero), "gaussian" (A normal, B zero), "random"
             (both Kaiming-uniform: the model's output changes at once; for tests), or "loftq" (the
             base is quantized to NF4, and s B A starts as what that rounded away).
@@ -92,54 +88,38 @@ class LoRAConfig:
     task_type: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude", "layers_pattern", "also_train"):
-            self._set(name, _names(name, getattr(self, name)))
-        if isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR:
-            self._set("targets", ALL_LINEAR)
-        for name in ("layers_pattern", "also_train"):
-            if isinstance(value := getattr(self, name), str):
-                self._set(name, (value,) if value else ())
+        for name in RULES:
+            check(name, getattr(self, name))
+        for name in ("targets", "exclude", "layers", "layers_pattern", "also_train"):
+            self._set(name, _several(name, getattr(self, name)))
         for pattern in self.layers_pattern:
             check_regex("layers_pattern", pattern, "({})")
-        if self.layers is not None:
-            self._set("layers", _indices(self.layers))
+        for name, rule in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
+            self._set(name, dict(getattr(self, name)))
+            for key, value in getattr(self, name).items():
+                check_regex(name, key, "({})")  # in a group, as `matches_end` uses it
+                check(f"{name}[{key!r}]", value, rule)
         if not self.targets:
             raise LoRAError("targets is empty: name at least one module, such as 'q_proj'")
         if self.layers is not None and isinstance(self.targets, str):
             raise LoRAError("layers goes with a list of target names, not with one string")
-        if self.layers_pattern and self.layers is None:
+        if self.layers is None and self.layers_pattern:
             raise LoRAError("layers_pattern says where `layers` are counted: give layers too")
-        check_rank("rank", self.rank)
-        check_alpha("alpha", self.alpha)
-        for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
-            self._set(name, _pattern(name, getattr(self, name)))
-            for key, value in getattr(self, name).items():
-                check(f"{name}[{key!r}]", value)
-        check_dropout("dropout", self.dropout)
-        for flag in (f.name for f in fields(self) if f.type is bool):
-            if not isinstance(getattr(self, flag), bool):
-                raise LoRAError(f"{flag} must be True or False, not {getattr(self, flag)!r}")
-        for name, choices in (("init", get_args(Init)), ("bias", get_args(Bias))):
-            if getattr(self, name) not in choices:
-                names = ", ".join(choices)
-                raise LoRAError(f"{name} must be one of {names}, not {getattr(self, name)!r}")
-        if not isinstance(self.task_type, str | None):
-            raise LoRAError(f"task_type must be a string, not {self.task_type!r}")
-        if self.lora_bias and self.dora:
-            raise LoRAError("lora_bias does not go with dora: a bias has no direction")
-        if self.lora_bias and self.init not in ("kaiming", "random"):
-            raise LoRAError("lora_bias goes with init 'kaiming' or 'random', as in PEFT")
+        if self.lora_bias and (self.dora or self.init not in ("kaiming", "random")):
+            raise LoRAError("lora_bias does not go with dora, nor with this init, as in PEFT")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
 
     def rank_of(self, module: str) -> int:
-        """The rank of the module with this dotted name."""
-        return first_match(self.rank_pattern, module, self.rank)
+        """The rank of a module: that of the first pattern that matches the end of its name."""
+        ranks = (rank for key, rank in self.rank_pattern.items() if matches_end(key, module))
+        return next(ranks, self.rank)
 
     def alpha_of(self, module: str) -> float:
-        """The alpha of the module with this dotted name."""
-        return first_match(self.alpha_pattern, module, self.alpha)
+        """The alpha of a module, in the same way."""
+        alphas = (alpha for key, alpha in self.alpha_pattern.items() if matches_end(key, module))
+        return next(alphas, self.alpha)
 
 
 def scale(alpha: float, rank: int, rslora: bool = False) -> float:
@@ -147,73 +127,60 @@ def scale(alpha: float, rank: int, rslora: bool = False) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-def first_match(patterns: Mapping[str, T], module: str, default: T) -> T:
-    """The value of the first pattern that matches the end of the module's name."""
-    return next((value for key, value in patterns.items() if matches_end(key, module)), default)
-
-
-def matches(names: str | tuple[str, ...], module: str) -> bool:
-    """Whether a dotted module name is meant by `names`.
-
-    A string is a regular expression for the whole name; in a sequence each entry is the exact name
-    or its end after a dot.
-    """
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
-
-
 def matches_end(key: str, module: str) -> bool:
     """Whether a key of a pattern means this module: PEFT's rule, to the letter."""
     return re.match(rf"(.*\.)?({key})$", module) is not None
 
 
-def check_rank(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise LoRAError(f"{name} must be a whole number of at least 1, not {value!r}")
-
-
-def check_alpha(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 < value <= sys.float_info.max:
-        raise LoRAError(f"{name} must be a finite number above 0, not {value!r}")
-
-
-def check_dropout(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 <= value < 1:
-        raise LoRAError(f"{name} must be in [0, 1), not {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _names(name: str, value: object) -> str | tuple[str, ...]:
-    """One string as it is, several as a tuple; a set is sorted, so that a run can be repeated."""
-    if isinstance(value, str):
-        check_regex(name, value)
-        return value
-    if not isinstance(value, Iterable) or not all(isinstance(item, str) for item in value):
-        raise LoRAError(f"{name} must be a string or a sequence of strings, not {value!r}")
-    return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+def check(name: str, value: Any, rule: str | None = None) -> None:
+    """Refuse a value that breaks the rule of this name, or another field's."""
+    holds, wanted = RULES[rule or name]
+    if not holds(value):
+        raise LoRAError(f"{name} must be {wanted}, not {value!r}")
 
 
 def check_regex(name: str, value: str, used: str = "{}") -> None:
+    """Refuse what is no regular expression where it is used."""
     try:
         re.compile(used.format(value))
     except re.error as error:
         raise LoRAError(f"{name}: {value!r} is no regular expression: {error}") from None
 
 
-def _indices(value: object) -> tuple[int, ...]:
-    items = (value,) if isinstance(value, int) else value
-    if not isinstance(items, Iterable) or not all(type(item) is int for item in items):
-        raise LoRAError(f"layers must be a sequence of whole numbers, not {value!r}")
-    return tuple(items)
+def _several(name: str, value: Any) -> Any:
+    """One as it is or in a tuple, several as a tuple; a set is sorted, so that runs can repeat."""
+    if isinstance(value, str) and name in ("targets", "exclude"):
+        check_regex(name, value)
+        return ALL_LINEAR if value.lower() == ALL_LINEAR else value
+    if value in ("", None):
+        return None if name == "layers" else ()
+    if isinstance(value, str | int):
+        return (value,)
+    return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
 
 
-def _pattern(name: str, value: object) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise LoRAError(f"{name} must map regular expressions to numbers, not {value!r}")
-    for key in value:
-        check_regex(name, key, "({})")  # in a group, as `first_match` does
-    return dict(value)
+def _is_a(kind: Any, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _all_are(kind: Any, value: Any) -> bool:
+    return isinstance(value, Iterable) and all(_is_a(kind, item) for item in value)
+
+
+Rule = tuple[Callable[[Any], bool], str]
+_NAMES: Rule = (lambda v: _all_are(str, v), "a string or a sequence of strings")
+_MAPPING: Rule = (lambda v: isinstance(v, Mapping) and _all_are(str, v), "{regex: number}")
+_FLAG: Rule = (lambda v: isinstance(v, bool), "True or False")
+RULES: dict[str, Rule] = {
+    "rank": (lambda v: _is_a(int, v) and v >= 1, "a whole number of at least 1"),
+    "alpha": (lambda v: _is_a(int | float, v) and 0 < v < 1e308, "a finite number above 0"),
+    "dropout": (lambda v: _is_a(int | float, v) and 0 <= v < 1, "in [0, 1)"),
+    "layers": (lambda v: _is_a(int | None, v) or _all_are(int, v), "a sequence of whole numbers"),
+    "init": (lambda v: v in get_args(Init), f"one of {', '.join(get_args(Init))}"),
+    "bias": (lambda v: v in get_args(Bias), f"one of {', '.join(get_args(Bias))}"),
+    "task_type": (lambda v: isinstance(v, str | None), "a string"),
+    **dict.fromkeys(("targets", "exclude", "layers_pattern", "also_train"), _NAMES),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), _MAPPING),
+    **dict.fromkeys(("rslora", "dora", "lora_bias"), _FLAG),
+}
+"""What each field must be: a test, and the words for it."""

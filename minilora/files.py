@@ -1,7 +1,4 @@
-"""Writing files so that a reader, or a crash, never meets half of one.
-
-What is not finished has a name that begins with a dot and ends in .partial.
-"""
+"""Atomic file writes. An unfinished file has a name that begins with a dot and ends in .partial."""
 
 import os
 import shutil
@@ -22,7 +19,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_directory(directory: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files that belong together: nobody, after a crash either, sees some old and some new.
+    """Write files that belong together: a reader never sees some old and some new ones.
 
     A new directory is filled beside and renamed, so that it is there with all its files or not at
     all. In one that is there already, files that stay the same are left alone; where one differs,

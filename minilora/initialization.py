@@ -1,30 +1,38 @@
-"""How A and B start."""
+"""How A (r, in) and B (out, r) start.
+
+With B = 0 the adapted layer starts as the base itself, and since dL/dB = s (dL/dy)^T (x A^T) is not
+zero, it does not stay there. Were A zero too, both gradients would be zero for ever.
+"""
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from minilora.config import Init
+Start = Callable[[nn.Module, Tensor, Tensor, float], nn.Module]
+"""(base, A, B, s): fills A and B, and returns the layer to wrap: the base or one in its place."""
 
 
-def initialize(A: Tensor, B: Tensor, init: Init) -> None:
-    """Fill A (r, in) and B (out, r) in place.
+def kaiming(base: nn.Module, A: Tensor, B: Tensor, scale: float) -> nn.Module:
+    """A uniform in +-1/sqrt(in): Kaiming with a = sqrt(5), as in loralib and PEFT; B = 0."""
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    nn.init.zeros_(B)
+    return base
 
-    With B = 0 the adapted layer starts as the base itself, and since dL/dB = s (dL/dy)^T (x A^T)
-    is not zero, it does not stay there. Were A zero too, both gradients would be, for ever.
 
-    - "kaiming": A uniform in +-1/sqrt(in) (what Kaiming with a = sqrt(5) comes to, as in loralib
-      and PEFT), B zero.
-    - "gaussian": A normal with standard deviation 1/r (as in PEFT), B zero.
-    - "random": both uniform, so that the output changes at once; for tests.
-    - "loftq": as "kaiming" here; then `quantize.loftq` fills them by what the base lost.
-    """
-    rank = A.shape[0]
-    if init == "gaussian":
-        nn.init.normal_(A, std=1 / rank)
-    else:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    if init == "random":
-        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-    else:
-        nn.init.zeros_(B)
+def gaussian(base: nn.Module, A: Tensor, B: Tensor, scale: float) -> nn.Module:
+    """A normal with standard deviation 1/r, as in PEFT; B = 0."""
+    nn.init.normal_(A, std=1 / A.shape[0])
+    nn.init.zeros_(B)
+    return base
+
+
+def random(base: nn.Module, A: Tensor, B: Tensor, scale: float) -> nn.Module:
+    """Both uniform, so that the output changes at once; for tests."""
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+    return base
+
+
+STARTS: dict[str, Start] = {"kaiming": kaiming, "gaussian": gaussian, "random": random}
+"""By `LoRAConfig.init`. `minilora/methods/__init__.py` adds the starts that need other files."""

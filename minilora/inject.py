@@ -1,53 +1,43 @@
-"""Inject: wrap the targets and freeze the rest. Unwrap: the plain model again, merged."""
+"""Inject: wrap the targets and freeze the rest. Unwrap and unload: the plain model again."""
 
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from minilora import bases, extras
-from minilora.biased import BiasedLoRALinear
+from minilora import linears
 from minilora.config import LoRAConfig, LoRAError
-from minilora.dora import DoRALinear
-from minilora.layer import LoRALinear, refuse_when_merged
-from minilora.quantize import check_linear, count_weights, dequantize_model, replace_modules
+from minilora.layer import LoRALinear, refuse_merged
+from minilora.modules import naming, plain_model, plain_name, replace_modules, require_grad, seeded
+from minilora.reports import InjectReport
 from minilora.targets import select
 
 
-@dataclass(frozen=True)
-class InjectReport:
-    """What `inject` did. Printed: one line of counts, then the modules, layers folded.
+class Beside(Protocol):
+    """Something that trains beside A and B, such as biases. Made, and checked, before injection."""
 
-    Attributes:
-        modules: dotted names of the adapted modules.
-        trainable: number of parameters that train.
-        total: number of parameters, the adapter's included.
-        also: names of the biases and whole modules' parameters that train too.
+    def start(self, model: nn.Module) -> None:
+        """Let it train, and keep the base's values."""
 
-    Example:
-        >>> print(InjectReport(("layers.0.fc", "layers.1.fc"), trainable=5, total=200))
-        2 modules, 5 trainable of 200 (2.5000%)
-          layers.{0,1}.fc
-    """
+    def swap(self, model: nn.Module) -> None:
+        """Put the base's values in the place of the trained ones, or back."""
 
-    modules: tuple[str, ...]
-    trainable: int
-    total: int
-    also: tuple[str, ...] = ()
+    def names(self) -> Collection[str]:
+        """What trains, for the report."""
 
-    def __str__(self) -> str:
-        share = 100 * self.trainable / self.total
-        head = (
-            f"{len(self.modules)} modules, {self.trainable:,} trainable "
-            f"of {self.total:,} ({share:.4f}%)"
-        )
-        lines = fold_names(self.modules) + [f"and {name}" for name in fold_names(self.also)]
-        return "\n".join([head, *(f"  {line}" for line in lines)])
+
+# What other files add to plain LoRA: `minilora/methods/__init__.py` fills these tables.
+LAYERS: dict[str, type[LoRALinear]] = {}
+"""A flag of the configuration, and the layer that it asks for."""
+BESIDE: list[Callable[[nn.Module, LoRAConfig, Collection[str]], Beside]] = []
+"""Called with the model, the configuration and the names of the adapted modules."""
+DEQUANTIZERS: list[Callable[[nn.Module, torch.dtype | None], AbstractContextManager[None]]] = []
+"""Blocks in which quantized linears are plain and exact; they end by rounding to the dtype."""
 
 
 @dataclass
@@ -57,13 +47,19 @@ class Injection:
     config: LoRAConfig
     required_grad: dict[str, bool]
     """Which of the base's parameters trained before, by their names then."""
-    kept: extras.Kept
-    """What trains besides A and B, and the base's values of it."""
+    beside: list[Beside]
     hook: RemovableHandle
-    """Refuses to load weights while merged, before the first of them is written."""
+    enabled: bool = True
+    """False inside `with disabled(model)`."""
+
+    def swap(self, model: nn.Module) -> None:
+        """Put the base's values of what trains beside A and B in place, or put them back."""
+        for part in self.beside:
+            part.swap(model)
+        self.enabled = not self.enabled
 
 
-def inject(model: nn.Module, config: LoRAConfig) -> InjectReport:
+def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> InjectReport:
     """Freeze the model and wrap every target into a LoRALinear, in place.
 
     Only the adapter trains afterwards: `lora_A`, `lora_B` and what the configuration adds to them.
@@ -73,6 +69,8 @@ def inject(model: nn.Module, config: LoRAConfig) -> InjectReport:
     Args:
         model: any module; not yet wrapped by torch.compile or DistributedDataParallel.
         config: what to adapt.
+        seed: of A's random start, and recorded in the report; torch's global random state is then
+            left as it is. Without it A is drawn from that state.
 
     Returns:
         The modules and the parameter counts.
@@ -91,57 +89,50 @@ def inject(model: nn.Module, config: LoRAConfig) -> InjectReport:
         raise LoRAError("inject before torch.compile or DistributedDataParallel, not after")
     if config_of(model) is not None or lora_layers(model):
         raise LoRAError("the model carries an adapter already: minilora.unwrap(model) first")
-    found = select(model, config)
-    extras.check_untied(model, config)
-    extras.check_dense(model, config)
-    for name, module in found.items():
-        rank, side = config.rank_of(name), min(bases.shape(module))
-        if rank > side:
+    selected = select(model, config)
+    for name, module in selected.items():
+        if (rank := config.rank_of(name)) > (side := min(linears.shape(module))):
             raise LoRAError(f"rank {rank} is above the smaller side of {name}, {side}")
-        if config.init == "loftq":
-            check_linear(name, module)
-    return wrap(model, found, config, {name: config.rank_of(name) for name in found})
+    with seeded(model, seed):
+        wrap(model, selected, config)
+    return report(model, seed)
 
 
-def wrap(
-    model: nn.Module, found: dict[str, nn.Module], config: LoRAConfig, ranks: dict[str, int]
-) -> InjectReport:
-    """Freeze, then replace each of the found modules by a LoRALinear around it."""
-    required_grad = {bases.plain_name(n): p.requires_grad for n, p in model.named_parameters()}
-    kind = layer_type(config)
-    layers = {
-        module: kind(
-            module,
-            ranks[name],
-            config.alpha_of(name),
-            config.dropout,
-            rslora=config.rslora,
-            init=config.init,
-        )
-        for name, module in found.items()
-    }
+def wrap(model: nn.Module, selected: dict[str, nn.Module], config: LoRAConfig) -> None:
+    """Freeze, then replace each of the selected modules by a LoRALinear around it."""
+    required_grad = {plain_name(n): p.requires_grad for n, p in model.named_parameters()}
+    beside = [part(model, config, selected) for part in BESIDE]
+    kind, layers = layer_for(config), {}
+    more: Any = {"dropout": config.dropout, "rslora": config.rslora, "init": config.init}
+    try:
+        for name, module in selected.items():
+            with naming(name):
+                layers[module] = kind(module, config.rank_of(name), config.alpha_of(name), **more)
+    except BaseException:  # each layer froze its base: the model is left as it was
+        require_grad(model, required_grad)
+        raise
     model.requires_grad_(False)
     model.zero_grad()  # a frozen weight with a gradient would still be decayed by an optimizer
     replace_modules(model, layers)
-    kept = extras.keep(model, config)
-    hook = model.register_load_state_dict_pre_hook(_refuse_when_merged)
-    model._minilora = Injection(config, required_grad, kept, hook)  # type: ignore[assignment]
-    return report(model)
+    for part in beside:
+        part.start(model)
+    hook = model.register_load_state_dict_pre_hook(refuse_merged)
+    model._minilora = Injection(config, required_grad, beside, hook)  # type: ignore[assignment]
 
 
-def layer_type(config: LoRAConfig) -> type[LoRALinear]:
+def layer_for(config: LoRAConfig) -> type[LoRALinear]:
     """The class of the layers that this configuration asks for."""
-    return DoRALinear if config.dora else BiasedLoRALinear if config.lora_bias else LoRALinear
+    return next((kind for flag, kind in LAYERS.items() if getattr(config, flag)), LoRALinear)
 
 
-def report(model: nn.Module) -> InjectReport:
+def report(model: nn.Module, seed: int | None = None) -> InjectReport:
     """Count the modules and parameters of an injected model."""
-    parameters = list(model.parameters())
+    parameters, injection = list(model.parameters()), injection_of(model)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    total = sum(p.numel() for p in parameters) + count_weights(model)
-    injection = injection_of(model)
-    also = tuple(injection.kept.live) if injection is not None else ()
-    return InjectReport(tuple(lora_layers(model)), trainable, total, also)
+    quantized = [m for m in model.modules() if not linears.is_mergeable(m)]  # not in parameters
+    total = sum(p.numel() for p in parameters) + sum(math.prod(linears.shape(m)) for m in quantized)
+    also = [n for part in (injection.beside if injection else ()) for n in part.names()]
+    return InjectReport(tuple(lora_layers(model)), trainable, total, tuple(also), seed)
 
 
 def unwrap(
@@ -154,8 +145,8 @@ def unwrap(
 
     Args:
         model: as `inject` or `load_adapter` left it, merged or not.
-        dequantize: turn a 4-bit base into plain linears, W + s B A with the W that its codes mean,
-            and print what rounding that cost.
+        dequantize: turn a 4-bit base into plain linears, W + s B A with the W that its codes mean.
+            What rounding that cost is logged, by `logging.getLogger("minilora")`.
         dtype: float32 or bfloat16, to which the sum is rounded once and the rest of the model cast;
             by default each layer's own, the model's. Only with `dequantize`.
 
@@ -172,51 +163,61 @@ def unwrap(
         ['q_proj.weight', 'q_proj.bias']
     """
     model = plain_model(model)
-    layers = lora_layers(model)
-    if dequantize:
-        merged = [layer for layer in layers.values() if layer.merged]
+    with ExitStack() as stack:
+        for dequantized in DEQUANTIZERS if dequantize else ():
+            stack.enter_context(dequantized(model, dtype))
+        merge_layers(lora_layers(model))
+    return _put_back(model)
 
-        def take_back() -> None:
-            for layer in layers.values():
-                if layer not in merged:
-                    layer.unmerge()
 
-        print(dequantize_model(model, dtype, lambda: merge_all(layers), take_back))
-    merge_all(layers)
-    remove(model)
+def unload(model: nn.Module) -> nn.Module:
+    """Put the original modules back without the adapter: the base model, bit for bit.
+
+    After `init="loftq"` that is the quantized base.
+
+    Args:
+        model: as `inject` or `load_adapter` left it, merged or not.
+
+    Returns:
+        The same model, with the modules, values and trainability it had before.
+
+    Example:
+        >>> model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+        >>> before = model["q_proj"].weight.clone()
+        >>> _ = inject(model, LoRAConfig(rank=2, targets=("q_proj",), init="random"))
+        >>> torch.equal(unload(model)["q_proj"].weight, before)
+        True
+    """
+    model = plain_model(model)
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+    if (injection := injection_of(model)) is not None and injection.enabled:
+        injection.swap(model)
+    return _put_back(model)
+
+
+def _put_back(model: nn.Module) -> nn.Module:
+    """The original modules as they are, merged or not, and nothing remembered of the adapter."""
+    injection = injection_of(model)
+    replace_modules(model, {layer: layer.base for layer in lora_layers(model).values()})
+    if injection is not None:
+        require_grad(model, injection.required_grad)
+        injection.hook.remove()
+        del model._minilora
     return model
 
 
-def remove(model: nn.Module, restore: bool = False) -> None:
-    """Put the original modules back as they are, merged or not, and forget the adapter.
-
-    Args:
-        model: as `inject` left it.
-        restore: give biases and modules that trained in place the base's values again.
-    """
-    injection = injection_of(model)
-    if injection is not None and restore:
-        injection.kept.exchange(model)
-    replace_modules(model, {layer: layer.base for layer in lora_layers(model).values()})
-    if injection is not None:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(injection.required_grad.get(bases.plain_name(name), True))
-        injection.hook.remove()
-        del model._minilora
-
-
-def merge_all(layers: dict[str, LoRALinear]) -> None:
+def merge_layers(layers: dict[str, LoRALinear]) -> None:
     """Merge every layer, or none: on an error those that were not merged before are put back."""
     unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
-    for name, layer in unmerged.items():
-        try:
-            layer.merge()
-        except BaseException as error:  # too little memory for the kept weights, for one
-            for merged in unmerged.values():
-                merged.unmerge()
-            if isinstance(error, LoRAError):
-                raise LoRAError(f"{name}: {error}") from None
-            raise
+    try:
+        for name, layer in unmerged.items():
+            with naming(name):
+                layer.merge()
+    except BaseException:  # also when the memory for the original weights ends
+        for layer in unmerged.values():
+            layer.unmerge()
+        raise
 
 
 def config_of(model: nn.Module) -> LoRAConfig | None:
@@ -233,75 +234,13 @@ def config_of(model: nn.Module) -> LoRAConfig | None:
     return injection.config if injection is not None else None
 
 
-def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters to hand to an optimizer: those that require a gradient.
-
-    Args:
-        model: any module.
-
-    Example:
-        >>> model = nn.ModuleDict({"q_proj": nn.Linear(16, 4)})
-        >>> _ = inject(model, LoRAConfig(rank=2, targets=("q_proj",)))
-        >>> [tuple(parameter.shape) for parameter in trainable_parameters(model)]
-        [(2, 16), (4, 2)]
-    """
-    return (parameter for parameter in model.parameters() if parameter.requires_grad)
-
-
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers by dotted name, in the model's order."""
     named = plain_model(model).named_modules()
-    return {bases.plain_name(name): m for name, m in named if isinstance(m, LoRALinear)}
-
-
-def plain_model(model: nn.Module) -> nn.Module:
-    """The model itself, without what torch.compile or DistributedDataParallel put around it."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def fold_names(names: tuple[str, ...]) -> list[str]:
-    """Names that differ in numbers only become one line.
-
-    Example:
-        >>> fold_names(("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj"))
-        ['layers.{0,1}.q_proj', 'layers.0.v_proj']
-    """
-    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}  # what is between the numbers
-    for name in names:
-        groups.setdefault(tuple(re.split(r"\d+", name)), []).append(tuple(re.findall(r"\d+", name)))
-    lines = []
-    for texts, numbers in groups.items():
-        columns = [sorted(set(column), key=int) for column in zip(*numbers, strict=True)]
-        if math.prod(map(len, columns)) == len(numbers):  # every combination is there
-            numbers = [tuple(map(_fold_numbers, columns))]
-        for row in numbers:
-            pairs = zip(texts, (*row, ""), strict=True)
-            lines.append("".join(text + number for text, number in pairs))
-    return lines
-
-
-def _fold_numbers(numbers: list[str]) -> str:
-    if len(numbers) == 1:
-        return numbers[0]
-    first, last = int(numbers[0]), int(numbers[-1])
-    whole = len(numbers) > 2 and last - first == len(numbers) - 1
-    return f"{{{first}-{last}}}" if whole else f"{{{','.join(numbers)}}}"
+    return {plain_name(name): m for name, m in named if isinstance(m, LoRALinear)}
 
 
 def injection_of(model: nn.Module) -> Injection | None:
     """What the model remembers of its injection, or None."""
     injection = getattr(model, "_minilora", None)
     return injection if isinstance(injection, Injection) else None
-
-
-def _refuse_when_merged(
-    model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object
-) -> None:
-    for name, layer in lora_layers(model).items():
-        refuse_when_merged(layer, state_dict, f"{prefix}{name}.")

@@ -1,16 +1,15 @@
 """LoRALinear: a frozen linear layer and its low-rank update."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora import bases
-from minilora.config import Init, LoRAError, check_alpha, check_dropout, check_rank, scale
-from minilora.functional import fused_low_rank, low_rank
-from minilora.initialization import initialize
-from minilora.quantize import loftq
+from minilora import linears
+from minilora.config import Init, LoRAError, check, scale
+from minilora.functional import low_rank
+from minilora.fused import can_fuse, fused_low_rank
+from minilora.initialization import STARTS
 
 
 class LoRALinear(nn.Module):
@@ -19,8 +18,8 @@ class LoRALinear(nn.Module):
     Hu et al. 2021 (https://arxiv.org/abs/2106.09685), equation 3; x is (..., in), y (..., out).
 
     Args:
-        base: the layer to adapt; `torch.nn.Linear`, Conv1D, or a `bases.Base`. Its parameters are
-            frozen here.
+        base: the layer to adapt; `torch.nn.Linear`, Conv1D, or a `linears.LinearLike`. Its
+            parameters are frozen here.
         rank: r, at least 1; above the smaller side of W it only costs.
         alpha: numerator of the scale s = alpha / r.
         dropout: probability in [0, 1) that an input of the branch is dropped, in training only.
@@ -55,41 +54,35 @@ class LoRALinear(nn.Module):
     this layer or on the class for all, trains by `low_rank`, as evaluation mode always computes:
     bit for bit what PEFT computes, in the same order."""
 
-    untouched: Tensor | None
-    """While merged, the base's weight as it was: (out, in). A buffer, so that `.to()` moves it."""
+    # What the base holds when it is not merged; None then. Buffers, so that `.to()` moves them.
+    original_weight: Tensor | None  # (out, in)
+    original_bias: Tensor | None  # (out,); only where merging changes the bias too
 
     def __init__(
-        self,
-        base: nn.Module,
-        rank: int = 8,
-        alpha: float = 32.0,
-        dropout: float = 0.0,
-        *,
-        rslora: bool = False,
-        init: Init = "kaiming",
-    ) -> None:
+        self, base: nn.Module, rank: int = 8, alpha: float = 32.0, dropout: float = 0.0, *,
+        rslora: bool = False, init: Init = "kaiming",
+    ) -> None:  # fmt: skip
         super().__init__()
-        if not bases.is_linear(base):
-            raise LoRAError(f"cannot adapt a {type(base).__name__}: it is not a linear layer")
-        check_rank("rank", rank)
-        check_alpha("alpha", alpha)
-        check_dropout("dropout", dropout)
-        out, in_ = bases.shape(base)
-        device, dtype = bases.adapter_placement(base)
-        self.base = base.requires_grad_(False)
+        for name, value in (("rank", rank), ("alpha", alpha), ("dropout", dropout)):
+            check(name, value)
+        device, dtype = linears.adapter_placement(base)
+        self.out_features, self.in_features = out, in_ = linears.shape(base)
         self.lora_A = nn.Parameter(torch.empty(rank, in_, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(out, rank, device=device, dtype=dtype))
-        self.dropout = dropout
-        self.rank, self.alpha = rank, alpha
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.scale = scale(alpha, rank, rslora)
+        self.base = STARTS[init](base, self.lora_A.data, self.lora_B.data, self.scale)
+        self.base.requires_grad_(False)
         self.enabled = True  # False inside `with minilora.disabled(model)`
-        self.register_buffer("untouched", None, persistent=False)
-        self.register_state_dict_post_hook(_write_untouched_weight)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(refuse_when_merged)  # type: ignore[no-untyped-call]
-        initialize(self.lora_A.data, self.lora_B.data, init)
-        if init == "loftq":
-            self.base = loftq(base, self.lora_A.data, self.lora_B.data, self.scale)
+        self.register_buffer("original_weight", None, persistent=False)
+        self.register_buffer("original_bias", None, persistent=False)
+        self.register_state_dict_post_hook(_write_originals)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(refuse_merged)  # type: ignore[no-untyped-call]
+        self.add_parameters()
         self.train(base.training)
+
+    def add_parameters(self) -> None:
+        """What a method trains besides A and B: its layer overrides this."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out).
@@ -102,10 +95,9 @@ class LoRALinear(nn.Module):
         y: Tensor = self.base(x)  # (..., out)
         if self.merged or not self.enabled:
             return y
-        if not self.training:
-            return low_rank(y, x, self.lora_A, self.lora_B, self.scale)
-        branch = fused_low_rank if self.fused else low_rank
-        return branch(y, x, self.lora_A, self.lora_B, self.scale, self.dropout)
+        p = self.dropout if self.training else 0.0
+        branch = fused_low_rank if self.training and self.fused and can_fuse(y, x) else low_rank
+        return branch(y, x, self.lora_A, self.lora_B, self.scale, p)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -115,15 +107,19 @@ class LoRALinear(nn.Module):
             update = self.lora_B.to(wide) @ self.lora_A.to(wide)  # (out, r) (r, in) -> (out, in)
             return update * self.scale
 
-    def adapted(self, weight: Tensor) -> Tensor:
-        """W + s B A for the untouched W: (out, in), float32 or wider."""
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """W + s B A for the original W: (out, in), float32 or wider."""
         delta = self.delta()
         return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
+
+    def merged_bias(self) -> Tensor | None:
+        """What merging makes of the bias: (out,), float32 or wider; None leaves it as it is."""
+        return None
 
     @property
     def merged(self) -> bool:
         """Whether the base's weight holds W + s B A just now."""
-        return self.untouched is not None
+        return self.original_weight is not None
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -136,25 +132,29 @@ class LoRALinear(nn.Module):
         """
         if self.merged:
             return
-        if not bases.is_mergeable(self.base):
+        if not linears.is_mergeable(self.base):
             raise LoRAError(
                 f"cannot merge into a {type(self.base).__name__}: its weight is quantized, and the "
-                "rounding would swallow the update; minilora.unwrap(model, dequantize=True) "
-                "merges into a plain linear"
+                "rounding would swallow the update; minilora.unwrap(model, dequantize=True) merges"
             )
-        weight = bases.dense_weight(self.base)  # (out, in), a view
-        merged = self.adapted(weight).to(weight.dtype)
-        if weight.isfinite().all() and not merged.isfinite().all():
+        weight, bias = linears.dense_weight(self.base), self.bias  # (out, in), a view; (out,)
+        new_weight, new_bias = self.merged_weight(weight).to(weight.dtype), self.merged_bias()
+        if weight.isfinite().all() and not new_weight.isfinite().all():
             raise LoRAError(f"W + s B A does not fit {weight.dtype}: merge in a wider dtype")
-        self.untouched = weight.clone()
-        weight.copy_(merged)
+        self.original_weight = weight.clone()
+        weight.copy_(new_weight)
+        if bias is not None and new_bias is not None:
+            self.original_bias = bias.detach().clone()
+            bias.copy_(new_bias)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """The very same weight back, bit for bit. Unmerging an unmerged layer changes nothing."""
-        if self.untouched is not None:
-            bases.dense_weight(self.base).copy_(self.untouched)
-            self.untouched = None
+        """The very same weights back, bit for bit. Unmerging an unmerged layer changes nothing."""
+        if self.original_weight is not None:
+            linears.dense_weight(self.base).copy_(self.original_weight)
+        if self.original_bias is not None and self.bias is not None:
+            self.bias.copy_(self.original_bias)
+        self.original_weight = self.original_bias = None
 
     # Some models look at their linears: T5 casts to `wo.weight.dtype`.
     @property
@@ -165,17 +165,7 @@ class LoRALinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The base's bias."""
-        return self.base.bias  # type: ignore[return-value]
-
-    @property
-    def in_features(self) -> int:
-        """The base's input width, `in`."""
-        return bases.shape(self.base)[1]
-
-    @property
-    def out_features(self) -> int:
-        """The base's output width, `out`."""
-        return bases.shape(self.base)[0]
+        return getattr(self.base, "bias", None)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows between the parentheses."""
@@ -183,20 +173,26 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}{state}"
 
 
-def _write_untouched_weight(
-    layer: nn.Module, state_dict: dict[str, Any], prefix: str, _: object
-) -> None:
-    """A checkpoint holds the base and the adapter, never their sum."""
-    assert isinstance(layer, LoRALinear)
-    if layer.untouched is not None:
-        weight = layer.untouched
-        state_dict[f"{prefix}base.weight"] = weight.T if bases.is_conv1d(layer.base) else weight
+def _write_originals(layer: LoRALinear, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A checkpoint holds the base and the adapter, never their sum.
+
+    Without this hook `test_a_state_dict_holds_the_original_weight_whether_merged_or_not` fails.
+    """
+    if (weight := layer.original_weight) is not None:
+        state[f"{prefix}base.weight"] = weight.T if linears.is_conv1d(layer.base) else weight
+    if layer.original_bias is not None:
+        state[f"{prefix}base.bias"] = layer.original_bias
 
 
-def refuse_when_merged(
-    layer: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object
-) -> None:
-    """A weight loaded now would be lost at the next `unmerge`."""
-    assert isinstance(layer, LoRALinear)
-    if layer.merged and any(key.startswith(prefix) for key in state_dict):
+def refuse_merged(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse to load a weight that the next `unmerge` would overwrite, before any is written.
+
+    A hook of every layer (without it `test_loading_while_merged_is_refused_and_nothing_changed`
+    fails) and of every injected model (without it
+    `test_loading_into_a_merged_model_is_refused_and_no_weight_is_changed` fails, since a layer's
+    hook runs after the modules before it have been loaded).
+    """
+    merged = [n for n, m in module.named_modules() if isinstance(m, LoRALinear) and m.merged]
+    starts = tuple(f"{prefix}{name}." if name else prefix for name in merged)
+    if any(key.startswith(starts) for key in state):
         raise LoRAError("cannot load weights while merged: call minilora.unmerge(model) first")

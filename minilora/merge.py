@@ -2,60 +2,23 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from minilora import bases
+from minilora import linears
 from minilora.config import LoRAError
-from minilora.inject import injection_of, lora_layers, merge_all, plain_model
+from minilora.inject import injection_of, lora_layers, merge_layers
 from minilora.layer import LoRALinear
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """What writing W + Delta W into the weight's dtype cost, measured in float64.
-
-    Attributes:
-        module: dotted name.
-        largest: largest |merged - (W + Delta W)| of an entry.
-        relative: ||merged - (W + Delta W)|| / ||W + Delta W||.
-        lost: share of the update that rounding swallowed: ||(merged - W) - Delta W|| / ||Delta W||.
-    """
-
-    module: str
-    largest: float
-    relative: float
-    lost: float
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """The rounding of each merged module. Printed: one line with the worst of them.
-
-    Attributes:
-        modules: a `Rounding` each, with `module`, `largest`, `relative` and `lost`.
-    """
-
-    modules: tuple[Rounding, ...]
-
-    def __str__(self) -> str:
-        if not self.modules:
-            return "0 modules merged"
-        worst = max(self.modules, key=lambda rounding: rounding.lost)
-        return (
-            f"{len(self.modules)} modules merged; rounding error at most "
-            f"{max(r.largest for r in self.modules):.2g} an entry; at most {worst.lost:.2g} of an "
-            f"update lost ({worst.module})"
-        )
+from minilora.modules import plain_model
+from minilora.reports import MergeReport, Rounding
 
 
 def merge(model: nn.Module) -> MergeReport:
     """Add every adapter into its weight, in place: W <- (W + s B A) rounded once.
 
     The same storage is written, so that the model costs what the base costs. The sum is taken in
-    float32 (float64 for a float64 weight) and rounded to the weight's dtype once. The untouched
+    float32 (float64 for a float64 weight) and rounded to the weight's dtype once. The original
     weight is kept beside it for `unmerge`. Merging twice is harmless.
 
     Args:
@@ -76,7 +39,7 @@ def merge(model: nn.Module) -> MergeReport:
         (['q_proj'], True)
     """
     layers = _layers(model)
-    merge_all(layers)
+    merge_layers(layers)
     return MergeReport(tuple(_rounding(name, layer) for name, layer in layers.items()))
 
 
@@ -135,17 +98,17 @@ def disabled(model: nn.Module) -> Iterator[None]:
     before = [(layer, layer.enabled, layer.merged) for layer in _layers(model).values()]
     model = plain_model(model)
     injection = injection_of(model)
-    kept = injection.kept if injection is not None and not injection.kept.exchanged else None
+    outermost = injection if injection is not None and injection.enabled else None
     try:
         for layer, _, _ in before:
             layer.unmerge()
             layer.enabled = False
-        if kept is not None:
-            kept.exchange(model)
+        if outermost is not None:
+            outermost.swap(model)
         yield
     finally:
-        if kept is not None:
-            kept.exchange(model)
+        if outermost is not None:
+            outermost.swap(model)
         for layer, enabled, merged in before:
             layer.enabled = enabled
             if merged:
@@ -159,23 +122,8 @@ def _layers(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-@torch.no_grad()
 def _rounding(name: str, layer: LoRALinear) -> Rounding:
-    assert layer.untouched is not None
+    assert layer.original_weight is not None
     wide = torch.float32 if layer.lora_A.device.type == "mps" else torch.float64
-    before = layer.untouched.to(wide)  # (out, in)
-    wanted = layer.adapted(before)
-    delta = wanted - before
-    error = bases.dense_weight(layer.base).to(wide) - wanted
-    # (merged - W) - Delta W is the same difference: what is lost is what was rounded.
-    return Rounding(
-        name,
-        largest=error.abs().max().item(),
-        relative=_ratio(error, wanted),
-        lost=_ratio(error, delta),
-    )
-
-
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    norm = whole.norm().item()
-    return part.norm().item() / norm if norm else 0.0
+    before = layer.original_weight.to(wide)  # (out, in)
+    return Rounding.of(name, before, layer.merged_weight(before), linears.dense_weight(layer.base))

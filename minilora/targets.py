@@ -1,48 +1,60 @@
-"""Which modules are adapted: PEFT's rules of matching, with every slip of the pen reported."""
+"""Which modules are adapted: PEFT's rules, and an error for every entry that matches nothing."""
 
 import re
-from collections import defaultdict
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable
 
-from torch import Tensor, nn
+from torch import nn
 
-from minilora import bases
-from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches, matches_end
+from minilora import linears, modules
+from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches_end
 
-# These read the weights of their linears behind the linears' backs: an adapter in there would be
-# trained by nobody and heard by nobody.
+Rule = Callable[[str, str], bool]  # does this entry mean this module?
+
+# These modules read the weights of their linears without calling the linears: an adapter in there
+# gets no gradient and has no effect.
 BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-def layer_index(module: str, patterns: tuple[str, ...] = ()) -> int | None:
-    """The index of the layer a module lies in: the first `.name.<index>.` of its dotted name.
+def matches(names: str | tuple[str, ...], module: str) -> bool:
+    """Whether `names` mean a dotted module name: the one rule of targets, exclude and also_train.
+
+    A string is a regular expression for the whole name; in a sequence each entry is the exact name
+    or its end after a dot.
 
     Example:
-        >>> layer_index("model.decoder.layers.3.self_attn.q_proj")
-        3
+        >>> matches(("proj",), "layers.0.proj"), matches(("proj",), "layers.0.q_proj")
+        (True, False)
     """
-    for pattern in patterns or (r"[^.]*",):
-        # Without patterns PEFT wants a dot before the name too: `h.0.attn` alone has no index.
-        start = r"(?:^|.*?\.)" if patterns else r".*?\."
-        if found := re.match(rf"{start}{pattern}\.(?P<index>\d+)\.", module):
-            return int(found["index"])
-    return None
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(is_named(name, module) for name in names)
 
 
-def is_excluded(config: LoRAConfig, module: str) -> bool:
-    """Whether a module is left alone: named by `exclude`, or part of one that trains whole."""
-    if config.exclude and matches(config.exclude, module):
-        return True
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.also_train)
+def is_named(name: str, module: str) -> bool:
+    """Whether this is the module's exact name or its end after a dot."""
+    return module == name or module.endswith(f".{name}")
+
+
+def trained_whole(config: LoRAConfig, module: str) -> str | None:
+    """The module of `also_train` that this one is or lies in."""
+    return next((name for name in modules.path(module) if matches(config.also_train, name)), None)
 
 
 def is_target(config: LoRAConfig, module: str) -> bool:
-    """Whether the configuration asks for this module name (`all-linear` is resolved elsewhere)."""
-    if is_excluded(config, module) or not matches(config.targets, module):
+    """Whether the configuration asks for a linear of this name ("all-linear" asks for any)."""
+    asked = config.targets == ALL_LINEAR or matches(config.targets, module)
+    if not asked or matches(config.exclude, module) or trained_whole(config, module):
         return False
     if config.layers is None or module in config.targets:  # one named in full is always meant
         return True
-    return layer_index(module, config.layers_pattern) in config.layers
+    return modules.layer_index(module, config.layers_pattern) in config.layers
+
+
+def all_linear(model: nn.Module, task_type: str | None = None) -> list[tuple[str, nn.Module]]:
+    """What "all-linear" means: every linear but the output head, by plain name."""
+    head = modules.output_head(model, task_type)
+    named = [(modules.plain_name(name), module) for name, module in model.named_modules() if name]
+    return [(name, m) for name, m in named if linears.is_linear(m) and m is not head]
 
 
 def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -53,122 +65,58 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
             names are shown), a match is not a linear layer, shares its weight with another module,
             or lies in a module that would bypass it.
     """
-    named = [
-        (bases.plain_name(name), module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if name
-    ]
+    named = modules.named_modules(model)
     names = [name for name, _ in named]
-    _require_matches(config, names)
-    if config.targets == ALL_LINEAR:
-        head = output_head(model, config.task_type)
-        candidates = {
-            bases.plain_name(name): module
-            for name, module in model.named_modules()
-            if name and bases.is_linear(module) and module is not head
-        }
-        found = {name: m for name, m in candidates.items() if not is_excluded(config, name)}
-    else:
-        found = {}
-        for name, module in named:
-            if is_target(config, name) and not any(module is m for m in found.values()):
-                found[name] = module
-    if not found:
-        raise LoRAError("nothing left to adapt: `exclude` or `layers` rules out every target")
-    check_modules(model, found)
-    _check_patterns(config, list(found))
-    return found
-
-
-def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | None:
-    """The head that turns hidden states into logits, where the model names one.
-
-    A sequence classifier does not; PEFT goes by the usual names.
-    """
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    if head is None and task_type == "SEQ_CLS":
-        head = getattr(model, "score", None) or getattr(model, "classifier", None)
-    return head if isinstance(head, nn.Module) else None
-
-
-def nearest(name: str, known: list[str], count: int = 3) -> str:
-    """'; nearest: a, b, c', by the last part of the name and by the whole, or nothing."""
-    ends = list(dict.fromkeys(k.rsplit(".", 1)[-1] for k in known))
-    close = get_close_matches(name, ends, count, 0.5) or get_close_matches(name, known, count, 0.4)
-    return f"; nearest: {', '.join(close)}" if close else ""
-
-
-def _require_matches(config: LoRAConfig, names: list[str]) -> None:
-    """Every entry a person wrote must mean something: PEFT lets a misspelt one pass."""
-    for entry in config.also_train:
-        if not any(name.endswith(entry) for name in names):
-            nothing = "nothing matches it in the model"
-            raise LoRAError(f"also_train: {entry!r}: {nothing}{nearest(entry, names)}")
-    for field in ("targets", "exclude"):
-        entries = getattr(config, field)
-        if field == "targets" and entries == ALL_LINEAR:
-            continue
-        for entry in (entries,) if isinstance(entries, str) and entries else entries:
-            wanted = entry if isinstance(entries, str) else (entry,)
-            if not any(matches(wanted, name) for name in names):
-                linear = "nothing matches it in the model"
-                raise LoRAError(f"{field}: {entry!r}: {linear}{nearest(entry, names)}")
+    for field in ("targets", "exclude", "also_train"):
+        require(field, getattr(config, field), names)
     targets = [name for name in names if matches(config.targets, name)]
     for index in config.layers or ():
-        if all(layer_index(name, config.layers_pattern) != index for name in targets):
+        if all(modules.layer_index(name, config.layers_pattern) != index for name in targets):
             raise LoRAError(f"layers: no target lies in a layer {index}")
-
-
-def _check_patterns(config: LoRAConfig, modules: list[str]) -> None:
+    if config.targets == ALL_LINEAR:
+        named = all_linear(model, config.task_type)
+    found: dict[nn.Module, str] = {}
+    for name, module in named:
+        if is_target(config, name):
+            found.setdefault(module, name)
+    selected = {name: module for module, name in found.items()}
+    if not selected:
+        raise LoRAError("nothing left to adapt: `exclude` or `layers` rules out every target")
+    check_modules(model, selected)
     for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field):
-            if not any(matches_end(key, name) for name in modules):
-                raise LoRAError(
-                    f"{field}: {key!r} matches none of the adapted modules{nearest(key, modules)}"
-                )
+        require(field, getattr(config, field), list(selected), matches_end)
+    return selected
 
 
-def check_modules(model: nn.Module, found: dict[str, nn.Module]) -> None:
+def require(field: str, entries: Iterable[str], names: list[str], rule: Rule = is_named) -> None:
+    """Refuse an entry that matches no module. PEFT lets a misspelt one pass."""
+    if isinstance(entries, str):  # one regular expression, or "all-linear"
+        entries, rule = () if entries in ("", ALL_LINEAR) else (entries,), matches
+    part = "'s adapted modules" if rule is matches_end else ""
+    for entry in entries:
+        if not any(rule(entry, name) for name in names):
+            near = modules.nearest(entry, names)
+            raise LoRAError(f"{field}: {entry!r}: nothing matches it in the model{part}{near}")
+
+
+def check_modules(model: nn.Module, selected: dict[str, nn.Module]) -> None:
     """Refuse what is no linear layer, would be bypassed, is quantized, or shares its weight.
 
     Raises:
-        LoRAError: one of the found modules cannot be adapted; it is named, with the reason.
+        LoRAError: one of the modules cannot be adapted; it is named, with the reason.
     """
-    owners: dict[int, list[str]] = defaultdict(list)  # storage -> the modules that hold it
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners[_storage(parameter)].append(bases.plain_name(name))
-    for name, module in found.items():
-        if not bases.is_linear(module):
-            raise LoRAError(
-                f"targets: {name} is a {type(module).__name__}, not a linear layer; "
-                "name the linears inside or beside it"
-            )
-        for ancestor in _ancestors(model, name):
-            if isinstance(ancestor, BYPASSING):
+    owned, named = modules.owners(model), {"": model} | dict(modules.named_modules(model))
+    for name, module in selected.items():
+        with modules.naming(f"targets: {name}"):
+            linears.adapter_placement(module)
+        for around in ["", *modules.path(name)[:-1]]:
+            if isinstance(named.get(around), BYPASSING):
                 raise LoRAError(
-                    f"targets: {name} lies in a {type(ancestor).__name__}, which reads the weight "
-                    "without calling the layer: the adapter would be ignored; exclude it"
+                    f"targets: {name} lies in a {type(named[around]).__name__}, which reads the "
+                    "weight without calling the layer: the adapter would be ignored; exclude it"
                 )
-        try:
-            bases.adapter_placement(module)
-        except LoRAError as error:
-            raise LoRAError(f"targets: {name}: {error}") from None
-        weight = getattr(module, "weight", None)
-        if weight is not None and len(shared := owners[_storage(weight)]) > 1:
-            others = ", ".join(other for other in shared if other != name)
+        if shared := modules.others(module, owned):
             raise LoRAError(
-                f"targets: {name} shares its weight with {others}: merging would change both; "
-                "exclude it, or untie the weights first"
+                f"targets: {name} shares its weight with {', '.join(shared)}: merging would change "
+                "both; exclude it, or untie the weights first"
             )
-
-
-def _storage(weight: Tensor) -> int:
-    """Where a weight lies: two parameters can be views of one storage (none on the meta device)."""
-    return weight.data_ptr() or id(weight)
-
-
-def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
-    named = model.named_modules(remove_duplicate=False)
-    return [m for n, m in named if not n or name.startswith(f"{bases.plain_name(n)}.")]

@@ -1,4 +1,4 @@
-"""The layout: who may import whom, what is public, how large the library is, what is never used."""
+"""The structure: who may import whom, what is public, how large it is, what is never used."""
 
 import ast
 import doctest
@@ -17,12 +17,14 @@ import minilora
 ROOT = Path(minilora.__file__).resolve().parent
 REPOSITORY = ROOT.parent
 
-# Each imports only what stands above it.
-LIBRARY = (
-    "config", "files", "nf4", "quantize", "bases", "functional", "initialization", "layer", "dora",
-    "biased", "extras", "targets", "inject", "merge", "peft_config", "adapter", "arithmetic",
-    "optim", "invariants", "conformance",
+# What LoRA is, in the order of reading. It imports nothing of what is around it but the leaves.
+HEART = (
+    "config", "functional", "linears", "initialization", "layer", "targets", "inject", "merge",
 )  # fmt: skip
+LEAVES = ("modules", "reports", "fused")
+LIBRARY_LINES = 1446  # DESIGN: 1,300
+APART = ("nf4", "methods", "conformance", "invariants", "many", "__main__")  # topics by themselves
+
 # The folders of the task. Each imports only those before it, and files of its own.
 TASK = ("errors", "presets", "settings", "files", "processes", "data", "model", "evaluation",
         "training", "report", "flags", "cli")  # fmt: skip
@@ -30,8 +32,8 @@ TASK = ("errors", "presets", "settings", "files", "processes", "data", "model", 
 # The public names of the design, and how Python spells what is not a function of the package.
 PUBLIC = (
     "LoRAConfig", "LoRALinear", "LoRAError", "inject", "config_of", "trainable_parameters",
-    "merge", "unmerge", "disabled", "unwrap", "save_adapter", "load_adapter", "read_adapter",
-    "write_adapter", "Adapter", "MergeReport", "combine", "quantize",
+    "merge", "unmerge", "disabled", "unwrap", "unload", "save_adapter", "load_adapter",
+    "read_adapter", "write_adapter", "Adapter", "MergeReport", "combine", "quantize",
 )  # fmt: skip
 
 
@@ -67,16 +69,70 @@ def files_imported(path: Path, package: str) -> set[str]:
     return {stem for stem in stems if (folder / f"{stem}.py").exists()}
 
 
+LIBRARY = [path for path in EVERYTHING if "summarization" not in path.parts]
+
+
 def test_imports_are_seen_in_every_spelling() -> None:
-    assert files_imported(ROOT / "bases.py", "minilora") == {"config"}
-    assert files_imported(ROOT / "merge.py", "minilora") >= {"bases", "config", "inject", "layer"}
-    assert {"torch", "torch.Tensor", "typing.Protocol"} <= set(imports(ROOT / "bases.py"))
+    assert files_imported(ROOT / "linears.py", "minilora") == {"config"}
+    assert files_imported(ROOT / "merge.py", "minilora") >= {"linears", "config", "inject", "layer"}
+    assert {"torch", "torch.Tensor", "typing.Protocol"} <= set(imports(ROOT / "linears.py"))
 
 
-@pytest.mark.parametrize("path", modules(ROOT), ids=lambda path: path.stem)
-def test_a_library_file_imports_only_files_above_it(path: Path) -> None:
-    above = set(LIBRARY[: LIBRARY.index(path.stem)])
-    assert files_imported(path, "minilora") <= above
+def parts_imported(path: Path) -> set[str]:
+    """Which files and folders of the library a file imports: the first part of their names."""
+    names = (name.split(".") for name in imports(path) if name.startswith("minilora."))
+    parts = {name[1] for name in names}
+    return {p for p in parts if (ROOT / p).is_dir() or (ROOT / f"{p}.py").exists()}
+
+
+@pytest.mark.parametrize("name", HEART)
+def test_the_heart_imports_what_is_read_before_it_and_leaves(name: str) -> None:
+    before = {*HEART[: HEART.index(name)], *LEAVES}
+    assert parts_imported(ROOT / f"{name}.py") <= before
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_a_leaf_imports_the_configuration_only(name: str) -> None:
+    assert parts_imported(ROOT / f"{name}.py") <= {"config"}
+
+
+def test_no_two_parts_of_the_library_import_each_other() -> None:
+    """One direction, without a list to keep: parts that import nothing left are taken away."""
+    parts: dict[str, set[str]] = {}
+    for path in LIBRARY:
+        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part not in ("__init__", "__main__"):
+            parts.setdefault(part, set()).update(parts_imported(path) - {part})
+    while free := [part for part, needed in parts.items() if not needed & parts.keys()]:
+        for part in free:
+            del parts[part]
+    assert parts == {}
+
+
+def test_the_heart_loads_nothing_of_what_is_around_it() -> None:
+    """In an interpreter where `minilora/__init__.py`, which imports everything, is empty."""
+    code = f"""
+import sys, types
+package = types.ModuleType("minilora")
+package.__path__ = [{str(ROOT)!r}]
+sys.modules["minilora"] = package
+import minilora.layer, minilora.inject, minilora.merge
+print(sorted(name for name in sys.modules if name.startswith("minilora.")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    loaded = ast.literal_eval(done.stdout)
+    assert set(loaded) == {f"minilora.{name}" for name in (*HEART, *LEAVES)}
+
+
+def test_inject_and_merge_are_functions_whatever_was_imported_first() -> None:
+    code = "import minilora.merge, minilora.inject; print(minilora.merge, minilora.inject)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    assert done.stdout.startswith("<function merge")
+    assert "<function inject" in done.stdout
 
 
 @pytest.mark.parametrize("name", TASK)
@@ -126,13 +182,15 @@ def test_the_task_starts_without_datasets_and_rouge_score() -> None:
 
 def test_the_library_imports_torch_safetensors_and_the_standard_library_only() -> None:
     allowed = set(sys.stdlib_module_names) | {"torch", "safetensors", "minilora"}
-    for path in [*modules(ROOT), ROOT / "__init__.py"]:
-        assert {name.split(".")[0] for name in imports(path)} <= allowed, path.name
+    for path in LIBRARY:
+        if path.name != "__main__.py":
+            assert {name.split(".")[0] for name in imports(path)} <= allowed, path
 
 
 def test_the_library_knows_nothing_of_the_task() -> None:
-    for path in [*modules(ROOT), ROOT / "__init__.py"]:
-        assert not [name for name in imports(path) if "summarization" in name], path.name
+    for path in LIBRARY:
+        if path.name != "__main__.py":  # the command line of both
+            assert not [name for name in imports(path) if "summarization" in name], path
 
 
 def test_importing_the_library_loads_no_transformers() -> None:
@@ -159,13 +217,7 @@ def test_the_entry_points_hold_no_logic(name: str) -> None:
 
 
 def test_the_public_names_of_the_design_are_exported_and_documented() -> None:
-    defined = {
-        node.name
-        for path in modules(ROOT)
-        for node in tree(path).body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    }
-    assert [name for name in PUBLIC if name in defined and name not in minilora.__all__] == []
+    assert [name for name in PUBLIC if name not in minilora.__all__] == []
     assert len(set(minilora.__all__)) == len(minilora.__all__)
     for name in minilora.__all__:
         assert getattr(minilora, name).__doc__, name
@@ -218,17 +270,24 @@ def test_code_lines_are_counted_without_words_and_blanks(tmp_path: Path) -> None
     assert code_lines(path) == 5
 
 
-def test_the_library_stays_small_enough_to_read_in_an_evening() -> None:
-    apart = {"nf4", "quantize", "invariants", "conformance"}  # four bits, and the kit that checks
-    sizes = {path.stem: code_lines(path) for path in modules(ROOT) if path.stem not in apart}
-    # 876 before DoRA, biases, arithmetic and strict files; 1,499 before the fused backward and
-    # what a base in four bits asks of the other files
-    assert sum(sizes.values()) <= 1590, sizes
+def test_the_heart_is_read_in_an_hour() -> None:
+    sizes = {name: code_lines(ROOT / f"{name}.py") for name in HEART}
+    assert sum(sizes.values()) <= 500, sizes
 
 
-@pytest.mark.parametrize("path", modules(ROOT), ids=lambda path: path.stem)
+def test_the_library_is_read_in_an_evening() -> None:
+    sizes = {
+        str(path.relative_to(ROOT)): code_lines(path)
+        for path in LIBRARY
+        if path.relative_to(ROOT).parts[0].removesuffix(".py") not in APART
+    }
+    assert sum(sizes.values()) <= LIBRARY_LINES, sizes
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_examples_in_the_docstrings_are_true(path: Path) -> None:
-    module = importlib.import_module(f"minilora.{path.stem}")
+    name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+    module = importlib.import_module(name.removesuffix(".__init__"))
     assert doctest.testmod(module).failed == 0
 
 

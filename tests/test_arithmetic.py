@@ -11,8 +11,9 @@ from torch import Tensor
 
 import minilora
 from minilora import Adapter, LoRAConfig, LoRAError
-from minilora.adapter import PREFIX, adapter_of, apply_adapter
 from minilora.arithmetic import singular_values, truncate
+from minilora.peft_format.apply import adapter_of, apply_adapter
+from minilora.peft_format.keys import PREFIX
 from tests.conftest import adapted, logits, randomize_adapter, tiny_bart, tiny_gpt2
 
 QV = ("q_proj", "v_proj")

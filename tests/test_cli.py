@@ -503,11 +503,11 @@ BAD_EVALUATIONS: dict[str, tuple[list[str], list[str]]] = {
     "no argument": ([], ["RUN"]),
     "shapes of another model": (
         ["../other/adapter", "--model", "../bart"],
-        ["self_attn.q_proj is 16 x 16 (out, in)", "lora_A is (8, 32) and lora_B (32, 8)"],
+        ["q_proj.lora_A.weight is a torch.float32 tensor of shape (8, 32), not", "shape (8, 16)"],
     ),
     "keys of another model": (
         ["../other/adapter", "--model", "../bart"],
-        ["no module model.encoder.layers.1.self_attn.q_proj"],
+        ["unexpected key base_model.model.model.encoder.layers.1.self_attn", "no such module"],
     ),
     "no such text": (["../run", "--text", "nothing.txt"], ["--text nothing.txt: No such file"]),
     "a text that is a directory": (["../run", "--text", "../data"], ["--text ../data: Is a dir"]),

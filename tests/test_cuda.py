@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import minilora
 from minilora import LoRAConfig, LoRALinear
-from minilora.nf4 import pack, unpack
-from minilora.quantize import NF4Linear
+from minilora.nf4.tensor import pack, unpack
+from minilora.nf4.linear import NF4Linear
 
 from .helpers import small_bart
 

@@ -16,7 +16,7 @@ import minilora.summarization
 FUNCTIONS = [n for n in minilora.__all__ if inspect.isfunction(getattr(minilora, n))]
 CLASSES = [n for n in minilora.__all__ if inspect.isclass(getattr(minilora, n))]
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Example")
-RAISES_NOTHING = {"config_of", "trainable_parameters", "LoRAError"}
+RAISES_NOTHING = {"config_of", "trainable_parameters", "unload", "LoRAError"}
 NO_EXAMPLE = {"Fitted", "LoadReport", "MergeReport"}  # made by functions that show one
 # What comes from a paper.
 PAPERS = ["LoRAConfig", "LoRALinear", "NF4Linear", "inject", "unwrap", "extract", "quantize"]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import minilora
-from minilora import LoRALinear, functional
-from minilora.functional import fused_low_rank, keep_mask, low_rank
+from minilora import LoRALinear
+from minilora.functional import low_rank
+from minilora.fused import fused_low_rank, keep_mask
 from tests.test_functional import SCALE, operands
 
 NODE = "LowRankBackward"
@@ -69,7 +70,7 @@ def test_it_is_the_eager_line_in_value_and_gradients(
 ) -> None:
     tensors = operands(*batch, out=out, in_=in_, rank=rank)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "keep_mask", by_bernoulli)
+        patch.setattr("minilora.fused.keep_mask", by_bernoulli)
         results = []
         for function in (low_rank, fused_low_rank):
             torch.manual_seed(5)
@@ -102,10 +103,19 @@ def test_no_gradient_is_computed_where_none_is_needed(frozen: int) -> None:
         assert torch.equal(tensors[i].grad, whole[i].grad)
 
 
+class Widened(nn.Linear):
+    """A base whose output has another dtype than its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).double()
+
+
 def test_a_y_of_another_dtype_is_added_to_as_the_eager_line_does() -> None:
-    y, x, A, B = operands(4)
-    mixed = fused_low_rank(y.float(), x, A, B.requires_grad_(), SCALE)
-    assert torch.equal(mixed, low_rank(y.float(), x, A, B, SCALE))
+    layer, x = LoRALinear(Widened(6, 5), rank=3, alpha=7).train(), torch.randn(4, 6)
+    nn.init.normal_(layer.lora_B)
+    mixed = layer(x)
+    assert torch.equal(mixed, low_rank(layer.base(x), x, layer.lora_A, layer.lora_B, layer.scale))
+    assert not torch.equal(mixed, layer.base(x))
     assert mixed.dtype == torch.float64
     assert mixed.grad_fn.name() != NODE
 
@@ -193,7 +203,7 @@ def model(dropout: float, fused: bool) -> nn.Sequential:
 def test_fifty_steps_lose_as_the_eager_path_does(
     dtype: torch.dtype, tolerance: float, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional, "keep_mask", by_bernoulli)  # the same masks
+    monkeypatch.setattr("minilora.fused.keep_mask", by_bernoulli)  # the same masks
     losses: dict[bool, list[float]] = {}
     for fused in (False, True):
         network = model(dropout, fused)

@@ -11,7 +11,8 @@ from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGe
 
 import minilora
 from minilora import LoRAConfig, LoRAError, LoRALinear
-from minilora.inject import fold_names, lora_layers
+from minilora.inject import lora_layers
+from minilora.reports import fold_names
 from tests.conftest import (
     ARCHITECTURES,
     State,
@@ -293,3 +294,66 @@ def test_a_copy_of_an_injected_model_lives_its_own_life(pickled: bool) -> None:
     assert not twin._load_state_dict_pre_hooks  # what guards a merged model is gone with it
     with pytest.raises(LoRAError, match="while merged"):
         model.load_state_dict(model.state_dict())
+
+
+def test_a_seed_decides_the_start_is_recorded_and_leaves_the_random_state() -> None:
+    starts = []
+    for seed in (5, 5, 6):
+        model = tiny_bart()
+        before = torch.get_rng_state()
+        report = minilora.inject(model, config_for(), seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert report.seed == seed
+        assert f"A starts from seed {seed}" in str(report)
+        starts.append(weights(model))
+    assert equal(starts[0], starts[1])
+    assert not equal(starts[0], starts[2])
+    torch.manual_seed(5)
+    model = tiny_bart()
+    torch.manual_seed(5)
+    assert minilora.inject(model, config_for()).seed is None
+    assert equal(weights(model), starts[0])
+    with pytest.raises(LoRAError, match="seed must be a whole number, not '5'"):
+        minilora.inject(tiny_bart(), config_for(), seed="5")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"dora": True}, {"bias": "all", "also_train": ("layernorm_embedding",)}]
+)
+def test_unloading_gives_the_base_back_bit_for_bit(
+    changes: dict[str, object], merged: bool
+) -> None:
+    model = tiny_bart()
+    before, base = State.of(model), logits(model)
+    minilora.inject(model, config_for(**changes))
+    with torch.no_grad():
+        for parameter in minilora.trainable_parameters(model):
+            parameter += 0.3
+    assert not torch.allclose(logits(model), base, atol=0.1)
+    if merged:
+        minilora.merge(model)
+    assert minilora.unload(model) is model
+    before.check(model)
+    assert torch.equal(logits(model), base)
+    assert minilora.unload(model) is model  # without an adapter it does nothing
+    before.check(model)
+
+
+def test_a_start_that_fails_midway_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from minilora.initialization import STARTS, kaiming
+
+    model, calls = tiny_bart(), iter(range(99))
+    before = State.of(model)
+
+    def fails(*arguments: object) -> nn.Module:
+        if next(calls) == 3:
+            raise MemoryError
+        return kaiming(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(STARTS, "kaiming", fails)
+    with pytest.raises(MemoryError):
+        minilora.inject(model, config_for())
+    before.check(model)

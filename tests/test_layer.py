@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora import LoRAError, LoRALinear, bases
+from minilora import LoRAError, LoRALinear, linears
 from tests.conftest import ALPHA, RANK, equal, randomize_adapter, weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -45,7 +45,7 @@ def make(
 
 def weight_of(layer: LoRALinear) -> Tensor:
     """W (out, in), a copy."""
-    return bases.dense_weight(layer.base).clone()
+    return linears.dense_weight(layer.base).clone()
 
 
 def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,7 +214,7 @@ def test_a_sum_too_large_for_float16_is_refused_and_nothing_changed(kind: str) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_dict_holds_the_untouched_weight_whether_merged_or_not(kind: str) -> None:
+def test_a_state_dict_holds_the_original_weight_whether_merged_or_not(kind: str) -> None:
     layer = make(kind)
     plain = copy.deepcopy(layer.state_dict())
     layer.merge()
@@ -283,11 +283,11 @@ def test_a_merged_layer_moved_to_another_dtype_unmerges_to_what_its_base_would_b
     assert layer(torch.randn(2, IN, dtype=to)).dtype == to
 
 
-def test_the_untouched_weight_moves_with_the_layer() -> None:
+def test_the_original_weight_moves_with_the_layer() -> None:
     layer = make()
     layer.merge()
-    assert layer.bfloat16().untouched.dtype == torch.bfloat16
-    assert layer.to("meta").untouched.is_meta
+    assert layer.bfloat16().original_weight.dtype == torch.bfloat16
+    assert layer.to("meta").original_weight.is_meta
 
 
 @pytest.mark.parametrize("dtype", HALVES)

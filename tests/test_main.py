@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 import minilora
 from minilora.__main__ import inspection, main
-from minilora.adapter import adapter_of
+from minilora.peft_format.apply import adapter_of
 from minilora.summarization import cli
 from tests.conftest import ARCHITECTURES, adapted, logits
 
@@ -143,7 +143,7 @@ def test_merge_refuses_in_one_line_and_leaves_nothing(
         ([tmp_path / "nothing", tmp_path / "out"], "no such directory"),
         ([nameless, tmp_path / "out"], "say --model"),
         ([nowhere, tmp_path / "out"], "no such directory"),
-        ([adapter, tmp_path / "out", "--model", unfit], "has no module"),
+        ([adapter, tmp_path / "out", "--model", unfit], "has no such module"),
         ([adapter, tmp_path / "out", "--model", incomplete], "its weights lack 1 tensors"),
         ([adapter, tmp_path / "out", "--model", damaged], "damaged"),
         (["~nobody-at-all/adapter", tmp_path / "out"], "no such directory"),

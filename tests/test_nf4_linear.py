@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import minilora
 from minilora import LoRALinear, NF4Linear
-from minilora.biased import BiasedLoRALinear
-from minilora.dora import DoRALinear
+from minilora.methods.dora import DoRALinear
+from minilora.methods.lora_bias import LoRABiasLinear
 from tests.conftest import logits, tiny_t5
 from tests.four_bits import linear, weight
 
@@ -45,7 +45,7 @@ def test_the_gradient_against_finite_differences_in_float64() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [None, LoRALinear, DoRALinear, BiasedLoRALinear])
+@pytest.mark.parametrize("kind", [None, LoRALinear, DoRALinear, LoRABiasLinear])
 def test_no_dequantized_weight_is_saved_for_backward(
     kind: type[LoRALinear] | None, dtype: torch.dtype, autocast: bool
 ) -> None:
@@ -142,7 +142,7 @@ def test_its_weight_tells_shape_and_dtype_without_values() -> None:
     assert layer.weight.shape == (8, 64)
     assert layer.weight.dtype == torch.bfloat16
     assert layer.weight.is_meta
-    assert isinstance(layer, minilora.bases.Base)
+    assert isinstance(layer, minilora.linears.LinearLike)
 
 
 def test_t5_looks_at_the_weight_of_a_quantized_layer() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import NF4Linear
-from minilora.nf4 import CODEBOOK, DYNAMIC, MIDPOINTS, pack, unpack
+from minilora.nf4.tensor import CODEBOOK, DYNAMIC, MIDPOINTS, pack, unpack
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 bnb = bitsandbytes.functional

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import minilora
 from minilora.__main__ import main
-from minilora.adapter import adapter_of
+from minilora.peft_format.apply import adapter_of
 from minilora.summarization import files
 from minilora.summarization.data.reading import Example
 from minilora.summarization.evaluation import compare, rouge

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 import minilora
-from minilora import bases
-from minilora.adapter import SUFFIXES, WEIGHTS_FILE, read_adapter
+from minilora import linears
 from minilora.inject import lora_layers
+from minilora.peft_format.directory import WEIGHTS_FILE, read_adapter
+from minilora.peft_format.keys import SUFFIXES
 from tests.conftest import (
     ALPHA,
     RANK,
@@ -276,7 +277,7 @@ def test_merged_weights_are_w_plus_delta_w(case: Case, tmp_path: Path) -> None:
 
 
 def dense(layer: minilora.LoRALinear) -> Tensor:
-    return bases.dense_weight(layer.base).clone()
+    return linears.dense_weight(layer.base).clone()
 
 
 def merged_in_float64(adapter: minilora.Adapter, module: str, weight: Tensor) -> Tensor:
@@ -465,10 +466,10 @@ def test_loftq_belongs_to_a_quantized_base(tmp_path: Path) -> None:
         ("peft_type", "ADALORA", "'LORA' only: merge it into the base with PEFT"),
         ("peft_type", "XLORA", "'LORA' only: merge it into the base with PEFT"),
         ("alora_invocation_tokens", [1, 2], "depends on the input's tokens; use it with PEFT"),
-        ("trainable_token_indices", [3], "trained tokens are not supported: merge"),
-        ("target_parameters", ["weight"], "adapted bare parameters are not supported: merge"),
-        ("layer_replication", [[0, 2]], "replicated layers are not supported: merge"),
-        ("from_the_future", 1, "minilora does not know it"),
+        ("trainable_token_indices", [3], "minilora does not do this: merge"),
+        ("target_parameters", ["weight"], "minilora does not do this: merge"),
+        ("layer_replication", [[0, 2]], "minilora does not do this: merge"),
+        ("from_the_future", 1, "minilora does not do this"),
     ],
 )
 def test_what_asks_for_something_else_is_refused_by_name(

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 import minilora
 from minilora import LoRAConfig, LoRAError
-from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of
+from minilora.peft_format.apply import adapter_of
+from minilora.peft_format.config import CONFIG_FILE
+from minilora.peft_format.directory import WEIGHTS_FILE
 from tests.conftest import ALPHA, RANK, State, adapted, equal, logits, tiny_bart, weights
 from tests.test_peft_interchange import perturb
 
@@ -107,7 +109,7 @@ def test_4_targeting_shared_trains_what_gets_no_gradient() -> None:
     ]  # fmt: skip
     model = tiny_bart()
     state = State.of(model)
-    with pytest.raises(LoRAError, match=r"targets: model\.shared is a .*Embedding"):
+    with pytest.raises(LoRAError, match=r"targets: model\.shared: cannot adapt a .*Embedding"):
         minilora.inject(model, config(targets=("q_proj", "shared")))
     state.check(model)
     mended(not idle)
@@ -154,7 +156,9 @@ def test_7a_a_wrong_prefix_leaves_the_base_model(tmp_path: Path) -> None:
     rename(tmp_path, lambda key: key.replace("base_model.model.", "base_model.model.module."))
     model = tiny_bart()
     state = State.of(model)
-    with pytest.raises(LoRAError, match=r"the model has no module module\.model\.decoder"):
+    with pytest.raises(
+        LoRAError, match=r"model\.module\.model\.decoder.*the model has no such module"
+    ):
         minilora.load_adapter(model, tmp_path)
     state.check(model)
     try:

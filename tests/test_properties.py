@@ -12,10 +12,11 @@ from transformers.pytorch_utils import Conv1D
 
 import minilora
 from minilora import Adapter, LoRAConfig
-from minilora.adapter import PREFIX, adapter_of, apply_adapter
-from minilora.biased import BiasedLoRALinear
-from minilora.dora import DoRALinear
-from minilora.peft_config import config_from_peft, config_to_peft
+from minilora.methods.dora import DoRALinear
+from minilora.methods.lora_bias import LoRABiasLinear
+from minilora.peft_format.apply import adapter_of, apply_adapter
+from minilora.peft_format.config import config_from_peft, config_to_peft
+from minilora.peft_format.keys import PREFIX
 from tests.conftest import equal, weights
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -95,7 +96,7 @@ def x_for(net: Net) -> Tensor:
 def test_merging_and_unmerging_leaves_every_bit(
     out: int, in_: int, rank: int, dtype: torch.dtype, alpha: float, data: st.DataObject
 ) -> None:
-    kind = data.draw(st.sampled_from([minilora.LoRALinear, DoRALinear, BiasedLoRALinear]))
+    kind = data.draw(st.sampled_from([minilora.LoRALinear, DoRALinear, LoRABiasLinear]))
     base = data.draw(st.sampled_from([nn.Linear(in_, out), Conv1D(out, in_)])).to(dtype)
     size = data.draw(st.floats(-4, 1))
     layer = kind(base, rank, alpha, init="random")

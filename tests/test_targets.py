@@ -12,7 +12,8 @@ from torch import nn
 
 import minilora
 from minilora import LoRAConfig, LoRAError
-from minilora.targets import is_target, layer_index, matches, nearest, select
+from minilora.modules import layer_index, nearest
+from minilora.targets import is_target, matches, select
 from tests.conftest import ARCHITECTURES, State, config_for, tiny_bart, tiny_gpt2
 
 
@@ -169,9 +170,21 @@ TIED = r"{} shares its weight with {}.*exclude it, or untie"
         (tiny_bart, {"rank_pattern": {"k_proj": 2}}, "rank_pattern: 'k_proj'.*adapted modules"),
         (tiny_bart, {"alpha_pattern": {"vproj": 2}}, "alpha_pattern: 'vproj'.*nearest: v_proj"),
         (tiny_bart, {"exclude": ("q_proj", "v_proj", "fc1")}, "nothing left to adapt"),
-        (tiny_bart, {"targets": ("shared",)}, "model.shared is a .*Embedding, not a linear layer"),
-        (tiny_bart, {"targets": ("final_layer_norm",)}, "final_layer_norm is a LayerNorm"),
-        (tiny_bart, {"targets": ("self_attn",)}, r"self_attn is a BartAttention.*inside or beside"),
+        (
+            tiny_bart,
+            {"targets": ("shared",)},
+            "model.shared: cannot adapt a .*: it is not a linear",
+        ),
+        (
+            tiny_bart,
+            {"targets": ("final_layer_norm",)},
+            "norm: cannot adapt a LayerNorm",
+        ),
+        (
+            tiny_bart,
+            {"targets": ("self_attn",)},
+            r"attn: cannot .* BartAttention.*inside or beside",
+        ),
         (tiny_bart, {"targets": ("lm_head",)}, TIED.format("lm_head", "model.shared")),
         (tiny_gpt2, {"targets": ("lm_head",)}, TIED.format("lm_head", "transformer.wte")),
         (WithTies, {"targets": ("head",)}, TIED.format("head", "embedding")),

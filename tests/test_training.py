@@ -302,7 +302,7 @@ def test_the_best_adapter_is_kept_not_the_last(
     scores, seen = [5.0, 9.0, 7.0, 9.0], []
 
     def validate(session: Session) -> dict[str, float]:
-        seen.append(minilora.adapter.adapter_of(session.model).tensors)
+        seen.append(minilora.peft_format.apply.adapter_of(session.model).tensors)
         measures = dict.fromkeys(("rouge1", "rouge2", "rougeL"), scores[len(seen) - 1])
         return {"loss": math.inf, **measures}
 

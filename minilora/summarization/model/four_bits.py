@@ -18,7 +18,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from minilora import LoRAConfig
-from minilora.quantize import NF4Linear, select_linears
+from minilora.nf4.linear import NF4Linear
+from minilora.nf4.model import select_linears
 from minilora.targets import select
 
 from ..errors import UserError

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from minilora.dora import DoRALinear
-from minilora.functional import keep_mask
+from minilora.fused import keep_mask
+from minilora.methods.dora import DoRALinear
 
 from ..errors import UserError
 

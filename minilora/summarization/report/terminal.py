@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from minilora.quantize import quantize_report
+from minilora.nf4.model import quantize_report
 
 from .. import processes
 from ..evaluation.compare import Evaluation

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora import LoRALinear, bases
+from minilora import LoRALinear, linears
 from minilora.config import LoRAError
 
 OUT, IN = 6, 4
@@ -40,9 +40,9 @@ LINEARS = {
 @pytest.mark.parametrize("kind", LINEARS)
 def test_a_linear_is_known_with_its_shape_and_the_weight_it_multiplies_by(kind: str) -> None:
     base = LINEARS[kind]()
-    assert bases.is_linear(base)
-    assert bases.shape(base) == (OUT, IN)
-    weight, bias = bases.dense_weight(base), getattr(base, "bias", None)
+    assert linears.is_linear(base)
+    assert linears.shape(base) == (OUT, IN)
+    weight, bias = linears.dense_weight(base), getattr(base, "bias", None)
     x = torch.randn(3, IN)
     # close and not equal: Conv1D and Linear sum in different orders
     expected = x @ weight.T + (0 if bias is None else bias)
@@ -52,13 +52,13 @@ def test_a_linear_is_known_with_its_shape_and_the_weight_it_multiplies_by(kind: 
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
 def test_writing_to_the_dense_weight_writes_to_the_layer(kind: str) -> None:
     base = LINEARS[kind]()
-    assert bases.is_mergeable(base)
-    bases.dense_weight(base).zero_()
+    assert linears.is_mergeable(base)
+    linears.dense_weight(base).zero_()
     assert not base.weight.any()
 
 
 def test_a_base_says_itself_whether_it_can_be_merged() -> None:
-    assert not bases.is_mergeable(Halved())
+    assert not linears.is_mergeable(Halved())
     with pytest.raises(LoRAError, match=r"Halved.*quantized.*dequantize"):
         LoRALinear(Halved(), rank=2).merge()
 
@@ -69,7 +69,7 @@ def test_a_base_says_itself_whether_it_can_be_merged() -> None:
     ids=lambda module: type(module).__name__,
 )
 def test_what_is_no_linear_is_refused_by_its_type(module: nn.Module) -> None:
-    assert not bases.is_linear(module)
+    assert not linears.is_linear(module)
     with pytest.raises(LoRAError, match=type(module).__name__):
         LoRALinear(module, rank=2)
 
@@ -87,9 +87,9 @@ def test_adapters_are_float32_or_float64_on_a_float64_base(
     base: torch.dtype, adapter: torch.dtype
 ) -> None:
     for linear in (nn.Linear(IN, OUT), Conv1D(OUT, IN)):
-        assert bases.adapter_placement(linear.to(base)) == (torch.device("cpu"), adapter)
-    assert bases.adapter_placement(nn.Linear(IN, OUT, device="meta"))[0].type == "meta"
-    assert bases.adapter_placement(Halved()) == (torch.device("cpu"), torch.float32)
+        assert linears.adapter_placement(linear.to(base)) == (torch.device("cpu"), adapter)
+    assert linears.adapter_placement(nn.Linear(IN, OUT, device="meta"))[0].type == "meta"
+    assert linears.adapter_placement(Halved()) == (torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
@@ -97,7 +97,7 @@ def test_quantized_weights_are_refused_with_what_to_do(dtype: torch.dtype) -> No
     base = nn.Linear(IN, OUT).requires_grad_(False)
     base.weight.data = base.weight.data.to(dtype)
     with pytest.raises(LoRAError, match=rf"Linear with {dtype} weights.*dequantize"):
-        bases.adapter_placement(base)
+        linears.adapter_placement(base)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

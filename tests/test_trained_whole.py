@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import minilora
-from minilora import LoRAConfig, LoRAError
-from minilora.adapter import WEIGHTS_FILE, adapter_of
+from minilora import LoRAConfig, LoRAError, trained_whole
+from minilora.peft_format.apply import adapter_of
+from minilora.peft_format.directory import WEIGHTS_FILE
 from tests.conftest import (
     State,
     equal,
@@ -224,7 +225,7 @@ def test_a_part_may_be_compiled(settings: dict[str, object], tmp_path: Path) -> 
         }
         assert trains == {n for n, p in expected.named_parameters() if p.requires_grad}
         with minilora.disabled(model):
-            plain = minilora.adapter.extras.tensors(model)
+            plain = trained_whole.tensors(model)
             for key, tensor in tiny_bart().state_dict().items():
                 for name in (key, key.replace("proj.", "proj.base.")):
                     if name in plain:
@@ -335,7 +336,10 @@ def test_every_missing_unexpected_and_mis_shaped_key_is_named(tmp_path: Path) ->
         ({stem + "fc9.bias": torch.zeros(2)}, "unexpected key .*fc9.bias"),
         ({stem + "fc1.extra": torch.zeros(2)}, "unexpected key .*fc1.extra"),
         ({stem + "fc2.weight": torch.zeros(2)}, "unexpected key .*fc2.weight"),
-        ({stem + "fc1.weight": torch.zeros(2, 2)}, r"fc1.weight is a .* \(2, 2\), but the model's"),
+        (
+            {stem + "fc1.weight": torch.zeros(2, 2)},
+            r"fc1.weight is .* \(2, 2\), not .* \(24, 16\)",
+        ),
         ({stem + "fc1.bias": torch.zeros(24).int()}, "fc1.bias is a torch.int32"),
         ({stem + "fc1.bias": torch.full((24,), torch.nan)}, "not finite"),
     ]:
@@ -367,3 +371,63 @@ def test_a_merged_bias_is_rounded_once_and_comes_back(dtype: torch.dtype) -> Non
     assert not torch.equal(layer.base.bias, before)
     minilora.unmerge(model)
     assert torch.equal(layer.base.bias, before)
+
+
+class Projections(nn.Module):
+    """A module called `proj` beside others whose names end in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.v_proj, self.proj = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.q_proj(x) + self.v_proj(x))
+
+
+def test_an_entry_of_also_train_is_a_name_and_not_the_end_of_a_word(tmp_path: Path) -> None:
+    settings = LoRAConfig(rank=2, alpha=3.0, targets=QV, also_train=("proj",))
+    model, x = Projections(), torch.randn(4, 6)
+    report = minilora.inject(model, settings)
+    assert report.modules == QV
+    assert report.also == ("proj.weight", "proj.bias")
+    perturb(model)
+    minilora.save_adapter(model, tmp_path)
+    again = Projections()
+    minilora.load_adapter(again, tmp_path)
+    assert torch.equal(again(x), model(x))
+    assert not torch.allclose(model(x), Projections()(x), atol=0.1)
+    with pytest.raises(LoRAError, match=r"also_train: 'proj': nothing matches it.*nearest"):
+        minilora.inject(tiny_bart(), config(also_train=("proj",)))
+
+
+def test_a_file_is_read_by_pefts_rule_where_any_end_of_a_name_counts(tmp_path: Path) -> None:
+    import peft
+
+    wanted = peft.LoraConfig(r=2, target_modules=list(QV), modules_to_save=["embedding"])
+    theirs = peft.get_peft_model(tiny_bart(), wanted)
+    perturb(theirs)
+    theirs.eval().save_pretrained(tmp_path / "peft")
+    ours = tiny_bart()
+    minilora.load_adapter(ours, tmp_path / "peft", inference=True)
+    # 2e-5 of logits of order 10: float32 sums in another order through few layers
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=2e-4)
+    assert not torch.allclose(logits(ours), logits(tiny_bart()), atol=0.1)
+    minilora.save_adapter(ours, tmp_path / "again")
+    held, again = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("peft", "again"))
+    assert equal(held, again)
+    also = minilora.config_of(ours).also_train
+    assert also == ("model.encoder.layernorm_embedding", "model.decoder.layernorm_embedding")
+
+
+def test_what_peft_would_read_as_more_is_written_by_full_names(tmp_path: Path) -> None:
+    from tests.conftest import tiny_llama
+
+    model = tiny_llama()
+    minilora.inject(model, config(also_train=("norm",)))  # not input_layernorm
+    perturb(model)
+    minilora.save_adapter(model, tmp_path)
+    assert minilora.read_adapter(tmp_path).config.also_train == ("model.norm",)
+    again = tiny_llama()
+    minilora.load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora import bases
+from minilora import linears
 from minilora.functional import low_rank
 from minilora.layer import LoRALinear
 
@@ -18,8 +18,7 @@ class DoRALinear(LoRALinear):
     part in the forward pass as a constant (section 4.3): no gradient flows through it. At the start
     m is the norm, so that g = 1 and the layer computes what LoRALinear computes.
 
-    Args:
-        base: as in `LoRALinear`, and so are the other arguments.
+    The arguments are those of `LoRALinear`.
 
     Attributes:
         magnitude: parameter m (out,).
@@ -31,8 +30,8 @@ class DoRALinear(LoRALinear):
     squares: Tensor
     """||W||^2 of each row: (out,), float32 or wider. Kept, since W does not change."""
 
-    def __init__(self, base: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().__init__(base, *args, **kwargs)
+    def add_parameters(self) -> None:
+        """Magnitude, which starts as the norm."""
         self.register_buffer("squares", self._squares(), persistent=False)
         self.register_load_state_dict_post_hook(_recount)  # type: ignore[no-untyped-call]
         self.magnitude = nn.Parameter(self.norm().to(self.lora_A.dtype))
@@ -65,7 +64,7 @@ class DoRALinear(LoRALinear):
         """
         with torch.autocast(self.lora_A.device.type, enabled=False):
             A, B = self.lora_A.to(self.squares.dtype), self.lora_B.to(self.squares.dtype)
-            WA = self._untouched_weight().to(A.dtype) @ A.T  # (out, in) (in, r) -> (out, r)
+            WA = self._original().to(A.dtype) @ A.T  # (out, in) (in, r) -> (out, r)
             cross = (WA * B).sum(dim=1)  # (out,)
             update = ((B @ (A @ A.T)) * B).sum(dim=1)  # (out,)
             squares = self.squares + 2 * self.scale * cross + self.scale**2 * update
@@ -74,22 +73,23 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """Delta W = g (W + s B A) - W: (out, in), float32 or wider."""
-        weight = self._untouched_weight()
-        return self.adapted(weight) - weight
+        weight = self._original()
+        return self.merged_weight(weight) - weight
 
     @torch.no_grad()
-    def adapted(self, weight: Tensor) -> Tensor:
-        """The adapted weight g (W + s B A) of the untouched W: (out, in), float32 or wider."""
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """The adapted weight g (W + s B A) for the original W: (out, in), float32 or wider."""
         delta = super().delta()
         v = weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
         norm: Tensor = torch.linalg.vector_norm(v, dim=1)  # (out,)
         return self.gain(norm)[:, None] * v  # (out, 1) (out, in)
 
-    def _untouched_weight(self) -> Tensor:
-        return bases.dense_weight(self.base) if self.untouched is None else self.untouched
+    def _original(self) -> Tensor:
+        weight = self.original_weight
+        return linears.dense_weight(self.base) if weight is None else weight
 
     def _squares(self) -> Tensor:
-        weight = self._untouched_weight()
+        weight = self._original()
         wide = torch.promote_types(weight.dtype, torch.float32)
         norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide)  # (out,)
         return norm.square()
@@ -101,6 +101,6 @@ class DoRALinear(LoRALinear):
 
 
 def _recount(layer: nn.Module, _: object) -> None:
-    """Another W was loaded: another norm."""
+    """Another W was loaded, and so the norm is another."""
     assert isinstance(layer, DoRALinear)
     layer.squares = layer._squares()

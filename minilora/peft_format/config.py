@@ -7,29 +7,22 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches_end
+from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, check_regex, matches_end
+from minilora.modules import naming
 
 CONFIG_FILE = "adapter_config.json"
+Pattern = dict[str, Any]
 
 # LoRAConfig's field -> PEFT's. A file without an entry means PEFT's default, given here.
 FIELDS: dict[str, tuple[str, Any]] = {
-    "rank": ("r", 8),
-    "alpha": ("lora_alpha", 8),
-    "dropout": ("lora_dropout", 0.0),
-    "targets": ("target_modules", None),
-    "exclude": ("exclude_modules", None),
-    "layers": ("layers_to_transform", None),
-    "layers_pattern": ("layers_pattern", None),
-    "rank_pattern": ("rank_pattern", {}),
-    "alpha_pattern": ("alpha_pattern", {}),
-    "rslora": ("use_rslora", False),
-    "dora": ("use_dora", False),
-    "bias": ("bias", "none"),
-    "lora_bias": ("lora_bias", False),
-    "also_train": ("modules_to_save", None),
-    "init": ("init_lora_weights", True),
-    "task_type": ("task_type", None),
-}
+    "rank": ("r", 8), "alpha": ("lora_alpha", 8), "dropout": ("lora_dropout", 0.0),
+    "targets": ("target_modules", None), "exclude": ("exclude_modules", None),
+    "layers": ("layers_to_transform", None), "layers_pattern": ("layers_pattern", None),
+    "rank_pattern": ("rank_pattern", {}), "alpha_pattern": ("alpha_pattern", {}),
+    "rslora": ("use_rslora", False), "dora": ("use_dora", False), "bias": ("bias", "none"),
+    "lora_bias": ("lora_bias", False), "also_train": ("modules_to_save", None),
+    "init": ("init_lora_weights", True), "task_type": ("task_type", None),
+}  # fmt: skip
 # PEFT writes null, [], {} and "" alike for these; LoRAConfig's own default is the empty one.
 MAY_BE_EMPTY = (
     "exclude", "layers", "layers_pattern", "rank_pattern", "alpha_pattern", "also_train"
@@ -50,12 +43,7 @@ IGNORED = {
 # Entries that ask for another method, and what to do about it.
 MERGE = "merge it into the base with PEFT (merge_and_unload) and use that model"
 REFUSED = {
-    "trainable_token_indices": f"trained tokens are not supported: {MERGE}",
-    "target_parameters": f"adapted bare parameters are not supported: {MERGE}",
-    "layer_replication": f"replicated layers are not supported: {MERGE}",
-    "ensure_weight_tying": f"adapters on tied layers are not supported: {MERGE}",
     "megatron_config": "sharded layers are not supported: gather and save it with PEFT",
-    "use_bdlora": f"block-diagonal LoRA is not supported: {MERGE}",
     "use_qalora": "QA-LoRA pools its inputs and cannot be plain LoRA; use it with PEFT",
     "arrow_config": "Arrow routes between adapters by the input; use it with PEFT",
     "alora_invocation_tokens": "activated LoRA depends on the input's tokens; use it with PEFT",
@@ -82,7 +70,7 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
     known = {name for name, _ in FIELDS.values()} | IGNORED
     for key, value in entries.items():
         if key not in known and value not in (None, False, "none", [], {}):
-            advice = REFUSED.get(key, "minilora does not know it, and PEFT's result depends on it")
+            advice = REFUSED.get(key, f"minilora does not do this: {MERGE}")
             raise LoRAError(f"{CONFIG_FILE}: {key} is {value!r}: {advice}")
     values = {ours: entries.get(peft, default) for ours, (peft, default) in FIELDS.items()}
     values["init"] = _init_from_peft(values["init"])
@@ -92,10 +80,11 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
     for name in MAY_BE_EMPTY:
         if values[name] in (None, [], {}, ""):
             del values[name]
-    try:
-        return LoRAConfig(**values)
-    except LoRAError as error:
-        raise LoRAError(f"{CONFIG_FILE}: {error}") from None
+    with naming(CONFIG_FILE):
+        config = LoRAConfig(**values)
+        for name in config.also_train:  # PEFT puts it into this expression
+            check_regex("modules_to_save", name, r"(^|.*\.){}($|\..*)")
+        return config
 
 
 def config_to_peft(config: LoRAConfig, modules: tuple[str, ...]) -> dict[str, Any]:
@@ -131,18 +120,15 @@ def _init_from_peft(value: object) -> str:
     )
 
 
-def resolve(
-    value_of: Callable[[str], Any], modules: tuple[str, ...], default: Any
-) -> dict[str, Any]:
+def resolve(value_of: Callable[[str], Any], modules: tuple[str, ...], default: Any) -> Pattern:
     """A pattern with one full name per module, so that no order of keys can change its meaning.
 
     PEFT sorts the keys when it saves; overlapping patterns then reload with other values.
     """
     names = {name: value_of(name) for name in modules}
     pattern = {name: value for name, value in names.items() if value != default}
-    if all(
-        names[n] == value for key, value in pattern.items() for n in names if matches_end(key, n)
-    ):
+    pairs = ((name, key) for name in names for key in pattern if matches_end(key, name))
+    if all(names[name] == pattern[key] for name, key in pairs):
         return pattern
     # A full name is also the end of another: anchor them.
     return {f"^{re.escape(name)}": value for name, value in pattern.items()}

@@ -2,7 +2,7 @@
 
 Three kinds: `torch.nn.Linear`, GPT-2's `Conv1D` (the same product with the weight stored
 transposed, known by its shape since the library does not import transformers), and modules that
-implement `Base` themselves, such as a quantized linear.
+implement `LinearLike` themselves, such as a quantized linear.
 """
 
 from typing import Protocol, runtime_checkable
@@ -14,7 +14,7 @@ from minilora.config import LoRAError
 
 
 @runtime_checkable
-class Base(Protocol):
+class LinearLike(Protocol):
     """The protocol for other linears, such as one that holds its weight in four bits."""
 
     in_features: int
@@ -26,39 +26,29 @@ class Base(Protocol):
         """W (out, in)."""
 
 
-def plain_name(name: str) -> str:
-    """A dotted name without what torch.compile of a part puts between: `encoder._orig_mod.fc`."""
-    return name.replace("_orig_mod.", "")
-
-
 def is_conv1d(module: nn.Module) -> bool:
     """Whether the module is a Conv1D of transformers: weight (in, out) and the width `nf`."""
     weight = getattr(module, "weight", None)
-    return (
-        type(module).__name__ == "Conv1D"
-        and isinstance(weight, Tensor)
-        and weight.dim() == 2
-        and getattr(module, "nf", None) == weight.shape[1]
-    )
+    matrix = isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1]
+    return type(module).__name__ == "Conv1D" and matrix == getattr(module, "nf", None)
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module can be wrapped."""
-    return isinstance(module, nn.Linear | Base) or is_conv1d(module)
+    return isinstance(module, nn.Linear | LinearLike) or is_conv1d(module)
 
 
 def dense_weight(base: nn.Module) -> Tensor:
     """W (out, in) as a view, so that writing to it changes the module (a copy if quantized)."""
-    if isinstance(base, Base):
+    if isinstance(base, LinearLike):
         return base.dense_weight()
-    weight = base.weight
-    assert isinstance(weight, Tensor)
+    weight: Tensor = base.weight  # type: ignore[assignment]
     return weight.detach().T if is_conv1d(base) else weight.detach()
 
 
 def shape(base: nn.Module) -> tuple[int, int]:
     """(out, in)."""
-    if isinstance(base, nn.Linear | Base):
+    if isinstance(base, nn.Linear | LinearLike):
         return base.out_features, base.in_features
     out, in_ = dense_weight(base).shape
     return out, in_
@@ -66,27 +56,26 @@ def shape(base: nn.Module) -> tuple[int, int]:
 
 def is_mergeable(base: nn.Module) -> bool:
     """Whether the adapter can be added into the stored weight."""
-    return base.mergeable if isinstance(base, Base) else True
+    return base.mergeable if isinstance(base, LinearLike) else True
 
 
 def adapter_placement(base: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where A and B live: on the base's device, in float32 (float64 on a float64 base).
 
     Raises:
-        LoRAError: the weight is not stored as such, or is neither floating point of 16 bits or more
-            nor a `Base` that knows how to read it.
+        LoRAError: the module is no linear layer, its weight is not stored as such, or that is
+            neither floating point of 16 bits or more nor read by a `LinearLike`.
     """
-    if isinstance(base, Base):
+    cannot = f"cannot adapt a {type(base).__name__}"
+    if isinstance(base, LinearLike):
         return next(iter([*base.parameters(), *base.buffers()])).device, torch.float32
+    if not is_linear(base):
+        raise LoRAError(f"{cannot}: it is not a linear layer; name the linears inside or beside it")
     if "weight" not in base._parameters | base._buffers:
-        raise LoRAError(
-            f"cannot adapt a {type(base).__name__}: its weight is computed anew at every call, so "
-            "that merging would be lost; remove the parametrization first"
-        )
+        what = "its weight is computed at every call, and a merge would be lost"
+        raise LoRAError(f"{cannot}: {what}; remove the parametrization first")
     weight = dense_weight(base)
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        raise LoRAError(
-            f"cannot adapt a {type(base).__name__} with {weight.dtype} weights: it is quantized "
-            "by another library; dequantize it, or quantize with minilora.quantize"
-        )
+        what = "it is quantized by another library; dequantize it or use minilora.quantize"
+        raise LoRAError(f"{cannot} with {weight.dtype} weights: {what}")
     return weight.device, torch.promote_types(weight.dtype, torch.float32)

@@ -10,7 +10,7 @@ from torch import nn
 
 import minilora
 from minilora import LoRAError
-from minilora.nf4 import (
+from minilora.nf4.tensor import (
     BLOCK,
     CODEBOOK,
     DYNAMIC,

@@ -1,0 +1,184 @@
+"""A model in four bits: its linears become NF4Linear, and plain linears again."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from minilora.config import ALL_LINEAR, LoRAError
+from minilora.inject import lora_layers
+from minilora.modules import named_modules, others, owners, plain_name, replace_modules
+from minilora.nf4.linear import NF4Linear
+from minilora.reports import QuantizeReport
+from minilora.targets import all_linear, matches, require
+
+
+def quantize(
+    model: nn.Module,
+    targets: str | tuple[str, ...] = ALL_LINEAR,
+    exclude: str | tuple[str, ...] = ("lm_head",),
+    double: bool = True,
+) -> QuantizeReport:
+    """Replace linears by `NF4Linear`, in place; `minilora.inject` afterwards makes it QLoRA.
+
+    Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3. Of each W (out, in) half a
+    byte a value is kept, and a scale for every 64 values along its rows. Everything else,
+    embeddings and norms, stays as it is. A quantized model is saved by
+    `safetensors.torch.save_model`, and loaded into a model that was quantized alike.
+
+    Args:
+        model: not yet injected.
+        targets: which linears, as in `LoRAConfig`: names, a regular expression, or "all-linear"
+            (all but the output head).
+        exclude: linears to leave alone, such as those that LoftQ is to quantize.
+        double: quantize the scales too: 4.127 bits a weight instead of 4.5.
+
+    Returns:
+        The modules and their sizes before and after.
+
+    Raises:
+        LoRAError: nothing to quantize, or a linear that cannot be: it is named, and the model is
+            untouched.
+
+    Example:
+        >>> model = nn.ModuleDict({"q_proj": nn.Linear(128, 128)})
+        >>> print(quantize(model))
+        1 linears in 4 bits: 0.1 MB -> 0.0 MB (4.129 bits a weight)
+        >>> model["q_proj"].codes.shape  # two a byte
+        torch.Size([8192])
+    """
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise LoRAError("the model carries an adapter already: quantize it before inject")
+    found = select_linears(model, targets, exclude)
+    for name in list(found):
+        linear = found.pop(name)  # so that its weight is let go at once
+        replace_modules(model, {linear: NF4Linear(linear, double)})
+    return quantize_report(model)
+
+
+def quantize_report(model: nn.Module) -> QuantizeReport:
+    """Which linears of a model are in four bits, and what that saves."""
+    named = model.named_modules()
+    found = {plain_name(name): m for name, m in named if isinstance(m, NF4Linear)}
+    weights = sum(m.in_features * m.out_features for m in found.values())
+    after = sum(t.nbytes for m in found.values() for t in m.packed if t is not None)
+    before = sum(m.weight.nbytes for m in found.values())
+    return QuantizeReport(tuple(found), weights, before, after)
+
+
+def select_linears(
+    model: nn.Module,
+    targets: str | tuple[str, ...] = ALL_LINEAR,
+    exclude: str | tuple[str, ...] = ("lm_head",),
+) -> dict[str, nn.Linear]:
+    """The linears that `quantize` would replace, by dotted name, all checked."""
+    if targets == ALL_LINEAR:
+        named = [(name, m) for name, m in all_linear(model) if _is_plain(m)]
+    else:
+        require("quantize: targets", targets, [name for name, _ in named_modules(model)])
+        every = [(plain_name(name), m) for name, m in model.named_modules()]
+        named = [(name, m) for name, m in every if matches(targets, name)]
+    owned = owners(model)
+    found = {
+        name: check_linear(name, module, others(module, owned))
+        for name, module in named
+        if not matches(exclude, name)
+    }
+    if not found:
+        raise LoRAError("quantize: the model has no torch.nn.Linear that is targeted")
+    return found
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Attention reads the weight of a NonDynamicallyQuantizableLinear without calling it."""
+    kind = NonDynamicallyQuantizableLinear
+    return isinstance(module, nn.Linear) and not isinstance(module, kind)
+
+
+def check_linear(name: str, module: nn.Module, shared_with: Sequence[str] = ()) -> nn.Linear:
+    """The module, if it can be quantized."""
+    kind = type(module).__name__
+    if not isinstance(module, nn.Linear) or not _is_plain(module):
+        raise LoRAError(f"quantize: {name} is a {kind}: only plain linears can be; exclude it")
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise LoRAError(f"quantize: {name}: its weight is computed anew at every call; exclude it")
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise LoRAError(f"quantize: {name} is quantized already: its weight is {weight.dtype}")
+    if shared_with:
+        shared = ", ".join(shared_with)
+        raise LoRAError(f"quantize: {name} shares its weight with {shared}; exclude it")
+    if not weight.is_meta and not weight.float().isfinite().all():
+        raise LoRAError(f"quantize: {name} holds values that are not finite in float32")
+    return module
+
+
+@contextmanager
+def dequantized(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Replace every `NF4Linear` by a plain linear, in place; the block may merge into them.
+
+    Within it the weights are in float32, exactly what the codes mean. When it ends they are
+    rounded once, and what that cost is logged. What quantizing took does not come back.
+
+    Args:
+        model: a quantized model.
+        dtype: float32 or bfloat16; the whole model is cast to it. None: each weight gets the dtype
+            of its layer, the model's own.
+
+    Raises:
+        LoRAError: another dtype, or a weight that does not fit it. On these, and on an error in
+            the block, the quantized linears are put back.
+    """
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise LoRAError(f"dequantize into float32 or bfloat16, not {dtype}")
+    plain: dict[NF4Linear, nn.Linear] = {}
+    unmerged = [layer for layer in lora_layers(model).values() if not layer.merged]
+    try:
+        for quantized in [m for m in model.modules() if isinstance(m, NF4Linear)]:
+            plain[quantized] = _exact_linear(quantized)
+            replace_modules(model, {quantized: plain[quantized]})
+        yield
+        for quantized, linear in plain.items():
+            final = dtype or quantized.dtype
+            if not linear.weight.to(final).isfinite().all():
+                raise LoRAError(f"a dequantized weight does not fit {final}: say dtype")
+    except BaseException:
+        for layer in unmerged:
+            layer.unmerge()
+        replace_modules(model, {linear: quantized for quantized, linear in plain.items()})
+        raise
+    costs = [_round(linear, dtype or quantized.dtype) for quantized, linear in plain.items()]
+    if dtype is not None:
+        nn.Module.to(model, dtype)  # a model in two dtypes would not run
+    dtypes = dict.fromkeys(str(dtype or quantized.dtype) for quantized in plain)
+    logging.getLogger("minilora").info(_cost(costs, dtypes))
+
+
+def _exact_linear(quantized: NF4Linear) -> nn.Linear:
+    linear = nn.Linear(quantized.in_features, quantized.out_features, device="meta")
+    linear.weight = nn.Parameter(quantized.dense_weight(torch.float32), requires_grad=False)
+    linear.register_parameter("bias", quantized.bias)
+    return linear.train(quantized.training)
+
+
+def _round(linear: nn.Linear, dtype: torch.dtype) -> tuple[float, float]:
+    """Round the weight; the largest error of an entry, and ||error|| / ||weight||."""
+    exact = linear.weight
+    linear.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
+    if exact.numel() == 0:
+        return 0.0, 0.0
+    error = linear.weight.float() - exact
+    return error.abs().max().item(), (error.norm() / exact.norm().clamp(min=1e-38)).item()
+
+
+def _cost(costs: list[tuple[float, float]], dtypes: dict[str, None]) -> str:
+    if not costs:
+        return "no linears in 4 bits"
+    entry, norm = (max(column) for column in zip(*costs, strict=True))
+    return (
+        f"{len(costs)} linears dequantized to {', '.join(dtypes)}; rounding "
+        f"error at most {entry:.2g} an entry, {norm:.2g} of a weight's norm"
+    )

@@ -1,0 +1,231 @@
+"""An adapter and a model: save the one a model carries, load one into a model."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path, PurePath
+
+import torch
+from torch import nn
+
+from minilora import linears, trained_whole
+from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError
+from minilora.inject import injection_of, layer_for, lora_layers, report, unload, wrap
+from minilora.layer import LoRALinear
+from minilora.modules import naming, nearest, plain_model, plain_name
+from minilora.peft_format import keys
+from minilora.peft_format.directory import Adapter, read_adapter, write_adapter
+from minilora.reports import LoadReport
+from minilora.targets import check_modules, is_target, matches
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter a model carries, as a value: its tensors are copies on the CPU.
+
+    Raises:
+        LoRAError: the model carries no adapter, or is in a `disabled` block.
+    """
+    model = plain_model(model)
+    injection, layers = injection_of(model), lora_layers(model)
+    if injection is None:
+        raise LoRAError("the model carries no adapter: minilora.inject or load_adapter first")
+    live = trained_whole.of(injection).live
+    if live and not injection.enabled:
+        raise LoRAError("cannot save inside `with minilora.disabled(model)`: save after it")
+    state = trained_whole.tensors(model) if live else {}  # as trained, merged or not
+    tensors = {name: state[key] for name, key in live.items()}
+    for module, layer in layers.items():
+        for name in keys.SUFFIXES.keys() & layer._parameters.keys():
+            tensors[module + keys.SUFFIXES[name]] = layer.get_parameter(name)
+    copies = {keys.PREFIX + name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    transposed = any(linears.is_conv1d(layer.base) for layer in layers.values())
+    config = _as_written(injection.config, _base_modules(model, layers))
+    return Adapter(config, copies, _base_model_name(model), transposed)
+
+
+def save_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Write the model's adapter as PEFT's directory; merged or not, wrapped by DDP or not.
+
+    Args:
+        model: carries an adapter, from `inject` or `load_adapter`.
+        directory: made if it is not there; gets adapter_config.json and
+            adapter_model.safetensors, replaced whole or not at all.
+
+    Raises:
+        LoRAError: the model carries no adapter, or is in a `disabled` block.
+        OSError: the directory cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from minilora import inject
+        >>> model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+        >>> _ = inject(model, LoRAConfig(rank=2, targets=("q_proj",)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(model, folder)
+        ...     print(sorted(path.name for path in Path(folder).iterdir()))
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    write_adapter(adapter_of(model), directory)
+
+
+def load_adapter(model: nn.Module, directory: str | Path, inference: bool = False) -> LoadReport:
+    """Load an adapter of PEFT's format into a model, in place; the file's keys decide where.
+
+    A model that already carries an adapter of the same shapes keeps its modules and gets the new
+    values; one of other shapes becomes the base again and is injected anew.
+
+    Args:
+        model: the base model, or one that carries an adapter, unmerged.
+        directory: holds adapter_config.json and adapter_model.safetensors.
+        inference: leave the adapter frozen; otherwise it trains.
+
+    Returns:
+        The modules, and whether the values went into layers that were there.
+
+    Raises:
+        LoRAError: the files are wrong or do not fit the model; every missing, unexpected and
+            mis-shaped key is named, and the model is untouched.
+
+    Example:
+        >>> import tempfile
+        >>> from minilora import inject
+        >>> trained, fresh = (nn.ModuleDict({"q_proj": nn.Linear(8, 8)}) for _ in range(2))
+        >>> _ = inject(trained, LoRAConfig(rank=2, targets=("q_proj",), init="random"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(trained, folder)
+        ...     print(load_adapter(fresh, folder, inference=True))
+        1 modules loaded
+        >>> torch.equal(fresh["q_proj"].lora_B, trained["q_proj"].lora_B)
+        True
+    """
+    adapter = read_adapter(directory)
+    with naming(directory):
+        return apply_adapter(model, adapter, inference)
+
+
+def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -> LoadReport:
+    """What `load_adapter` does, with an adapter that was read, combined or extracted already."""
+    wrapped, model = model, plain_model(model)
+    layers, injection = lora_layers(model), injection_of(model)
+    if any(layer.merged for layer in layers.values()):
+        raise LoRAError("cannot load an adapter while merged: call minilora.unmerge(model) first")
+    if injection is not None and not injection.enabled:
+        raise LoRAError("cannot load an adapter inside `with minilora.disabled(model)`")
+    named = _base_modules(model, layers)
+    config = _as_read(adapter, named)
+    selected = _check_fit(model, adapter, config, named)
+    live = trained_whole.of(injection).live if injection is not None else {}
+    swapped = _same_shapes(layers, adapter) and live.keys() == adapter.extras.keys()
+    if not swapped:
+        if wrapped is not model:  # data-parallel copies would never learn of the new parameters
+            raise LoRAError(
+                "load an adapter of other shapes before torch.compile or DistributedDataParallel, "
+                "not after"
+            )
+        unload(model)
+        wrap(model, selected, replace(config, init="kaiming"))  # its values are overwritten
+    _fill(model, adapter, config, inference)
+    notice = _compare_base(adapter.base_model, _base_model_name(model))
+    return LoadReport(report(model).modules, swapped, adapter.base_model, notice)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, adapter: Adapter, config: LoRAConfig, inference: bool) -> None:
+    """Copy the adapter's values into an injected model of the same shapes."""
+    for module, layer in lora_layers(model).items():
+        layer.alpha, layer.dropout = config.alpha_of(module), config.dropout
+        layer.scale = adapter.scale_of(module)
+        for name, tensor in adapter.parameters(module).items():
+            layer.get_parameter(name).copy_(tensor).requires_grad_(not inference)
+    injection = injection_of(model)
+    assert injection is not None
+    injection.config = config
+    live = trained_whole.of(injection).live
+    state = trained_whole.tensors(model) if live else {}
+    for name, key in live.items():
+        state[key].copy_(adapter.extras[name])
+        trained_whole.require_grad(state[key], not inference)
+
+
+def _check_fit(
+    model: nn.Module, adapter: Adapter, config: LoRAConfig, named: dict[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The modules that the adapter's keys name, once its keys are those that the model expects."""
+    known = [name for name, module in named.items() if linears.is_linear(module)]
+    if config.targets == ALL_LINEAR:  # which head was left out, only the file can say
+        targeted = [name for name in known if name in adapter.modules]
+    else:
+        targeted = [name for name in known if is_target(config, name)]
+    live = trained_whole.TrainedWhole(model, config, adapter.modules).find(model)
+    state = trained_whole.tensors(model) if live else {}
+    expected: keys.Expected = {}
+    for name, key in live.items():
+        expected[keys.PREFIX + name] = tuple(state[key].shape), state[key].is_floating_point()
+    for name in targeted:
+        expected |= keys.expected_of(config, name, *linears.shape(named[name]))
+
+    def explain(key: str) -> str:
+        for name in keys.modules_of({key: adapter.tensors[key]}):  # one, or none
+            if name not in named:
+                return f": the model has no such module{nearest(name, known, 1)}"
+            if name not in known:
+                return f": a {type(named[name]).__name__}, not a linear layer"
+            return ": target_modules does not ask for it"
+        return ""
+
+    problems = keys.compare(expected, adapter.tensors, explain)
+    for name in targeted if config.init == "loftq" else ():
+        if linears.is_mergeable(named[name]):
+            problems += [f"{name} must be in 4 bits, by minilora.quantize: LoftQ started it so"]
+    keys.refuse("the adapter does not fit the model", problems)
+    selected = {name: named[name] for name in adapter.modules}
+    check_modules(model, selected)
+    return selected
+
+
+def _base_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, nn.Module]:
+    """The modules by the names they have, or had before an adapter was injected."""
+    named = [(plain_name(name), module) for name, module in model.named_modules() if name]
+    plain = {trained_whole.base_name(name, layers): module for name, module in named}
+    return {name: module for name, module in plain.items() if name is not None}
+
+
+def _as_read(adapter: Adapter, named: Collection[str]) -> LoRAConfig:
+    """The configuration with also_train as PEFT reads it: any end of a module's name counts.
+
+    Where no dot stands before the end, the file must hold the module: PEFT leaves a module without
+    tensors as the base's.
+    """
+    also, extras = adapter.config.also_train, adapter.extras
+    loose = [n for n in named if n.endswith(also) and any(k.startswith(f"{n}.") for k in extras)]
+    whole = tuple(name for name in named if matches(also, name) or name in loose)
+    same = all(matches(also, name) for name in whole)
+    return adapter.config if same else replace(adapter.config, also_train=whole)
+
+
+def _as_written(config: LoRAConfig, named: Collection[str]) -> LoRAConfig:
+    """The configuration with also_train by full names where PEFT would read more than is meant."""
+    meant = tuple(name for name in named if matches(config.also_train, name))
+    same = all(name in meant for name in named if name.endswith(config.also_train))
+    return config if same else replace(config, also_train=meant)
+
+
+def _same_shapes(layers: dict[str, LoRALinear], adapter: Adapter) -> bool:
+    """Whether the adapter's tensors have the shapes of the layers that are there."""
+    kind = layer_for(adapter.config)
+    return sorted(layers) == list(adapter.modules) and all(
+        type(layer) is kind and layer.lora_A.shape == adapter.pair(name)[0].shape
+        for name, layer in layers.items()
+    )
+
+
+def _base_model_name(model: nn.Module) -> str | None:
+    """Where transformers says the model came from."""
+    name = getattr(plain_model(model), "name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def _compare_base(trained_on: str | None, loaded_into: str | None) -> str | None:
+    """A notice if the names differ. No error: a name may be a directory of another machine."""
+    if not trained_on or not loaded_into or PurePath(trained_on).name == PurePath(loaded_into).name:
+        return None
+    return f"it was trained on {trained_on}, and this model is {loaded_into}"

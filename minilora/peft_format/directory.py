@@ -1,0 +1,241 @@
+"""An adapter on disk: PEFT's directory read, checked and written.
+
+    adapter_config.json          what was adapted: PEFT's names for the fields of LoRAConfig
+    adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, in), ...lora_B.weight
+
+Reading is strict. One table says which keys are expected, with their shapes; every difference is an
+error that names the key. PEFT ignores an unexpected key and warns of a missing one.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from minilora.config import LoRAConfig, LoRAError, scale
+from minilora.files import write_directory
+from minilora.modules import naming, path
+from minilora.peft_format import keys
+from minilora.peft_format.config import CONFIG_FILE, config_from_peft, config_to_peft
+from minilora.trained_whole import BASE_BIAS
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter apart from any model: its configuration and its tensors by their names on disk.
+
+    Args:
+        config: what was adapted and how.
+        tensors: by PEFT's keys, `base_model.model.<module>.lora_A.weight` (r, in),
+            `...lora_B.weight` (out, r) and what the configuration adds; docs/format.md lists them.
+        base_model: name or directory of the model it was trained on, if known.
+        fan_in_fan_out: whether the adapted modules are Conv1D: PEFT's word for it, written down
+            for PEFT only.
+
+    Raises:
+        LoRAError: the tensors do not form pairs A (r, in), B (out, r) of one rank that agree with
+            the configuration, hold a value that is not finite, or are not what `dora`, `bias`,
+            `lora_bias` and `also_train` ask for.
+
+    Example:
+        >>> config = LoRAConfig(rank=2, alpha=8, targets=("q_proj",))
+        >>> A, B = torch.ones(2, 16), torch.ones(4, 2)
+        >>> stem = "base_model.model.q_proj"
+        >>> adapter = Adapter(config, {f"{stem}.lora_A.weight": A, f"{stem}.lora_B.weight": B})
+        >>> adapter.modules, adapter.scale_of("q_proj")
+        (('q_proj',), 4.0)
+    """
+
+    config: LoRAConfig
+    tensors: dict[str, Tensor]
+    base_model: str | None = None
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        expected: keys.Expected = {}
+        for module in self.modules:
+            parameters = self.parameters(module)
+            A, B = (parameters.get(name, torch.empty(0)) for name in ("lora_A", "lora_B"))
+            out, in_ = B.shape[:1].numel(), A.shape[-1:].numel()
+            expected |= keys.expected_of(self.config, module, out, in_)
+        layers = {key: t for key, t in self.tensors.items() if not self._trains_whole(key)}
+        problems = keys.compare(expected, layers, self._explain)
+        for key, tensor in self.tensors.items():
+            if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+                problems.append(f"{key} is {keys.kind(tensor)}, which cannot be read exactly")
+            elif not tensor.isfinite().all():
+                problems.append(f"{key} holds values that are not finite")
+        if not self.modules:
+            problems.append("it holds no lora_A and lora_B")
+        keys.refuse("the adapter's tensors are wrong", problems)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Dotted names of the adapted modules, sorted."""
+        return keys.modules_of(self.tensors)
+
+    @property
+    def extras(self) -> dict[str, Tensor]:
+        """The biases and whole modules that trained too, by name on disk without the prefix."""
+        return {
+            key.removeprefix(keys.PREFIX): tensor
+            for key, tensor in self.tensors.items()
+            if not key.endswith(tuple(keys.SUFFIXES.values()))
+        }
+
+    def pair(self, module: str) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of a module."""
+        parameters = self.parameters(module)
+        return parameters["lora_A"], parameters["lora_B"]
+
+    def parameters(self, module: str) -> dict[str, Tensor]:
+        """The tensors of a module by their names in LoRALinear."""
+        names = {name: keys.PREFIX + module + end for name, end in keys.SUFFIXES.items()}
+        return {name: self.tensors[key] for name, key in names.items() if key in self.tensors}
+
+    def scale_of(self, module: str) -> float:
+        """The scale s of a module."""
+        rank = self.pair(module)[0].shape[0]
+        return scale(self.config.alpha_of(module), rank, self.config.rslora)
+
+    def _trains_whole(self, key: str) -> bool:
+        """Whether the configuration can mean this key by `bias` or `also_train` (in some model)."""
+        name, bias = key.removeprefix(keys.PREFIX), self.config.bias
+        module, _, end = name.rpartition(".")
+        if name == key or key.endswith(tuple(keys.SUFFIXES.values())):
+            return False
+        if bias != "none" and (name.endswith(BASE_BIAS) or (end == "bias" and bias == "all")):
+            return True
+        return any(part.endswith(self.config.also_train) for part in path(module))  # PEFT's rule
+
+    def _explain(self, key: str) -> str:
+        if key.endswith(keys.SUFFIXES["magnitude"]):
+            return ": DoRA's magnitudes, but use_dora is false"
+        return ": lora_bias is false" if key.endswith(keys.SUFFIXES["lora_bias"]) else ""
+
+
+def read_adapter(directory: str | Path) -> Adapter:
+    """Read and check an adapter directory as PEFT or minilora wrote it. Never reads a pickle.
+
+    PEFT saves an adapter with a name of its own one directory deeper; it is read from there if it
+    is the only one.
+
+    Args:
+        directory: holds adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+        The adapter; its tensors lie on the CPU, in the file's dtypes.
+
+    Raises:
+        LoRAError: a file is missing, damaged, or asks for something minilora does not do.
+
+    Example:
+        >>> read_adapter("nowhere")
+        Traceback (most recent call last):
+        minilora.config.LoRAError: nowhere: no such directory
+    """
+    directory = _adapter_directory(Path(directory))
+    entries = _read_json(directory / CONFIG_FILE)
+    with naming(directory):
+        tensors = _read_tensors(directory)
+        config = config_from_peft(entries, keys.modules_of(tensors))
+        if config.bias == "all" and config.also_train:
+            tensors = _without_repeats(tensors)
+        base_model = entries.get("base_model_name_or_path")
+        if not isinstance(base_model, str | None):
+            raise LoRAError(f"{CONFIG_FILE}: base_model_name_or_path is {base_model!r}")
+        if _read_json(directory / CONFIG_FILE) != entries:
+            raise LoRAError("another process wrote it meanwhile: read it again")
+        return Adapter(config, tensors, base_model, entries.get("fan_in_fan_out") is True)
+
+
+def write_adapter(adapter: Adapter, directory: str | Path) -> None:
+    """Write an adapter so that PEFT loads it: the same tensors give the same bytes.
+
+    Args:
+        adapter: as read, combined or extracted.
+        directory: made if it is not there; an adapter in it is replaced, whole or not at all.
+
+    Raises:
+        LoRAError: the directory's name is taken by a file.
+        OSError: it cannot be written; a file that was there before is untouched.
+
+    Example:
+        >>> import tempfile
+        >>> config = LoRAConfig(rank=2, alpha=8, targets=("q_proj",))
+        >>> stem = "base_model.model.q_proj"
+        >>> tensors = {f"{stem}.lora_A.weight": torch.ones(2, 16)}
+        >>> tensors[f"{stem}.lora_B.weight"] = torch.ones(4, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_adapter(Adapter(config, tensors), folder)
+        ...     print(read_adapter(folder).config == config)
+        True
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise LoRAError(f"{directory} is a file, not a directory")
+    tensors = {key: adapter.tensors[key].contiguous() for key in sorted(adapter.tensors)}
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    entries = config_to_peft(adapter.config, adapter.modules) | {
+        "base_model_name_or_path": adapter.base_model,
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+    }
+    text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
+    write_directory(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode()})
+
+
+def _adapter_directory(directory: Path) -> Path:
+    if not directory.is_dir():
+        raise LoRAError(f"{directory}: no such directory")
+    if (directory / CONFIG_FILE).exists():
+        return directory
+    named = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
+    if len(named) > 1:
+        choices = ", ".join(path.name for path in named)
+        raise LoRAError(f"{directory}: holds several adapters, name one of them: {choices}")
+    return named[0] if named else directory
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise LoRAError(f"{path}: no such file; an adapter directory needs one") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoRAError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise LoRAError(f"{path}: holds a {type(entries).__name__}, not an object")
+    return entries
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        if (directory / "adapter_model.bin").exists():
+            raise LoRAError(
+                "adapter_model.bin is a pickle, which can run any code when loaded: load it with "
+                "PEFT where you trust it, and save it again as safetensors"
+            )
+        raise LoRAError(f"{WEIGHTS_FILE}: no such file")
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
+        raise LoRAError(f"{WEIGHTS_FILE} is damaged: {error}") from None
+
+
+def _without_repeats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With bias="all" PEFT writes the biases of whole modules thrice; the plain name is trained."""
+    plain = dict(tensors)
+    for key in tensors:
+        for inner in (".original_module.", ".modules_to_save."):
+            if key.replace(inner, ".") in tensors and key.endswith(".bias") and inner in key:
+                plain.pop(key, None)
+    return plain

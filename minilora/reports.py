@@ -1,0 +1,171 @@
+"""What inject, merge, load and quantize return. Every report prints."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InjectReport:
+    """What `inject` did. Printed: one line of counts, then the modules, layers folded.
+
+    Attributes:
+        modules: dotted names of the adapted modules.
+        trainable: number of parameters that train.
+        total: number of parameters, the adapter's included.
+        also: names of the biases and whole modules' parameters that train too.
+        seed: the seed of A's start, if one was given.
+
+    Example:
+        >>> print(InjectReport(("layers.0.fc", "layers.1.fc"), trainable=5, total=200))
+        2 modules, 5 trainable of 200 (2.5000%)
+          layers.{0,1}.fc
+    """
+
+    modules: tuple[str, ...]
+    trainable: int
+    total: int
+    also: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / self.total
+        counts = f"{self.trainable:,} trainable of {self.total:,} ({share:.4f}%)"
+        lines = fold_names(self.modules) + [f"and {name}" for name in fold_names(self.also)]
+        lines += [] if self.seed is None else [f"A starts from seed {self.seed}"]
+        return "\n  ".join([f"{len(self.modules)} modules, {counts}", *lines])
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What writing W + Delta W into the weight's dtype cost, measured in float64.
+
+    Attributes:
+        module: dotted name.
+        largest: largest |merged - (W + Delta W)| of an entry.
+        relative: ||merged - (W + Delta W)|| / ||W + Delta W||.
+        lost: share of the update that rounding swallowed: ||(merged - W) - Delta W|| / ||Delta W||.
+    """
+
+    module: str
+    largest: float
+    relative: float
+    lost: float
+
+    @classmethod
+    def of(cls, module: str, before: Tensor, exact: Tensor, written: Tensor) -> "Rounding":
+        """From W, W + Delta W, both (out, in) in float64, and what was written."""
+        error = written.to(exact.dtype) - exact
+        # (merged - W) - Delta W is the same difference: what is lost is what was rounded.
+        lost = _ratio(error, exact - before)
+        return cls(module, error.abs().max().item(), _ratio(error, exact), lost)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The rounding of each merged module. Printed: one line with the worst of them.
+
+    Attributes:
+        modules: a `Rounding` each, with `module`, `largest`, `relative` and `lost`.
+    """
+
+    modules: tuple[Rounding, ...]
+
+    def __str__(self) -> str:
+        if not self.modules:
+            return "0 modules merged"
+        worst = max(self.modules, key=lambda rounding: rounding.lost)
+        return (
+            f"{len(self.modules)} modules merged; rounding error at most "
+            f"{max(r.largest for r in self.modules):.2g} an entry; at most {worst.lost:.2g} of an "
+            f"update lost ({worst.module})"
+        )
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_adapter` did. Printed: one line.
+
+    Attributes:
+        modules: dotted names of the adapted modules.
+        swapped: whether the tensors went into adapter layers that were there already.
+        base_model: the base model that the file names.
+        notice: says so if the file names another base model than this one.
+    """
+
+    modules: tuple[str, ...]
+    swapped: bool
+    base_model: str | None
+    notice: str | None = None
+
+    def __str__(self) -> str:
+        how = "swapped in place" if self.swapped else "loaded"
+        return f"{len(self.modules)} modules {how}" + (f"; {self.notice}" if self.notice else "")
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize` did.
+
+    Attributes:
+        modules: dotted names of the linears in four bits.
+        weights: how many weights they hold.
+        before: their size in bytes, biases not counted.
+        after: the same in four bits, scales included.
+
+    Example:
+        >>> print(QuantizeReport(("fc",), weights=2**20, before=2**22, after=540_936))
+        1 linears in 4 bits: 4.2 MB -> 0.5 MB (4.127 bits a weight)
+    """
+
+    modules: tuple[str, ...]
+    weights: int
+    before: int
+    after: int
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight, scales included."""
+        return 8 * self.after / max(self.weights, 1)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.modules)} linears in 4 bits: {self.before / 1e6:,.1f} MB -> "
+            f"{self.after / 1e6:,.1f} MB ({self.bits:.3f} bits a weight)"
+        )
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    norm = whole.norm().item()
+    return part.norm().item() / norm if norm else 0.0
+
+
+def fold_names(names: tuple[str, ...]) -> list[str]:
+    """Names that differ in numbers only become one line.
+
+    Example:
+        >>> fold_names(("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj"))
+        ['layers.{0,1}.q_proj', 'layers.0.v_proj']
+    """
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}  # what is between the numbers
+    for name in names:
+        groups.setdefault(tuple(re.split(r"\d+", name)), []).append(tuple(re.findall(r"\d+", name)))
+    lines = []
+    for texts, numbers in groups.items():
+        columns = [sorted(set(column), key=int) for column in zip(*numbers, strict=True)]
+        if math.prod(map(len, columns)) == len(numbers):  # every combination is there
+            numbers = [tuple(map(_fold_numbers, columns))]
+        for row in numbers:
+            pairs = zip(texts, (*row, ""), strict=True)
+            lines.append("".join(text + number for text, number in pairs))
+    return lines
+
+
+def _fold_numbers(numbers: list[str]) -> str:
+    if len(numbers) == 1:
+        return numbers[0]
+    first, last = int(numbers[0]), int(numbers[-1])
+    whole = len(numbers) > 2 and last - first == len(numbers) - 1
+    return f"{{{first}-{last}}}" if whole else f"{{{','.join(numbers)}}}"

@@ -1,0 +1,120 @@
+"""Biases and whole modules that train beside A and B.
+
+They train in place, under their own names. The base's values are kept, so that `disabled` is the
+base and another adapter starts from it. A state_dict holds the trained ones, like any parameter
+that trains; the kept ones are in no checkpoint, since they are the base's.
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from minilora import linears
+from minilora.config import LoRAConfig, LoRAError
+from minilora.inject import Injection, lora_layers
+from minilora.modules import named_modules, owners, plain_name
+from minilora.targets import trained_whole
+
+BASE_BIAS = ".base_layer.bias"
+"""How PEFT ends the name of an adapted module's own bias."""
+
+
+class TrainedWhole:
+    """What one configuration lets train beside A and B: `inject.Beside`.
+
+    Args:
+        model: not yet changed.
+        config: its `bias` and `also_train` count.
+        adapted: the modules that this configuration adapts.
+
+    Attributes:
+        live: name on disk (without PEFT's prefix) -> name in the model's state_dict.
+        values: name in the state_dict -> the base's values; while swapped, the trained ones.
+
+    Raises:
+        LoRAError: a module of `also_train` shares a weight with another, or is in four bits.
+    """
+
+    def __init__(self, model: nn.Module, config: LoRAConfig, adapted: Collection[str]) -> None:
+        for holders in owners(model).values() if config.also_train else ():
+            roots = {trained_whole(config, name): name for name in holders}
+            if len(roots) > 1:
+                first, *rest = roots.values()
+                raise LoRAError(
+                    f"also_train: {first} shares its weight with {', '.join(rest)}: training one "
+                    "alone would change both; adapt linears instead, or untie the weights first"
+                )
+        for name, module in named_modules(model):
+            if not linears.is_mergeable(module) and trained_whole(config, name):
+                raise LoRAError(
+                    f"also_train: {name} is a {type(module).__name__}, whose weight cannot train: "
+                    "leave it out of minilora.quantize, by exclude"
+                )
+        self.config, self.adapted = config, frozenset(adapted)
+        self.live: dict[str, str] = {}
+        self.values: dict[str, Tensor] = {}
+
+    def find(self, model: nn.Module) -> dict[str, str]:
+        """`live` for this model, injected or not: {name on disk: name in the state_dict}."""
+        bias, layers, found = self.config.bias, lora_layers(model), {}
+        for key in tensors(model) if bias != "none" or self.config.also_train else ():
+            parent, _, end = key.rpartition(".")
+            module = base_name(parent, layers)
+            if module is None:
+                continue  # a tensor of the adapter
+            if end == "bias" and module in self.adapted:
+                if bias != "none":
+                    found[module + BASE_BIAS] = key
+            elif (end == "bias" and bias == "all") or trained_whole(self.config, module):
+                found[f"{module}.{end}" if module else end] = key
+        return found
+
+    def start(self, model: nn.Module) -> None:
+        """Let the tensors train, and keep their values before that."""
+        self.live = self.find(model)
+        state, seen = tensors(model) if self.live else {}, set()
+        for name in self.live.values():
+            tensor = state[name]
+            if id(tensor) not in seen:  # a tied bias has two names and one value
+                seen.add(id(tensor))
+                self.values[name] = tensor.detach().clone()
+                require_grad(tensor)
+
+    def swap(self, model: nn.Module) -> None:
+        """Put the base's values in the place of the trained ones, or back; no bytes are copied."""
+        state = tensors(model) if self.values else {}
+        for name, value in self.values.items():
+            tensor = state[name]
+            self.values[name] = tensor.data
+            tensor.data = value.to(tensor)  # the model may have moved since
+        if state:
+            torch.clear_autocast_cache()  # its key is the tensor, whatever the values
+
+    def names(self) -> Collection[str]:
+        """What trains, by the names on disk."""
+        return self.live
+
+
+def of(injection: Injection) -> TrainedWhole:
+    """The biases and whole modules of an injected model."""
+    return next(part for part in injection.beside if isinstance(part, TrainedWhole))
+
+
+def require_grad(tensor: Tensor, trains: bool = True) -> None:
+    """Buffers and whole numbers cannot train."""
+    can = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+    tensor.requires_grad_(trains and can)
+
+
+def base_name(module: str, layers: Collection[str]) -> str | None:
+    """The name that a module has in the plain model; None for the adapter's own layers."""
+    parent, _, last = module.rpartition(".")
+    if module in layers:
+        return None
+    return parent if last == "base" and parent in layers else module
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state_dict with the parameters themselves, by names without wrappers' parts."""
+    return {plain_name(k): t for k, t in model.state_dict(keep_vars=True).items()}
