@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import minilora
 from minilora import LoRAConfig, LoRALinear
-from minilora.nf4.tensor import pack, unpack
 from minilora.nf4.linear import NF4Linear
+from minilora.nf4.tensor import pack, unpack
 
 from .helpers import small_bart
 

@@ -4,7 +4,12 @@ import json
 
 import pytest
 
-from minilora.summarization.evaluation.nonsense import foreign_names, foreign_numbers, non_words, repeats
+from minilora.summarization.evaluation.nonsense import (
+    foreign_names,
+    foreign_numbers,
+    non_words,
+    repeats,
+)
 from minilora.summarization.presets import ASSETS
 
 SPLITS = ("train", "validation", "test")

@@ -51,8 +51,8 @@ class DataOptions:
 
     data: str = _flag(
         "minichat",
-        "bookings, minichat, minichat-hard, a hub name, a file (.json, .jsonl, .csv), or a directory with train, "
-        "validation and test files",
+        "bookings, minichat, minichat-hard, a hub name, a file (.json, .jsonl, .csv), or a "
+        "directory with train, validation and test files",
     )
     dialogue_column: str = _flag("dialogue", "column with the text to summarize")
     summary_column: str = _flag("summary", "column with the reference summary")

@@ -38,7 +38,6 @@ from .session import Session, save_trained, write_config
 from .stopping import StopRequest, stop_requests
 from .validation import describe, selection_score, validate
 
-
 UPDATING = ("while AdamW updates the parameters", "--method lora trains fewer of them")
 
 
