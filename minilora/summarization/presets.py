@@ -15,10 +15,10 @@ SAMSUM: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "pocket": {},  # pocket-bart on minichat: the defaults
+    "pocket": {},  # pocket-bart on bookings: the defaults
     "bart-large-cnn-samsum": SAMSUM | {"model": "facebook/bart-large-cnn", "epochs": 3},
     "bart-large-xsum-samsum": SAMSUM | {"model": "facebook/bart-large-xsum", "epochs": 3},
-    "bart-base-samsum": SAMSUM | {"model": "facebook/bart-base", "batch_size": 16},
+    "bart-base-samsum": SAMSUM | {"model": "facebook/bart-base", "epochs": 5, "batch_size": 16},
     # The settings of the notebook this project grew from, to compare with: its learning rate is a
     # tenth of what suits LoRA, and it decodes with bart-large-cnn's settings for news.
     "notebook": SAMSUM
@@ -26,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": "facebook/bart-large-cnn",
         "prompt_before": "Summarize the following conversation.\\n\\n",
         "prompt_after": "\\n\\nSummary:",
+        "epochs": 5,
         "batch_size": 1,
         "precision": "fp16",
         "min_length": 56,
@@ -35,10 +36,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # The peak learning rate of each method. LoRA needs four to ten times the rate of a full fine-tune.
-# "loftq" is QLoRA with that start, where it was measured. pocket's rates come from
-# benchmarks/results/grid.json, and LoftQ's from docs/log.md.
+# "loftq" is QLoRA with that start, where it was measured. pocket's rates: docs/log.md, 2026-11-28.
 LEARNING_RATES: dict[str, dict[str, float]] = {
-    "pocket": {"lora": 4e-3, "qlora": 4e-3, "loftq": 2e-3, "full": 5e-4},
+    "pocket": {"lora": 2e-3, "qlora": 2e-3, "loftq": 2e-3, "full": 5e-4},
     "bart-large-cnn-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "bart-large-xsum-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "bart-base-samsum": {"lora": 5e-4, "qlora": 5e-4, "full": 5e-5},

@@ -50,7 +50,7 @@ class DataOptions:
     _argument_group_name = "data"
 
     data: str = _flag(
-        "minichat",
+        "bookings",
         "bookings, minichat, minichat-hard, a hub name, a file (.json, .jsonl, .csv), or a "
         "directory with train, validation and test files",
     )
@@ -84,7 +84,7 @@ class AdapterOptions:
 class TrainingOptions:
     _argument_group_name = "training"
 
-    epochs: int = _flag(5, "passes over the training split")
+    epochs: int = _flag(2, "passes over the training split")
     max_steps: int = _flag(0, "stop after so many optimizer steps; 0: no limit")
     learning_rate: float | None = _flag(None, "peak of the schedule; default: the preset's")
     warmup: float = _flag(0.06, "share of the steps over which the learning rate rises")
@@ -105,8 +105,8 @@ class GenerationOptions:
     _argument_group_name = "decoding"
 
     beams: int = _flag(4, "beams of the search; 1 is greedy")
-    min_length: int = _flag(40, "fewest tokens of a summary")
-    max_length: int = _flag(80, "most tokens of a summary")
+    min_length: int = _flag(5, "fewest tokens of a summary")
+    max_length: int = _flag(60, "most tokens of a summary")
     length_penalty: float = _flag(1.0, "above 1 prefers longer beams, below 1 shorter ones")
     no_repeat_ngram: int = _flag(3, "no n-gram of this size occurs twice; 0: no such rule")
     evaluation_batch_size: int = _flag(32, "dialogues a process summarizes at once")

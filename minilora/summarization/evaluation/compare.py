@@ -11,6 +11,7 @@ from typing import Any
 
 from ..data.reading import Example
 from ..errors import UserError
+from .nonsense import shares
 from .rouge import MEASURES, Interval, bootstrap, rouge
 
 
@@ -48,6 +49,9 @@ class Evaluation:
     """By side ("base", "finetuned", "difference") and measure (`MEASURES`)."""
     examples: list[Compared]
     """In the order of the data."""
+    nonsense: dict[str, dict[str, Interval]] | None = None
+    """Shares of the summaries in per cent, by side ("base", "finetuned", "reference") and kind
+    (`nonsense.MEASURES`). None: the texts are not in Latin letters."""
 
     @property
     def n(self) -> int:
@@ -68,12 +72,15 @@ class Evaluation:
             side: {m: list(x if side == "difference" else x[1:]) for m, x in row.items()}
             for side, row in self.intervals.items()
         }
+        means: dict[str, dict[str, float]] = {"base": self.base, "finetuned": self.finetuned}
+        for side, row in (self.nonsense or {}).items():
+            means[side] = means.get(side, {}) | {kind: share.mean for kind, share in row.items()}
+            bounds[side] = bounds.get(side, {}) | {kind: list(x[1:]) for kind, x in row.items()}
         return {
             "data": self.data,
             "split": self.split,
             "n": self.n,
-            "base": self.base,
-            "finetuned": self.finetuned,
+            **means,
             "intervals": bounds,
             "generation": self.generation,
             "examples": [asdict(example) for example in self.examples],
@@ -106,7 +113,16 @@ def compare(
         Compared(e.id, e.dialogue, e.summary, b.text, f.text, r["rouge1"], s["rouge1"])
         for e, b, f, r, s in zip(examples, base, finetuned, before, after, strict=True)
     ]
-    return Evaluation(data, split, dict(generation or {}), intervals, compared)
+    dialogues = [example.dialogue for example in examples]
+    written = {"base": base, "finetuned": finetuned}
+    texts = {side: [summary.text for summary in found] for side, found in written.items()}
+    texts["reference"] = [example.summary for example in examples]
+    found = {side: shares(summaries, dialogues) for side, summaries in texts.items()}
+    nonsense = {side: row for side, row in found.items() if row is not None}
+    return Evaluation(
+        data, split, dict(generation or {}), intervals, compared,
+        nonsense if len(nonsense) == len(texts) else None,
+    )  # fmt: skip
 
 
 def _measure(summaries: Sequence[Summary], examples: Sequence[Example]) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..evaluation.compare import Evaluation
 from ..evaluation.rouge import METRICS, Interval
 from .page_parts import BASE, NAMES, html_figure, html_table, run_colour, run_name, tag
 from .plots import escape, interval_chart, swatch
@@ -100,12 +101,27 @@ def before_and_after(runs: Sequence[Run]) -> str:
             rows.append([first, *map(_html, sides), difference])
     head = ["" if one else "measure, run", "base", "fine-tuned", "difference, paired"]
     table = html_table("ROUGE before and after", head, rows, "numbers stacked")
+    table += _nonsense(scored, one)
     words = "".join(f"<p>{_counts(run, one)}</p>" for _, run, _ in scored)
     words += "<p>Square brackets hold 95% intervals; a difference is bold where it excludes 0.</p>"
     words = tag("div", words, "words")
     if one:
         return f'<div class="pair">{figure}<div>{table}{words}</div></div>'
     return f'<div class="pair">{figure}<div>{words}</div></div>{table}'
+
+
+def _nonsense(scored: Sequence[tuple[int, Run, Evaluation]], one: bool) -> str:
+    """Shares of the summaries that say what their dialogues do not."""
+    rows = []
+    for i, run, evaluation in scored:
+        for kind, base in (evaluation.nonsense or {"base": {}})["base"].items():
+            sides = [(evaluation.nonsense or {})[s][kind] for s in ("finetuned", "reference")]
+            label = kind.replace("_", " ") + ("" if one else f" {run_name(run, i)}")
+            rows.append([label, _html(base, ".1f"), *(_html(side, ".1f") for side in sides)])
+    if not rows:
+        return ""
+    title = "Per cent of the summaries with what the dialogue lacks, or with a repeated phrase"
+    return html_table(title, ["", "base", "fine-tuned", "reference"], rows, "numbers stacked")
 
 
 def _html(x: Interval, spec: str = ".2f") -> str:

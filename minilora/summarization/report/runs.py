@@ -17,6 +17,7 @@ from minilora import read_adapter
 from minilora.arithmetic import singular_values
 
 from ..errors import UserError
+from ..evaluation import nonsense
 from ..evaluation.compare import Compared, Evaluation
 from ..evaluation.rouge import MEASURES, Interval
 from ..files import read_object
@@ -169,7 +170,11 @@ def _evaluation(path: Path) -> Evaluation | None:
         generation={},
         intervals={s: {m: _interval(content, s, m, path) for m in MEASURES} for s in SIDES},
         examples=compared,
-    )
+        nonsense=None if "reference" not in content else {
+            side: {kind: _interval(content, side, kind, path) for kind in nonsense.MEASURES}
+            for side in ("base", "finetuned", "reference")
+        },
+    )  # fmt: skip
 
 
 def _compared(example: Any, where: str) -> Compared:

@@ -28,20 +28,47 @@ def most_changed(evaluation: Evaluation, k: int = 3) -> list[int]:
 def format_comparison(evaluation: Evaluation) -> str:
     """The scores as a plain text table."""
     base, finetuned, change = (evaluation.intervals[k] for k in ("base", "finetuned", "difference"))
-    table = [("", "base", "fine-tuned", "difference")]
-    table += [(m, f"{base[m]:.2f}", f"{finetuned[m]:.2f}", f"{change[m]:+.2f}") for m in MEASURES]
-    wide = [max(map(len, column)) for column in zip(*table, strict=True)]
+    scores = [("", "base", "fine-tuned", "difference")]
+    scores += [(m, f"{base[m]:.2f}", f"{finetuned[m]:.2f}", f"{change[m]:+.2f}") for m in MEASURES]
     title = (
         f"{evaluation.n} dialogues, {evaluation.split} split of {evaluation.data}. ROUGE as "
         "F1 x 100, gen_len in tokens: mean [95% bootstrap interval]; the difference is paired."
     )
-    lines = [textwrap.fill(printable(title), 100)]
-    for name, *cells in table:
-        right = (f"{cell:>{width}}" for cell, width in zip(cells, wide[1:], strict=True))
-        lines.append("  ".join([f"{name:<{wide[0]}}", *right]))
+    lines = [textwrap.fill(printable(title), 100), *_columns(scores), *_nonsense(evaluation)]
     if unseen := sum(not re.search("[a-z0-9]", e.reference.lower()) for e in evaluation.examples):
         lines.append(f"{unseen} references score 0: rouge_score reads a-z and 0-9 only.")
     return "\n".join(lines)
+
+
+def _nonsense(evaluation: Evaluation) -> list[str]:
+    """The shares of the summaries that say what their dialogues do not."""
+    if evaluation.nonsense is None:
+        return ["Names, numbers and words are not checked: the texts are not in Latin letters."]
+    sides = ("base", "finetuned", "reference")
+    kinds = evaluation.nonsense["base"]
+    rows = [
+        (kind.replace("_", " "), *(f"{evaluation.nonsense[side][kind]:.1f}" for side in sides))
+        for kind in kinds
+    ]
+    title = "Per cent of the summaries with a name or number that the dialogue lacks, with a word"
+    title += " that neither it nor a word list has, with a repeated phrase:"
+    return [
+        "",
+        *textwrap.wrap(title, 100),
+        *_columns([("", "base", "fine-tuned", "reference"), *rows]),
+    ]
+
+
+def _columns(table: Sequence[Sequence[str]]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    first, *others = ([len(cell) for cell in column] for column in zip(*table, strict=True))
+    widths = [max(column) for column in others]
+    return [
+        "  ".join(
+            [f"{name:<{max(first)}}", *(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))]
+        )
+        for name, *cells in table
+    ]
 
 
 def format_examples(evaluation: Evaluation, which: Sequence[int], dialogue_lines: int = 12) -> str:
