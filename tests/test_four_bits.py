@@ -159,7 +159,7 @@ def test_qlora_trains_at_loras_rate_in_every_preset(preset: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "rate"),
     [
-        (["--method", "qlora"], 2e-3),
+        (["--method", "qlora"], 4e-3),
         (["--method", "qlora", "--init", "loftq"], 2e-3),  # its A is shorter
         (["--method", "qlora", "--init", "loftq", "--preset", "bart-base-samsum"], 5e-4),
         (["--method", "qlora", "--init", "loftq", "--learning-rate", "1e-3"], 1e-3),

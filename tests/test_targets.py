@@ -173,12 +173,12 @@ TIED = r"{} shares its weight with {}.*exclude it, or untie"
         (
             tiny_bart,
             {"targets": ("shared",)},
-            "model.shared: cannot adapt a .*: it is not a linear",
+            "model.shared: cannot adapt .*: it is not a linear",
         ),
         (
             tiny_bart,
             {"targets": ("final_layer_norm",)},
-            "norm: cannot adapt a LayerNorm",
+            "norm: cannot adapt LayerNorm",
         ),
         (
             tiny_bart,
