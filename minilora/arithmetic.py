@@ -123,7 +123,8 @@ def combine(
                 "only plain LoRA is a sum: DoRA's magnitudes, biases and whole modules cannot be "
                 "added up; merge such an adapter, and minilora.extract one from the merged model"
             )
-    factors, fits = {}, []
+    factors: dict[str, Factors] = {}
+    fits = []
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
         terms = [
             (weight * adapter.scale_of(module), *adapter.pair(module))
@@ -131,18 +132,15 @@ def combine(
             if module in adapter.modules
         ]
         exact = _stack(module, terms)
-        if method == "svd":
-            assert rank is not None
-            factors[module] = truncate(exact, rank)
-        else:
-            factors[module] = exact if method == "cat" else _add(module, terms)
+        made = exact if rank is None else truncate(exact, rank)
+        factors[module] = _add(module, terms) if method == "linear" else made
         fits.append(_fit(module, exact, factors[module]))
     first = adapters[0]
     config = first.config
     if set(factors) != set(first.modules):  # what it targets is not what the sum has
         config = replace(config, targets=tuple(factors), exclude=(), layers=None, layers_pattern=())
-    base_models = {adapter.base_model for adapter in adapters}
-    base_model = first.base_model if len(base_models) == 1 else None
+    agree = all(adapter.base_model == first.base_model for adapter in adapters)
+    base_model = first.base_model if agree else None
     return _assemble(factors, config, base_model, first.fan_in_fan_out, fits)
 
 
@@ -195,8 +193,8 @@ def extract(
         norm, lost = S.norm().item(), S[rank:].norm().item()
         fits.append(Fit(module, norm, lost / norm if norm else 0.0))
     held = {f"{module}.weight" for module in found}
-    changed = (name for name in before if not torch.equal(before[name], after[name]))
-    left_out = tuple(name for name in changed if name not in held)
+    unheld = (name for name in before if name not in held)
+    left_out = tuple(name for name in unheld if not torch.equal(before[name], after[name]))
     transposed = any(linears.is_conv1d(layer) for layer in found.values())
     name = getattr(base, "name_or_path", None) or None
     return _assemble(factors, config, name, transposed, fits, left_out)

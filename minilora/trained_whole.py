@@ -73,13 +73,11 @@ class TrainedWhole:
     def start(self, model: nn.Module) -> None:
         """Let the tensors train, and keep their values before that."""
         self.live = self.find(model)
-        state, seen = tensors(model) if self.live else {}, set()
-        for name in self.live.values():
-            tensor = state[name]
-            if id(tensor) not in seen:  # a tied bias has two names and one value
-                seen.add(id(tensor))
-                self.values[name] = tensor.detach().clone()
-                require_grad(tensor)
+        state = tensors(model) if self.live else {}
+        # A tied bias has two names and one value.
+        for name in {id(state[name]): name for name in self.live.values()}.values():
+            self.values[name] = state[name].detach().clone()
+            require_grad(state[name])
 
     def swap(self, model: nn.Module) -> None:
         """Put the base's values in the place of the trained ones, or back; no bytes are copied."""
