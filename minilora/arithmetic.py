@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,7 @@ Factors = tuple[Tensor, Tensor]
 """A (r, in) and B (out, r)."""
 
 
-@dataclass(frozen=True)
-class Fit:
+class Fit(NamedTuple):
     """How near a module's B A comes to the update Delta it stands for.
 
     Attributes:
@@ -189,7 +188,7 @@ def extract(
         W = linears.dense_weight(layer).to(torch.float32)  # (out, in)
         delta = linears.dense_weight(finetuned.get_submodule(module)).to(W) - W
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-        factors[module] = _halve(U[:, :rank], S[:rank], Vh[:rank])
+        factors[module] = _split(U, S, Vh, rank)
         norm, lost = S.norm().item(), S[rank:].norm().item()
         fits.append(Fit(module, norm, lost / norm if norm else 0.0))
     held = {f"{module}.weight" for module in found}
@@ -209,7 +208,7 @@ def truncate(factors: Factors, rank: int) -> Factors:
     Q, R = torch.linalg.qr(B)  # (out, k) (k, r)
     Q2, R2 = torch.linalg.qr(A.T)  # (in, l) (l, r)
     U, S, Vh = torch.linalg.svd(R @ R2.T, full_matrices=False)
-    return _halve((Q @ U)[:, :rank], S[:rank], (Vh @ Q2.T)[:rank])
+    return _split(Q @ U, S, Vh @ Q2.T, rank)
 
 
 def singular_values(factors: Factors) -> Tensor:
@@ -219,9 +218,10 @@ def singular_values(factors: Factors) -> Tensor:
     return values
 
 
-def _halve(U: Tensor, S: Tensor, Vh: Tensor) -> Factors:
-    """A and B of like size: the root of each singular value goes to either side."""
-    return S.sqrt()[:, None] * Vh, U * S.sqrt()
+def _split(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> Factors:
+    """A and B from the largest singular values, the square root of each in either."""
+    root = S[:rank].sqrt()
+    return root[:, None] * Vh[:rank], U[:, :rank] * root
 
 
 def _stack(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
@@ -260,10 +260,9 @@ def _assemble(
     fits: Sequence[Fit], left_out: tuple[str, ...] = (),
 ) -> Fitted:  # fmt: skip
     """The adapter with these factors and s = 1; a pattern for ranks unlike the commonest."""
-    modules = tuple(sorted(factors))
-    ranks = {module: A.shape[0] for module, (A, _) in factors.items()}
+    ranks = {module: A.shape[0] for module, (A, _) in sorted(factors.items())}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = resolve(ranks.__getitem__, modules, rank)
+    pattern = resolve(ranks.__getitem__, tuple(ranks), rank)
     config = replace(config, rank=rank, rank_pattern=pattern, rslora=False)
     config = replace(config, alpha=rank, alpha_pattern=pattern)
     tensors = {}

@@ -112,17 +112,16 @@ def fold_names(names: tuple[str, ...]) -> list[str]:
         >>> fold_names(("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj"))
         ['layers.{0,1}.q_proj', 'layers.0.v_proj']
     """
-    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}  # what is between the numbers
+    groups: dict[str, list[tuple[str, ...]]] = {}  # "layers.%s.fc": [("0",), ("1",)]
     for name in names:
-        groups.setdefault(tuple(re.split(r"\d+", name)), []).append(tuple(re.findall(r"\d+", name)))
+        template = re.sub(r"\d+", "%s", name.replace("%", "%%"))
+        groups.setdefault(template, []).append(tuple(re.findall(r"\d+", name)))
     lines = []
-    for texts, numbers in groups.items():
+    for template, numbers in groups.items():
         columns = [sorted(set(column), key=int) for column in zip(*numbers, strict=True)]
         if math.prod(map(len, columns)) == len(numbers):  # every combination is there
             numbers = [tuple(map(_fold_numbers, columns))]
-        for row in numbers:
-            pairs = zip(texts, (*row, ""), strict=True)
-            lines.append("".join(text + number for text, number in pairs))
+        lines += [template % row for row in numbers]
     return lines
 
 

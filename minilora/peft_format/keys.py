@@ -32,10 +32,8 @@ def expected_of(config: LoRAConfig, module: str, out: int, in_: int) -> Expected
     """The keys of an adapted module W (out, in)."""
     rank = config.rank_of(module)
     shapes: dict[str, tuple[int, ...]] = {"lora_A": (rank, in_), "lora_B": (out, rank)}
-    if config.dora:
-        shapes["magnitude"] = (out,)
-    if config.lora_bias:
-        shapes["lora_bias"] = (out,)
+    shapes |= {"magnitude": (out,)} if config.dora else {}
+    shapes |= {"lora_bias": (out,)} if config.lora_bias else {}
     return {PREFIX + module + SUFFIXES[name]: (shape, True) for name, shape in shapes.items()}
 
 
