@@ -22,10 +22,11 @@ RECORDING = ROOT / "docs" / "recording.txt"
 README, FIRST_RUN = ROOT / "README.md", ROOT / "docs" / "first-run.md"
 
 CHAT = """\
-Mia: Are we still on for the cinema tonight?
-Tom: Sorry, I have to work late. Could we go tomorrow?
-Mia: Tomorrow is fine. I'll get the tickets, the film starts at eight.
-Tom: Great, I'll bring the snacks!
+Mia: Hi, we'd like to eat Italian in Leeds tomorrow. Do you have an idea?
+Tom: Luigi's Kitchen is very good. Shall I book a table?
+Mia: Yes please, for four people at 7 pm.
+Tom: Your table at Luigi's Kitchen is booked for tomorrow at 7 pm.
+Mia: Lovely, thanks!
 """
 COMMANDS = (
     "python train.py --rank 8",

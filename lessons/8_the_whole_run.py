@@ -40,14 +40,14 @@ from minilora.summarization.evaluation.rouge import bootstrap, rouge
 from minilora.summarization.settings import DataOptions, GenerationOptions
 
 # %% [markdown]
-# ## A short run on minichat
+# ## A short run on bookings
 #
 # Fine-tune pocket-bart for 30 steps. Both models summarize the same test dialogues with the same
 # decoding.
 
 # %%
 model, tokenizer = workshop.pocket()
-examples = {e.id: e for e in splits.load(DataOptions(data="minichat"), ["test"])[0]["test"]}
+examples = {e.id: e for e in splits.load(DataOptions(data="bookings"), ["test"])[0]["test"]}
 rows = workshop.dialogues(tokenizer, "test", 32)
 torch.manual_seed(0)
 minilora.inject(model, LoRAConfig(rank=8, alpha=32, targets="all-linear"))
@@ -71,11 +71,11 @@ scores = {
 # %% [markdown]
 # ## Invented names
 #
-# A word with a capital letter counts as a name if minichat never writes it in lower case. It is
+# A word with a capital letter counts as a name if bookings never writes it in lower case. It is
 # invented if it does not occur in the dialogue.
 
 # %%
-dialogues = [e.dialogue for e in splits.load(DataOptions(data="minichat"), ["train"])[0]["train"]]
+dialogues = [e.dialogue for e in splits.load(DataOptions(data="bookings"), ["train"])[0]["train"]]
 ordinary = {word for text in dialogues for word in re.findall(r"\b[a-z]+\b", text)}
 
 

@@ -1,4 +1,4 @@
-"""LoRAConfig: what to adapt and how, in the paper's terms. It checks itself."""
+"""LoRAConfig: what to adapt and how, in the paper's terms; the constructor validates it."""
 
 import math
 import re
@@ -38,7 +38,7 @@ class LoRAConfig:
     Args:
         rank: r, at least 1.
         alpha: numerator of the scale, above 0.
-        dropout: probability in [0, 1) that an input of the branch x -> s B A x is dropped.
+        dropout: dropout probability, in [0, 1), on the elements of x that A reads.
         targets: which linear modules. A sequence of names (the exact dotted name or its end after
             a dot), one string (a regular expression that matches the whole name), or "all-linear"
             (every linear but the output head).
@@ -50,7 +50,7 @@ class LoRAConfig:
             The first key that matches wins.
         alpha_pattern: the same for alpha.
         rslora: s = alpha / sqrt(r) (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
-        dora: train the length of each row of W apart from its direction (Liu et al. 2024,
+        dora: train the magnitude of each row of W separately from its direction (Liu et al. 2024,
             https://arxiv.org/abs/2402.09353).
         bias: which of the base's biases train: "none", "lora_only" (of the adapted modules), "all".
         lora_bias: give B a bias of its own. Not with `dora`.
@@ -58,8 +58,8 @@ class LoRAConfig:
             Neither they nor the modules inside them are adapted.
         init: "kaiming" (A Kaiming-uniform, B zero), "gaussian" (A normal, B zero), "random"
             (both Kaiming-uniform: the model's output changes at once; for tests), or "loftq" (the
-            base is quantized to NF4, and s B A starts as what that rounded away).
-        task_type: PEFT's word for the kind of model, such as "SEQ_2_SEQ_LM"; only written down.
+            base is quantized to NF4, and s B A starts as an approximation of the error).
+        task_type: PEFT's task type, such as "SEQ_2_SEQ_LM"; stored in the adapter's file.
 
     Raises:
         LoRAError: a value is out of range or of the wrong type; the message names the field.
@@ -140,15 +140,15 @@ def check(name: str, value: Any, rule: str | None = None) -> None:
 
 
 def check_regex(name: str, value: str, used: str = "{}") -> None:
-    """Refuse what is no regular expression where it is used."""
+    """Raise if the value is not a valid regular expression where `used` puts it."""
     try:
         re.compile(used.format(value))
     except re.error as error:
-        raise LoRAError(f"{name}: {value!r} is no regular expression: {error}") from None
+        raise LoRAError(f"{name}: {value!r} is not a regular expression: {error}") from None
 
 
 def _several(name: str, value: Any) -> Any:
-    """One as it is or in a tuple, several as a tuple; a set is sorted, so that runs can repeat."""
+    """The value as a tuple, or as the one string it is; a set is sorted: runs are reproducible."""
     if isinstance(value, str) and name in ("targets", "exclude"):
         check_regex(name, value)
         return ALL_LINEAR if value.lower() == ALL_LINEAR else value

@@ -1,7 +1,8 @@
-"""How A (r, in) and B (out, r) start.
+"""How A (r, in) and B (out, r) are initialized.
 
-With B = 0 the adapted layer starts as the base itself, and since dL/dB = s (dL/dy)^T (x A^T) is not
-zero, it does not stay there. Were A zero too, both gradients would be zero for ever.
+With B = 0 the adapted layer computes what the base computes. In the first step the gradient
+dL/dA = s (dL/dy B)^T x is zero, but dL/dB = s (dL/dy)^T (x A^T) is not: B moves first, and A from
+the second step on. If A were also zero, both gradients would stay zero.
 """
 
 import math
@@ -10,7 +11,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 Start = Callable[[nn.Module, Tensor, Tensor, float], nn.Module]
-"""(base, A, B, s): fills A and B, and returns the layer to wrap: the base or one in its place."""
+"""(base, A, B, s): fills A and B, and returns the layer to wrap: the base, or for LoftQ a quantized
+one in its place."""
 
 
 def kaiming(base: nn.Module, A: Tensor, B: Tensor, scale: float) -> nn.Module:
@@ -35,4 +37,4 @@ def random(base: nn.Module, A: Tensor, B: Tensor, scale: float) -> nn.Module:
 
 
 STARTS: dict[str, Start] = {"kaiming": kaiming, "gaussian": gaussian, "random": random}
-"""By `LoRAConfig.init`. `minilora/methods/__init__.py` adds the starts that need other files."""
+"""By `LoRAConfig.init`. `minilora/methods/__init__.py` adds those defined in other files."""

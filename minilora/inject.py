@@ -31,18 +31,18 @@ class Beside(Protocol):
         """What trains, for the report."""
 
 
-# What other files add to plain LoRA: `minilora/methods/__init__.py` fills these tables.
+# Tables of what other methods add to LoRA; `minilora/methods/__init__.py` fills them.
 LAYERS: dict[str, type[LoRALinear]] = {}
 """A flag of the configuration, and the layer that it asks for."""
 BESIDE: list[Callable[[nn.Module, LoRAConfig, Collection[str]], Beside]] = []
 """Called with the model, the configuration and the names of the adapted modules."""
 DEQUANTIZERS: list[Callable[[nn.Module, torch.dtype | None], AbstractContextManager[None]]] = []
-"""Blocks in which quantized linears are plain and exact; they end by rounding to the dtype."""
+"""Context managers that replace quantized linears by full-precision ones and round on exit."""
 
 
 @dataclass
 class Injection:
-    """What a model remembers of its injection, so that it can be named and undone."""
+    """State stored on the model at injection; used to undo it."""
 
     config: LoRAConfig
     required_grad: dict[str, bool]
@@ -53,7 +53,7 @@ class Injection:
     """False inside `with disabled(model)`."""
 
     def swap(self, model: nn.Module) -> None:
-        """Put the base's values of what trains beside A and B in place, or put them back."""
+        """Exchange the values of trained biases and modules with the base's."""
         for part in self.beside:
             part.swap(model)
         self.enabled = not self.enabled
@@ -108,11 +108,11 @@ def wrap(model: nn.Module, selected: dict[str, nn.Module], config: LoRAConfig) -
         for name, module in selected.items():
             with naming(name):
                 layers[module] = kind(module, config.rank_of(name), config.alpha_of(name), **more)
-    except BaseException:  # each layer froze its base: the model is left as it was
+    except BaseException:  # Ctrl-C too. Each layer froze its base: the model is left as it was
         require_grad(model, required_grad)
         raise
     model.requires_grad_(False)
-    model.zero_grad()  # a frozen weight with a gradient would still be decayed by an optimizer
+    model.zero_grad()  # an optimizer skips a parameter only if its gradient is None
     replace_modules(model, layers)
     for part in beside:
         part.start(model)

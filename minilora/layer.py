@@ -20,17 +20,18 @@ class LoRALinear(nn.Module):
     Args:
         base: the layer to adapt; `torch.nn.Linear`, Conv1D, or a `linears.LinearLike`. Its
             parameters are frozen here.
-        rank: r, at least 1; above the smaller side of W it only costs.
+        rank: r, at least 1. Above the smaller side of W it adds parameters but no freedom; `inject`
+            refuses it.
         alpha: numerator of the scale s = alpha / r.
-        dropout: probability in [0, 1) that an input of the branch is dropped, in training only.
+        dropout: dropout probability, in [0, 1), on the elements of x that A reads; training only.
         rslora: s = alpha / sqrt(r).
-        init: how A and B start; see `LoRAConfig`.
+        init: how A and B are initialized; see `LoRAConfig`.
 
     Attributes:
         base: the wrapped layer.
         lora_A: parameter (r, in). lora_B: parameter (out, r). Float32 (float64 on a float64 base).
         scale: s.
-        fused: whether training takes the hand-written backward, True at first.
+        fused: whether training uses the hand-written backward pass; True by default.
         enabled: False computes the base alone.
 
     Raises:
@@ -54,7 +55,7 @@ class LoRALinear(nn.Module):
     this layer or on the class for all, trains by `low_rank`, as evaluation mode always computes:
     bit for bit what PEFT computes, in the same order."""
 
-    # What the base holds when it is not merged; None then. Buffers, so that `.to()` moves them.
+    # The base's own values while it is merged, else None. Buffers, so that `.to()` moves them.
     original_weight: Tensor | None  # (out, in)
     original_bias: Tensor | None  # (out,); only where merging changes the bias too
 
@@ -63,7 +64,7 @@ class LoRALinear(nn.Module):
         rslora: bool = False, init: Init = "kaiming",
     ) -> None:  # fmt: skip
         super().__init__()
-        for name, value in (("rank", rank), ("alpha", alpha), ("dropout", dropout)):
+        for name, value in (("rank", rank), ("alpha", alpha), ("dropout", dropout), ("init", init)):
             check(name, value)
         device, dtype = linears.adapter_placement(base)
         self.out_features, self.in_features = out, in_ = linears.shape(base)
@@ -134,8 +135,8 @@ class LoRALinear(nn.Module):
             return
         if not linears.is_mergeable(self.base):
             raise LoRAError(
-                f"cannot merge into a {type(self.base).__name__}: its weight is quantized, and the "
-                "rounding would swallow the update; minilora.unwrap(model, dequantize=True) merges"
+                f"cannot merge into a {type(self.base).__name__}: its weight is quantized, and "
+                "rounding would lose the update; minilora.unwrap(model, dequantize=True) merges"
             )
         weight, bias = linears.dense_weight(self.base), self.bias  # (out, in), a view; (out,)
         new_weight, new_bias = self.merged_weight(weight).to(weight.dtype), self.merged_bias()
@@ -149,7 +150,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """The very same weights back, bit for bit. Unmerging an unmerged layer changes nothing."""
+        """Restore the original weights, bit for bit. An unmerged layer is left as it is."""
         if self.original_weight is not None:
             linears.dense_weight(self.base).copy_(self.original_weight)
         if self.original_bias is not None and self.bias is not None:
@@ -159,7 +160,7 @@ class LoRALinear(nn.Module):
     # Some models look at their linears: T5 casts to `wo.weight.dtype`.
     @property
     def weight(self) -> Tensor:
-        """The base's weight (merged if merged)."""
+        """The base's weight as it is now: W, or W + s B A while merged."""
         return self.base.weight  # type: ignore[return-value]
 
     @property

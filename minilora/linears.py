@@ -63,14 +63,14 @@ def adapter_placement(base: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where A and B live: on the base's device, in float32 (float64 on a float64 base).
 
     Raises:
-        LoRAError: the module is no linear layer, its weight is not stored as such, or that is
-            neither floating point of 16 bits or more nor read by a `LinearLike`.
+        LoRAError: the module is not a linear layer, its weight is computed by a parametrization,
+            or the weight's dtype is not supported.
     """
-    cannot = f"cannot adapt a {type(base).__name__}"
+    cannot = f"cannot adapt {type(base).__name__}"
     if isinstance(base, LinearLike):
         return next(iter([*base.parameters(), *base.buffers()])).device, torch.float32
     if not is_linear(base):
-        raise LoRAError(f"{cannot}: it is not a linear layer; name the linears inside or beside it")
+        raise LoRAError(f"{cannot}: it is not a linear layer; name linear layers instead")
     if "weight" not in base._parameters | base._buffers:
         what = "its weight is computed at every call, and a merge would be lost"
         raise LoRAError(f"{cannot}: {what}; remove the parametrization first")

@@ -17,9 +17,9 @@ from minilora.reports import MergeReport, Rounding
 def merge(model: nn.Module) -> MergeReport:
     """Add every adapter into its weight, in place: W <- (W + s B A) rounded once.
 
-    The same storage is written, so that the model costs what the base costs. The sum is taken in
-    float32 (float64 for a float64 weight) and rounded to the weight's dtype once. The original
-    weight is kept beside it for `unmerge`. Merging twice is harmless.
+    The same storage is written, so that a forward pass takes the time of the base's. The sum is
+    taken in float32 (float64 for a float64 weight) and rounded to the weight's dtype once. The
+    original weight is kept for `unmerge`, in as much memory again. Merging twice is harmless.
 
     Args:
         model: as `inject` or `load_adapter` left it.
@@ -44,7 +44,7 @@ def merge(model: nn.Module) -> MergeReport:
 
 
 def unmerge(model: nn.Module) -> None:
-    """The very same base weights back, bit for bit, in every dtype.
+    """Restore the base weights, bit for bit, in every dtype.
 
     They are copied from where `merge` kept them; subtracting s B A again would leave rounding
     errors. Unmerging twice is harmless.
@@ -75,8 +75,8 @@ def unmerge(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model computes what the base computes, without a copy of it.
 
-    Whatever state each layer had before, merged or disabled, it has again afterwards. Biases and
-    whole modules that trained give way to the base's too.
+    On exit each layer returns to its previous state, merged or disabled. Trained biases and modules
+    are also replaced by the base's inside the block.
 
     Args:
         model: as `inject` or `load_adapter` left it.
@@ -98,6 +98,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     before = [(layer, layer.enabled, layer.merged) for layer in _layers(model).values()]
     model = plain_model(model)
     injection = injection_of(model)
+    # Of nested blocks only the outermost exchanges biases and modules.
     outermost = injection if injection is not None and injection.enabled else None
     try:
         for layer, _, _ in before:
@@ -124,6 +125,6 @@ def _layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def _rounding(name: str, layer: LoRALinear) -> Rounding:
     assert layer.original_weight is not None
-    wide = torch.float32 if layer.lora_A.device.type == "mps" else torch.float64
+    wide = torch.float32 if layer.lora_A.device.type == "mps" else torch.float64  # MPS has none
     before = layer.original_weight.to(wide)  # (out, in)
     return Rounding.of(name, before, layer.merged_weight(before), linears.dense_weight(layer.base))

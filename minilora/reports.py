@@ -46,7 +46,7 @@ class Rounding:
         module: dotted name.
         largest: largest |merged - (W + Delta W)| of an entry.
         relative: ||merged - (W + Delta W)|| / ||W + Delta W||.
-        lost: share of the update that rounding swallowed: ||(merged - W) - Delta W|| / ||Delta W||.
+        lost: share of the update lost to rounding: ||(merged - W) - Delta W|| / ||Delta W||.
     """
 
     module: str

@@ -58,7 +58,7 @@ def all_linear(model: nn.Module, task_type: str | None = None) -> list[tuple[str
 
 
 def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The modules to wrap, by dotted name, in the model's order. A module with two names is once.
+    """The modules to wrap, by dotted name, in the model's order; one with two names is listed once.
 
     Raises:
         LoRAError: an entry of targets, exclude, layers or a pattern matches nothing (the nearest

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import minilora
 from minilora.summarization import cli
 from minilora.summarization.cli import evaluate_main, train_main
+from minilora.summarization.evaluation import nonsense
 from minilora.summarization.evaluation.compare import Summary
 from minilora.summarization.evaluation.rouge import MEASURES
 from minilora.summarization.presets import ASSETS, PRESETS
@@ -292,7 +293,10 @@ def test_the_last_screen_shows_what_was_trained_what_it_cost_and_what_it_gained(
     assert "of rank 3" in Path("runs/pocket-lora-r3/report.html").read_text()
     evaluation = json.loads(Path("runs/pocket-lora-r3/evaluation.json").read_text())
     assert evaluation["n"] == 4
-    assert list(evaluation["base"]) == list(evaluation["finetuned"]) == list(MEASURES)
+    shares = nonsense.MEASURES
+    for side in ("base", "finetuned"):
+        assert list(evaluation[side]) == [*MEASURES, *shares]
+    assert list(evaluation["reference"]) == list(shares)
 
 
 def test_a_second_run_gets_the_next_name(here: Path, capfd: Any) -> None:

@@ -449,15 +449,18 @@ def test_json_has_the_fixed_shape(comparison, tmp_path) -> None:
     files.write_json(path, comparison.to_dict())
     data = json.loads(path.read_text("utf-8"))
     assert list(data) == [
-        "data", "split", "n", "base", "finetuned", "intervals", "generation", "examples",
+        "data", "split", "n", "base", "finetuned", "reference", "intervals", "generation",
+        "examples",
     ]  # fmt: skip
     assert (data["data"], data["split"], data["n"]) == ("minichat", "test", 3)
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum", "gen_len"]
+    shares = ["foreign_names", "foreign_numbers", "non_words", "repeats"]
+    assert list(data["reference"]) == shares
     for side in ("base", "finetuned"):
-        assert list(data[side]) == names
+        assert list(data[side]) == [*names, *shares]
         for name, (low, high) in data["intervals"][side].items():
             assert low <= data[side][name] <= high
-    assert list(data["intervals"]) == ["base", "finetuned", "difference"]
+    assert list(data["intervals"]) == ["base", "finetuned", "difference", "reference"]
     assert list(data["intervals"]["difference"]) == names
     for name, (mean, low, high) in data["intervals"]["difference"].items():
         assert low <= mean <= high

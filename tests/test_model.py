@@ -280,7 +280,7 @@ def test_lengths_are_limited_to_the_models_positions() -> None:
     limited = limit_lengths(run, small_bart(max_position_embeddings=40))
     assert (limited.data.max_source_length, limited.data.max_target_length) == (40, 40)
     assert limited.generation.max_length == 40
-    assert (run.data.max_source_length, run.generation.max_length) == (512, 80)  # untouched
+    assert (run.data.max_source_length, run.generation.max_length) == (512, 60)  # untouched
     assert limit_lengths(run, small_bart(max_position_embeddings=512)) == run
     led = small_bart()
     led.config = LEDConfig(max_encoder_position_embeddings=300, max_decoder_position_embeddings=60)

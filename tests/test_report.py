@@ -102,7 +102,7 @@ def session(method: str) -> Session:
 
 def test_opening_says_what_is_trained_on_what_and_where_it_goes() -> None:
     text = terminal.header(session("lora"), Path("runs/x"))
-    assert "pocket-bart on minichat: 1,200 dialogues to train, 1,200 to validate" in text
+    assert "pocket-bart on bookings: 1,200 dialogues to train, 1,200 to validate" in text
     assert "cpu, bfloat16" in text
     assert "lora: 2 modules, 1,500 trainable of 3,000,000 (0.0500%)" in text
     assert "run: runs/x" in text

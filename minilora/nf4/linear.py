@@ -75,7 +75,7 @@ class NF4Linear(nn.Module):
     offset: Tensor | None
     bias: nn.Parameter | None
 
-    mergeable = False  # rounding to sixteen values would swallow most of an update
+    mergeable = False  # rounding to sixteen values would lose most of an update
 
     def __init__(
         self, linear: nn.Linear, double: bool = True, weight: Tensor | None = None

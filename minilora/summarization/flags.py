@@ -68,7 +68,7 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
         list(GROUPS.values()),
         prog="train.py",
         usage="python train.py [--preset NAME] [--FLAG VALUE ...]",
-        description="Fine-tune an encoder-decoder to summarize dialogues; score what it gained.",
+        description="Fine-tune an encoder-decoder to summarize; compare it with its base.",
         formatter_class=Help,
         allow_abbrev=False,
     )

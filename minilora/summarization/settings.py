@@ -76,7 +76,7 @@ class AdapterOptions:
     exclude: list[str] = _flag([], "names among the targets to leave alone")
     rslora: bool = _flag(False, "scale s = alpha / sqrt(r) (Kalajdzievski 2023)")
     init: Literal["kaiming", "gaussian", "loftq"] = _flag(
-        "kaiming", "how A starts (B is zero); loftq: A and B from the error of the 4 bits"
+        "kaiming", "how A starts (B is zero); loftq: A and B from the 4-bit quantization error"
     )
 
 

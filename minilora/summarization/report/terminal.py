@@ -34,9 +34,10 @@ def format_comparison(evaluation: Evaluation) -> str:
         f"{evaluation.n} dialogues, {evaluation.split} split of {evaluation.data}. ROUGE as "
         "F1 x 100, gen_len in tokens: mean [95% bootstrap interval]; the difference is paired."
     )
-    lines = [textwrap.fill(printable(title), 100), *_columns(scores), *_nonsense(evaluation)]
+    lines = [textwrap.fill(printable(title), 100), *_columns(scores)]
     if unseen := sum(not re.search("[a-z0-9]", e.reference.lower()) for e in evaluation.examples):
         lines.append(f"{unseen} references score 0: rouge_score reads a-z and 0-9 only.")
+    lines += _nonsense(evaluation)
     return "\n".join(lines)
 
 
@@ -52,23 +53,19 @@ def _nonsense(evaluation: Evaluation) -> list[str]:
     ]
     title = "Per cent of the summaries with a name or number that the dialogue lacks, with a word"
     title += " that neither it nor a word list has, with a repeated phrase:"
-    return [
-        "",
-        *textwrap.wrap(title, 100),
-        *_columns([("", "base", "fine-tuned", "reference"), *rows]),
-    ]
+    head = ("", "base", "fine-tuned", "reference")
+    return ["", *textwrap.wrap(title, 100), *_columns([head, *rows])]
 
 
 def _columns(table: Sequence[Sequence[str]]) -> list[str]:
     """The first column to the left, the others to the right."""
     first, *others = ([len(cell) for cell in column] for column in zip(*table, strict=True))
     widths = [max(column) for column in others]
-    return [
-        "  ".join(
-            [f"{name:<{max(first)}}", *(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))]
-        )
-        for name, *cells in table
-    ]
+    lines = []
+    for name, *cells in table:
+        right = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append("  ".join([f"{name:<{max(first)}}", *right]))
+    return lines
 
 
 def format_examples(evaluation: Evaluation, which: Sequence[int], dialogue_lines: int = 12) -> str:
