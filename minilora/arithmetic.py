@@ -1,7 +1,7 @@
 """Arithmetic on adapters: several into one, or one out of a full fine-tune.
 
-An adapter stands for the updates s B A of its modules. What is made here has s = 1 everywhere
-(alpha is the rank), whatever ranks, scales and rsLoRA went in: the scale is folded into B.
+An adapter holds the updates s B A of its modules. The adapters made here have s = 1 in every module
+(alpha is the rank): the scale of each input, rsLoRA's too, is multiplied into B.
 """
 
 import math
@@ -28,7 +28,7 @@ Factors = tuple[Tensor, Tensor]
 
 
 class Fit(NamedTuple):
-    """How near a module's B A comes to the update Delta it stands for.
+    """How well B A approximates the update Delta of a module.
 
     Attributes:
         module: dotted name.
@@ -43,12 +43,12 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class Fitted(Adapter):
-    """An adapter made by arithmetic, which also says how near it comes to what it stands for.
+    """An adapter made by arithmetic, with its approximation errors.
 
     Args:
         config: as in `Adapter`, and so are `tensors`, `base_model` and `fan_in_fan_out`.
         fits: one for each module, with `module`, `norm` and `error`.
-        left_out: parameters that the full fine-tune changed and the adapter cannot hold.
+        left_out: parameters that the full fine-tune changed and an adapter cannot hold.
 
     Raises:
         LoRAError: as in `Adapter`.
@@ -59,7 +59,7 @@ class Fitted(Adapter):
 
     @property
     def energy(self) -> float:
-        """The share of the updates' squared norm that is kept, over all modules."""
+        """The share of the updates' squared norm that the adapter keeps, over all modules."""
         total = sum(fit.norm**2 for fit in self.fits)
         lost = sum((fit.norm * fit.error) ** 2 for fit in self.fits)
         return 1 - lost / total if total else 1.0
@@ -81,21 +81,21 @@ def combine(
 ) -> Fitted:  # fmt: skip
     """One adapter for the weighted sum of the updates of several: Delta = sum of w_i s_i B_i A_i.
 
-    A module that only some adapters have gets the updates of those.
+    Where only some of the adapters have a module, the sum is over those.
 
     Args:
         adapters: plain LoRA (no DoRA, no trained biases or modules).
         weights: one number each; any sign.
-        method: "cat" stacks the factors: exact, and the ranks add up. "svd" keeps the best `rank`
+        method: "cat" concatenates the factors: exact; the ranks add up. "svd" keeps the best `rank`
             directions of that sum. "linear" adds up A and B each, weighted by the root of
-            |w_i s_i|: PEFT's "linear", a rough guess with cross terms B_i A_j; one rank only.
-        rank: with "svd" only.
+            |w_i s_i|, as PEFT does: it adds cross terms B_i A_j and needs equal ranks.
+        rank: the rank of the result, with "svd" only.
 
     Returns:
-        An adapter with s = 1, and how near it comes to the sum.
+        An adapter with s = 1, and its error beside the exact sum.
 
     Raises:
-        LoRAError: the adapters cannot be added up that way.
+        LoRAError: the arguments are wrong, or the adapters do not go with each other or the method.
 
     Example:
         >>> config = LoRAConfig(rank=2, alpha=8, targets=("q_proj",))
@@ -146,19 +146,20 @@ def combine(
 def extract(
     finetuned: nn.Module, base: nn.Module, rank: int, targets: str | Sequence[str] = ALL_LINEAR
 ) -> Fitted:
-    """An adapter for what a full fine-tune did to a model's linears: Delta = W' - W, cut to a rank.
+    """An adapter from a full fine-tune: Delta = W' - W of each linear, truncated to a rank.
 
-    The truncated singular value decomposition is the best there is for a rank (Eckart and Young
-    1936, https://doi.org/10.1007/BF02288367).
+    The truncated singular value decomposition is the best approximation of a given rank (Eckart and
+    Young 1936, https://doi.org/10.1007/BF02288367).
 
     Args:
-        finetuned: the model after. base: the same model before; neither is changed.
-        rank: r, at most; a smaller layer gets its smaller side.
+        finetuned: the model after the fine-tune; not changed.
+        base: the same model before it; not changed.
+        rank: r. A layer with a smaller side than r gets that side as its rank.
         targets: as in `LoRAConfig`.
 
     Returns:
-        The adapter, the share of the update's energy kept, and the names of the parameters that
-        changed but are not of a target's weight, which the adapter cannot hold.
+        The adapter, with the error of each module and, in `left_out`, the names of the changed
+        parameters that are no target's weight: an adapter cannot hold those.
 
     Raises:
         LoRAError: the models differ in shape, a target cannot be adapted, or a model carries an
@@ -200,7 +201,7 @@ def extract(
 
 
 def truncate(factors: Factors, rank: int) -> Factors:
-    """The best A (rank, in) and B (out, rank) for the same product, without building it.
+    """The A (rank, in) and B (out, rank) whose product is nearest to B A, without forming B A.
 
     With B = Q R and A^T = Q' R' the singular values of B A are those of the small core R R'^T.
     """
@@ -225,7 +226,7 @@ def _split(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> Factors:
 
 
 def _stack(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
-    """[B_1 .. B_n] [A_1 .. A_n]^T, the weights folded into B, in float64."""
+    """A_1 .. A_n below each other and w_1 B_1 .. w_n B_n side by side, in float64."""
     shapes = {(B.shape[0], A.shape[1]) for _, A, B in terms}
     if len(shapes) > 1:
         raise LoRAError(f"{module} is {' and '.join(map(str, sorted(shapes)))} (out, in)")
@@ -236,7 +237,7 @@ def _stack(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factor
 
 
 def _add(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
-    """(sum of +-sqrt|w_i| A_i, sum of sqrt|w_i| B_i), as PEFT's "linear" does it."""
+    """(sum of +-sqrt|w_i| A_i, sum of sqrt|w_i| B_i), as PEFT's "linear" does."""
     ranks = {A.shape[0] for _, A, _ in terms}
     if len(ranks) > 1:
         raise LoRAError(f"{module} has ranks {sorted(ranks)}: 'linear' needs one; try 'svd'")
@@ -246,7 +247,7 @@ def _add(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
 
 
 def _fit(module: str, exact: Factors, made: Factors) -> Fit:
-    """The norm of B A is that of its singular values; a difference is a sum with a minus."""
+    """Both norms come from singular values; the difference is the sum with weights 1 and -1."""
     norm = singular_values(exact).norm().item()
     apart = 0.0
     if made is not exact:
