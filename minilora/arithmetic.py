@@ -230,10 +230,8 @@ def _stack(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factor
     shapes = {(B.shape[0], A.shape[1]) for _, A, B in terms}
     if len(shapes) > 1:
         raise LoRAError(f"{module} is {' and '.join(map(str, sorted(shapes)))} (out, in)")
-    return (
-        torch.cat([A.double() for _, A, _ in terms]),
-        torch.cat([weight * B.double() for weight, _, B in terms], dim=1),
-    )
+    As, Bs = zip(*((A.double(), weight * B.double()) for weight, A, B in terms), strict=True)
+    return torch.cat(As), torch.cat(Bs, dim=1)
 
 
 def _add(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:

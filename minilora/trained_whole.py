@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minilora import linears
 from minilora.config import LoRAConfig, LoRAError
-from minilora.inject import Injection, lora_layers
+from minilora.inject import lora_layers
 from minilora.modules import named_modules, owners, plain_name
 from minilora.targets import trained_whole
 
@@ -88,15 +88,6 @@ class TrainedWhole:
             tensor.data = value.to(tensor)  # the model may have moved since
         if state:
             torch.clear_autocast_cache()  # its key is the tensor, whatever the values
-
-    def names(self) -> Collection[str]:
-        """What trains, by the names on disk."""
-        return self.live
-
-
-def of(injection: Injection) -> TrainedWhole:
-    """The biases and whole modules of an injected model."""
-    return next(part for part in injection.beside if isinstance(part, TrainedWhole))
 
 
 def require_grad(tensor: Tensor, trains: bool = True) -> None:

@@ -28,7 +28,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     injection, layers = injection_of(model), lora_layers(model)
     if injection is None:
         raise LoRAError("the model carries no adapter: minilora.inject or load_adapter first")
-    if trained_whole.of(injection).live and not injection.enabled:
+    if any(part.live for part in injection.beside) and not injection.enabled:
         raise LoRAError("cannot save inside `with minilora.disabled(model)`: save after it")
     copies = {key: tensor.detach().cpu().clone() for key, tensor in _held(model).items()}
     transposed = any(linears.is_conv1d(layer.base) for layer in layers.values())
@@ -138,7 +138,8 @@ def _fill(model: nn.Module, adapter: Adapter, config: LoRAConfig, inference: boo
 def _held(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors in a model, the model's own, by their keys on disk."""
     injection = injection_of(model)
-    live = trained_whole.of(injection).live if injection is not None else {}
+    beside = injection.beside if injection is not None else []
+    live = {name: key for part in beside for name, key in part.live.items()}
     state = trained_whole.tensors(model) if live else {}
     found = {keys.PREFIX + name: state[key] for name, key in live.items()}
     for module, layer in lora_layers(model).items():
