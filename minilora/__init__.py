@@ -39,10 +39,10 @@ from minilora.layer import LoRALinear
 from minilora.merge import disabled, merge, unmerge
 from minilora.modules import trainable_parameters
 from minilora.nf4.linear import NF4Linear
-from minilora.nf4.model import quantize
+from minilora.nf4.model import QuantizeReport, quantize
 from minilora.peft_format.apply import load_adapter, save_adapter
 from minilora.peft_format.directory import Adapter, read_adapter, write_adapter
-from minilora.reports import InjectReport, LoadReport, MergeReport, QuantizeReport
+from minilora.reports import InjectReport, LoadReport, MergeReport
 
 __version__ = "0.1.0"
 

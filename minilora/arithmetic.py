@@ -1,14 +1,14 @@
 """Arithmetic on adapters: several into one, or one out of a full fine-tune.
 
-An adapter stands for the updates s B A of its modules. What is made here has s = 1 everywhere
-(alpha is the rank), whatever ranks, scales and rsLoRA went in: the scale is folded into B.
+An adapter holds the updates s B A of its modules. The adapters made here have s = 1 in every module
+(alpha is the rank): the scale of each input, rsLoRA's too, is multiplied into B.
 """
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,8 @@ Factors = tuple[Tensor, Tensor]
 """A (r, in) and B (out, r)."""
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How near a module's B A comes to the update Delta it stands for.
+class Fit(NamedTuple):
+    """How well B A approximates the update Delta of a module.
 
     Attributes:
         module: dotted name.
@@ -44,12 +43,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class Fitted(Adapter):
-    """An adapter made by arithmetic, which also says how near it comes to what it stands for.
+    """An adapter made by arithmetic, with its approximation errors.
 
     Args:
         config: as in `Adapter`, and so are `tensors`, `base_model` and `fan_in_fan_out`.
         fits: one for each module, with `module`, `norm` and `error`.
-        left_out: parameters that the full fine-tune changed and the adapter cannot hold.
+        left_out: parameters that the full fine-tune changed and an adapter cannot hold.
 
     Raises:
         LoRAError: as in `Adapter`.
@@ -60,7 +59,7 @@ class Fitted(Adapter):
 
     @property
     def energy(self) -> float:
-        """The share of the updates' squared norm that is kept, over all modules."""
+        """The share of the updates' squared norm that the adapter keeps, over all modules."""
         total = sum(fit.norm**2 for fit in self.fits)
         lost = sum((fit.norm * fit.error) ** 2 for fit in self.fits)
         return 1 - lost / total if total else 1.0
@@ -82,21 +81,21 @@ def combine(
 ) -> Fitted:  # fmt: skip
     """One adapter for the weighted sum of the updates of several: Delta = sum of w_i s_i B_i A_i.
 
-    A module that only some adapters have gets the updates of those.
+    Where only some of the adapters have a module, the sum is over those.
 
     Args:
         adapters: plain LoRA (no DoRA, no trained biases or modules).
         weights: one number each; any sign.
-        method: "cat" stacks the factors: exact, and the ranks add up. "svd" keeps the best `rank`
+        method: "cat" concatenates the factors: exact; the ranks add up. "svd" keeps the best `rank`
             directions of that sum. "linear" adds up A and B each, weighted by the root of
-            |w_i s_i|: PEFT's "linear", a rough guess with cross terms B_i A_j; one rank only.
-        rank: with "svd" only.
+            |w_i s_i|, as PEFT does: it adds cross terms B_i A_j and needs equal ranks.
+        rank: the rank of the result, with "svd" only.
 
     Returns:
-        An adapter with s = 1, and how near it comes to the sum.
+        An adapter with s = 1, and its error beside the exact sum.
 
     Raises:
-        LoRAError: the adapters cannot be added up that way.
+        LoRAError: the arguments are wrong, or the adapters do not go with each other or the method.
 
     Example:
         >>> config = LoRAConfig(rank=2, alpha=8, targets=("q_proj",))
@@ -123,7 +122,8 @@ def combine(
                 "only plain LoRA is a sum: DoRA's magnitudes, biases and whole modules cannot be "
                 "added up; merge such an adapter, and minilora.extract one from the merged model"
             )
-    factors, fits = {}, []
+    factors: dict[str, Factors] = {}
+    fits = []
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
         terms = [
             (weight * adapter.scale_of(module), *adapter.pair(module))
@@ -131,37 +131,35 @@ def combine(
             if module in adapter.modules
         ]
         exact = _stack(module, terms)
-        if method == "svd":
-            assert rank is not None
-            factors[module] = truncate(exact, rank)
-        else:
-            factors[module] = exact if method == "cat" else _add(module, terms)
+        made = exact if rank is None else truncate(exact, rank)
+        factors[module] = _add(module, terms) if method == "linear" else made
         fits.append(_fit(module, exact, factors[module]))
     first = adapters[0]
     config = first.config
     if set(factors) != set(first.modules):  # what it targets is not what the sum has
         config = replace(config, targets=tuple(factors), exclude=(), layers=None, layers_pattern=())
-    base_models = {adapter.base_model for adapter in adapters}
-    base_model = first.base_model if len(base_models) == 1 else None
+    agree = all(adapter.base_model == first.base_model for adapter in adapters)
+    base_model = first.base_model if agree else None
     return _assemble(factors, config, base_model, first.fan_in_fan_out, fits)
 
 
 def extract(
     finetuned: nn.Module, base: nn.Module, rank: int, targets: str | Sequence[str] = ALL_LINEAR
 ) -> Fitted:
-    """An adapter for what a full fine-tune did to a model's linears: Delta = W' - W, cut to a rank.
+    """An adapter from a full fine-tune: Delta = W' - W of each linear, truncated to a rank.
 
-    The truncated singular value decomposition is the best there is for a rank (Eckart and Young
-    1936, https://doi.org/10.1007/BF02288367).
+    The truncated singular value decomposition is the best approximation of a given rank (Eckart and
+    Young 1936, https://doi.org/10.1007/BF02288367).
 
     Args:
-        finetuned: the model after. base: the same model before; neither is changed.
-        rank: r, at most; a smaller layer gets its smaller side.
+        finetuned: the model after the fine-tune; not changed.
+        base: the same model before it; not changed.
+        rank: r. A layer with a smaller side than r gets that side as its rank.
         targets: as in `LoRAConfig`.
 
     Returns:
-        The adapter, the share of the update's energy kept, and the names of the parameters that
-        changed but are not of a target's weight, which the adapter cannot hold.
+        The adapter, with the error of each module and, in `left_out`, the names of the changed
+        parameters that are no target's weight: an adapter cannot hold those.
 
     Raises:
         LoRAError: the models differ in shape, a target cannot be adapted, or a model carries an
@@ -191,19 +189,19 @@ def extract(
         W = linears.dense_weight(layer).to(torch.float32)  # (out, in)
         delta = linears.dense_weight(finetuned.get_submodule(module)).to(W) - W
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-        factors[module] = _halve(U[:, :rank], S[:rank], Vh[:rank])
+        factors[module] = _split(U, S, Vh, rank)
         norm, lost = S.norm().item(), S[rank:].norm().item()
         fits.append(Fit(module, norm, lost / norm if norm else 0.0))
     held = {f"{module}.weight" for module in found}
-    changed = (name for name in before if not torch.equal(before[name], after[name]))
-    left_out = tuple(name for name in changed if name not in held)
+    unheld = (name for name in before if name not in held)
+    left_out = tuple(name for name in unheld if not torch.equal(before[name], after[name]))
     transposed = any(linears.is_conv1d(layer) for layer in found.values())
     name = getattr(base, "name_or_path", None) or None
     return _assemble(factors, config, name, transposed, fits, left_out)
 
 
 def truncate(factors: Factors, rank: int) -> Factors:
-    """The best A (rank, in) and B (out, rank) for the same product, without building it.
+    """The A (rank, in) and B (out, rank) whose product is nearest to B A, without forming B A.
 
     With B = Q R and A^T = Q' R' the singular values of B A are those of the small core R R'^T.
     """
@@ -211,7 +209,7 @@ def truncate(factors: Factors, rank: int) -> Factors:
     Q, R = torch.linalg.qr(B)  # (out, k) (k, r)
     Q2, R2 = torch.linalg.qr(A.T)  # (in, l) (l, r)
     U, S, Vh = torch.linalg.svd(R @ R2.T, full_matrices=False)
-    return _halve((Q @ U)[:, :rank], S[:rank], (Vh @ Q2.T)[:rank])
+    return _split(Q @ U, S, Vh @ Q2.T, rank)
 
 
 def singular_values(factors: Factors) -> Tensor:
@@ -221,24 +219,23 @@ def singular_values(factors: Factors) -> Tensor:
     return values
 
 
-def _halve(U: Tensor, S: Tensor, Vh: Tensor) -> Factors:
-    """A and B of like size: the root of each singular value goes to either side."""
-    return S.sqrt()[:, None] * Vh, U * S.sqrt()
+def _split(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> Factors:
+    """A and B from the largest singular values, the square root of each in either."""
+    root = S[:rank].sqrt()
+    return root[:, None] * Vh[:rank], U[:, :rank] * root
 
 
 def _stack(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
-    """[B_1 .. B_n] [A_1 .. A_n]^T, the weights folded into B, in float64."""
+    """A_1 .. A_n below each other and w_1 B_1 .. w_n B_n side by side, in float64."""
     shapes = {(B.shape[0], A.shape[1]) for _, A, B in terms}
     if len(shapes) > 1:
         raise LoRAError(f"{module} is {' and '.join(map(str, sorted(shapes)))} (out, in)")
-    return (
-        torch.cat([A.double() for _, A, _ in terms]),
-        torch.cat([weight * B.double() for weight, _, B in terms], dim=1),
-    )
+    As, Bs = zip(*((A.double(), weight * B.double()) for weight, A, B in terms), strict=True)
+    return torch.cat(As), torch.cat(Bs, dim=1)
 
 
 def _add(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
-    """(sum of +-sqrt|w_i| A_i, sum of sqrt|w_i| B_i), as PEFT's "linear" does it."""
+    """(sum of +-sqrt|w_i| A_i, sum of sqrt|w_i| B_i), as PEFT's "linear" does."""
     ranks = {A.shape[0] for _, A, _ in terms}
     if len(ranks) > 1:
         raise LoRAError(f"{module} has ranks {sorted(ranks)}: 'linear' needs one; try 'svd'")
@@ -248,7 +245,7 @@ def _add(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
 
 
 def _fit(module: str, exact: Factors, made: Factors) -> Fit:
-    """The norm of B A is that of its singular values; a difference is a sum with a minus."""
+    """Both norms come from singular values; the difference is the sum with weights 1 and -1."""
     norm = singular_values(exact).norm().item()
     apart = 0.0
     if made is not exact:
@@ -262,10 +259,9 @@ def _assemble(
     fits: Sequence[Fit], left_out: tuple[str, ...] = (),
 ) -> Fitted:  # fmt: skip
     """The adapter with these factors and s = 1; a pattern for ranks unlike the commonest."""
-    modules = tuple(sorted(factors))
-    ranks = {module: A.shape[0] for module, (A, _) in factors.items()}
+    ranks = {module: A.shape[0] for module, (A, _) in sorted(factors.items())}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = resolve(ranks.__getitem__, modules, rank)
+    pattern = resolve(ranks.__getitem__, tuple(ranks), rank)
     config = replace(config, rank=rank, rank_pattern=pattern, rslora=False)
     config = replace(config, alpha=rank, alpha_pattern=pattern)
     tensors = {}

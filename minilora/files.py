@@ -1,10 +1,10 @@
-"""Atomic file writes. An unfinished file has a name that begins with a dot and ends in .partial."""
+"""Atomic file writes. What is unfinished has a name that begins with a dot and ends in .partial."""
 
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 PARTIAL = ".partial"
 
@@ -15,7 +15,8 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: the directory cannot be written or the disk is full; the old file is untouched.
     """
-    _replace({path: content})
+    with _staged(path.parent, {path.name: content}) as new:
+        (new / path.name).replace(path)
 
 
 def write_directory(directory: Path, contents: Mapping[str, bytes]) -> None:
@@ -29,51 +30,38 @@ def write_directory(directory: Path, contents: Mapping[str, bytes]) -> None:
     Raises:
         OSError: the directory cannot be written or the disk is full; the old files are untouched.
     """
-    if directory.exists():
-        _replace({directory / n: c for n, c in contents.items() if not _holds(directory / n, c)})
+    if not directory.exists():
+        with _staged(directory.parent, contents) as new:
+            new.rename(directory)
         return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(PARTIAL, f".{directory.name}.", directory.parent))
-    try:
-        beside.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide a run from colleagues
-        _replace({beside / name: content for name, content in contents.items()})
-        beside.rename(directory)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    sync(directory.parent)
+    changed = {name: c for name, c in contents.items() if not _holds(directory / name, c)}
+    with _staged(directory, changed) as new:
+        moves = [(new / name, directory / name) for name in changed]
+        if len(moves) > 1:
+            moves[-1][1].unlink(missing_ok=True)
+        for beside, path in moves:
+            beside.replace(path)
 
 
-def _replace(contents: Mapping[Path, bytes]) -> None:
-    """Put files in place, none before all of them are on the disk; the last seals the others."""
-    staged: dict[Path, Path] = {}
-    try:
-        for path, content in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
-            staged[path] = Path(name)
-            with os.fdopen(descriptor, "wb") as file:
+@contextmanager
+def _staged(place: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:
+    """A directory inside `place` with these files, all on the disk; what the block leaves goes."""
+    place.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(PARTIAL, ".", place, ignore_cleanup_errors=True) as private:
+        new = Path(private) / "new"
+        new.mkdir()  # readable like any other; the temporary one would hide a run from colleagues
+        for name, content in contents.items():
+            with (new / name).open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            staged[path].chmod(0o666 & ~_umask())  # as for directories
-        if len(contents) > 1:
-            list(contents)[-1].unlink(missing_ok=True)
-        for path, beside in staged.items():
-            beside.replace(path)
-    except BaseException:
-        for beside in staged.values():
-            beside.unlink(missing_ok=True)
-        raise
-    for directory in {path.parent for path in contents}:
-        sync(directory)
+        sync(new)
+        yield new
+        sync(place)
 
 
 def _holds(path: Path, content: bytes) -> bool:
-    try:
-        return path.read_bytes() == content
-    except OSError:
-        return False
+    return path.is_file() and path.read_bytes() == content
 
 
 def sync(path: Path) -> None:
@@ -84,9 +72,3 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -21,14 +21,14 @@ from minilora.targets import select
 class Beside(Protocol):
     """Something that trains beside A and B, such as biases. Made, and checked, before injection."""
 
+    live: dict[str, str]
+    """What trains: name on disk, without PEFT's prefix -> name in the model's state_dict."""
+
     def start(self, model: nn.Module) -> None:
         """Let it train, and keep the base's values."""
 
     def swap(self, model: nn.Module) -> None:
         """Put the base's values in the place of the trained ones, or back."""
-
-    def names(self) -> Collection[str]:
-        """What trains, for the report."""
 
 
 # Tables of what other methods add to LoRA; `minilora/methods/__init__.py` fills them.
@@ -131,7 +131,7 @@ def report(model: nn.Module, seed: int | None = None) -> InjectReport:
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     quantized = [m for m in model.modules() if not linears.is_mergeable(m)]  # not in parameters
     total = sum(p.numel() for p in parameters) + sum(math.prod(linears.shape(m)) for m in quantized)
-    also = [n for part in (injection.beside if injection else ()) for n in part.names()]
+    also = [n for part in (injection.beside if injection else ()) for n in part.live]
     return InjectReport(tuple(lora_layers(model)), trainable, total, tuple(also), seed)
 
 

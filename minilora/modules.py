@@ -21,13 +21,9 @@ def plain_name(name: str) -> str:
 
 def plain_model(model: nn.Module) -> nn.Module:
     """The model itself, without what torch.compile or DistributedDataParallel put around it."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    inner = getattr(model, "module" if parallel else "_orig_mod", None)
+    return plain_model(inner) if isinstance(inner, nn.Module) else model
 
 
 def path(name: str) -> list[str]:

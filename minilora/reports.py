@@ -1,4 +1,4 @@
-"""What inject, merge, load and quantize return. Every report prints."""
+"""What inject, merge and load return. Every report prints."""
 
 import math
 import re
@@ -57,10 +57,10 @@ class Rounding:
     @classmethod
     def of(cls, module: str, before: Tensor, exact: Tensor, written: Tensor) -> "Rounding":
         """From W, W + Delta W, both (out, in) in float64, and what was written."""
-        error = written.to(exact.dtype) - exact
-        # (merged - W) - Delta W is the same difference: what is lost is what was rounded.
-        lost = _ratio(error, exact - before)
-        return cls(module, error.abs().max().item(), _ratio(error, exact), lost)
+        error = written.to(exact.dtype) - exact  # (merged - W) - Delta W is the same difference
+        norms = (whole.norm().item() for whole in (exact, exact - before))
+        relative, lost = (error.norm().item() / (norm or 1.0) for norm in norms)
+        return cls(module, error.abs().max().item(), relative, lost)
 
 
 @dataclass(frozen=True)
@@ -105,43 +105,6 @@ class LoadReport:
         return f"{len(self.modules)} modules {how}" + (f"; {self.notice}" if self.notice else "")
 
 
-@dataclass(frozen=True)
-class QuantizeReport:
-    """What `quantize` did.
-
-    Attributes:
-        modules: dotted names of the linears in four bits.
-        weights: how many weights they hold.
-        before: their size in bytes, biases not counted.
-        after: the same in four bits, scales included.
-
-    Example:
-        >>> print(QuantizeReport(("fc",), weights=2**20, before=2**22, after=540_936))
-        1 linears in 4 bits: 4.2 MB -> 0.5 MB (4.127 bits a weight)
-    """
-
-    modules: tuple[str, ...]
-    weights: int
-    before: int
-    after: int
-
-    @property
-    def bits(self) -> float:
-        """Bits a weight, scales included."""
-        return 8 * self.after / max(self.weights, 1)
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.modules)} linears in 4 bits: {self.before / 1e6:,.1f} MB -> "
-            f"{self.after / 1e6:,.1f} MB ({self.bits:.3f} bits a weight)"
-        )
-
-
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    norm = whole.norm().item()
-    return part.norm().item() / norm if norm else 0.0
-
-
 def fold_names(names: tuple[str, ...]) -> list[str]:
     """Names that differ in numbers only become one line.
 
@@ -149,17 +112,16 @@ def fold_names(names: tuple[str, ...]) -> list[str]:
         >>> fold_names(("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj"))
         ['layers.{0,1}.q_proj', 'layers.0.v_proj']
     """
-    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}  # what is between the numbers
+    groups: dict[str, list[tuple[str, ...]]] = {}  # "layers.%s.fc": [("0",), ("1",)]
     for name in names:
-        groups.setdefault(tuple(re.split(r"\d+", name)), []).append(tuple(re.findall(r"\d+", name)))
+        template = re.sub(r"\d+", "%s", name.replace("%", "%%"))
+        groups.setdefault(template, []).append(tuple(re.findall(r"\d+", name)))
     lines = []
-    for texts, numbers in groups.items():
+    for template, numbers in groups.items():
         columns = [sorted(set(column), key=int) for column in zip(*numbers, strict=True)]
         if math.prod(map(len, columns)) == len(numbers):  # every combination is there
             numbers = [tuple(map(_fold_numbers, columns))]
-        for row in numbers:
-            pairs = zip(texts, (*row, ""), strict=True)
-            lines.append("".join(text + number for text, number in pairs))
+        lines += [template % row for row in numbers]
     return lines
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minilora import linears
 from minilora.config import LoRAConfig, LoRAError
-from minilora.inject import Injection, lora_layers
+from minilora.inject import lora_layers
 from minilora.modules import named_modules, owners, plain_name
 from minilora.targets import trained_whole
 
@@ -73,13 +73,11 @@ class TrainedWhole:
     def start(self, model: nn.Module) -> None:
         """Let the tensors train, and keep their values before that."""
         self.live = self.find(model)
-        state, seen = tensors(model) if self.live else {}, set()
-        for name in self.live.values():
-            tensor = state[name]
-            if id(tensor) not in seen:  # a tied bias has two names and one value
-                seen.add(id(tensor))
-                self.values[name] = tensor.detach().clone()
-                require_grad(tensor)
+        state = tensors(model) if self.live else {}
+        # A tied bias has two names and one value.
+        for name in {id(state[name]): name for name in self.live.values()}.values():
+            self.values[name] = state[name].detach().clone()
+            require_grad(state[name])
 
     def swap(self, model: nn.Module) -> None:
         """Put the base's values in the place of the trained ones, or back; no bytes are copied."""
@@ -90,15 +88,6 @@ class TrainedWhole:
             tensor.data = value.to(tensor)  # the model may have moved since
         if state:
             torch.clear_autocast_cache()  # its key is the tensor, whatever the values
-
-    def names(self) -> Collection[str]:
-        """What trains, by the names on disk."""
-        return self.live
-
-
-def of(injection: Injection) -> TrainedWhole:
-    """The biases and whole modules of an injected model."""
-    return next(part for part in injection.beside if isinstance(part, TrainedWhole))
 
 
 def require_grad(tensor: Tensor, trains: bool = True) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,8 +13,39 @@ from minilora.config import ALL_LINEAR, LoRAError
 from minilora.inject import lora_layers
 from minilora.modules import named_modules, others, owners, plain_name, replace_modules
 from minilora.nf4.linear import NF4Linear
-from minilora.reports import QuantizeReport
 from minilora.targets import all_linear, matches, require
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize` did.
+
+    Attributes:
+        modules: dotted names of the linears in four bits.
+        weights: how many weights they hold.
+        before: their size in bytes, biases not counted.
+        after: the same in four bits, scales included.
+
+    Example:
+        >>> print(QuantizeReport(("fc",), weights=2**20, before=2**22, after=540_936))
+        1 linears in 4 bits: 4.2 MB -> 0.5 MB (4.127 bits a weight)
+    """
+
+    modules: tuple[str, ...]
+    weights: int
+    before: int
+    after: int
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight, scales included."""
+        return 8 * self.after / max(self.weights, 1)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.modules)} linears in 4 bits: {self.before / 1e6:,.1f} MB -> "
+            f"{self.after / 1e6:,.1f} MB ({self.bits:.3f} bits a weight)"
+        )
 
 
 def quantize(

@@ -1,10 +1,10 @@
-"""NF4: a tensor in four bits, from which QLoRA's frozen base is made.
+"""NF4: a tensor in four bits, the format of QLoRA's frozen base.
 
 Dettmers et al. 2023, https://arxiv.org/abs/2305.14314. Every 64 values share one scale, their
-largest absolute value. What is left lies in [-1, 1] and is rounded to the nearest of 16 fixed
-values. Weights are about normal, so the 16 are quantiles of a normal: each is used about equally
-often. The scales cost 32 / 64 = 0.5 bits a value; "double quantization" writes them in 8 bits,
-which makes it 8 / 64 + 32 / (64 * 256) = 0.127, and 4.127 bits in all.
+largest absolute value. A value divided by its scale lies in [-1, 1] and is rounded to the nearest
+of 16 fixed values. Weights are approximately normal, so the 16 are quantiles of a normal: each is
+used about equally often. The scales cost 32 / 64 = 0.5 bits a value. "Double quantization" stores
+them in 8 bits, which costs 8 / 64 + 32 / (64 * 256) = 0.127 bits a value: 4.127 bits in all.
 
 Codes, scales and values are those of bitsandbytes, bit for bit (`tests/test_nf4_parity.py`).
 """
@@ -33,9 +33,9 @@ def normal_quantiles() -> Tensor:
 
     Sixteen equally likely values of a normal would be its quantiles at the middles of sixteen
     equal parts. No symmetric set of sixteen contains 0, though, and a weight that is 0 (padding, a
-    pruned entry) should stay 0. So each side is made by itself: eight positive values from the
-    quantiles of one half, seven negative ones from those of the other, and the zero between them,
-    exactly. All are divided by the largest, so that a block's absmax is exact too.
+    pruned entry) should stay 0. So each side is computed by itself: eight positive values from the
+    quantiles of one half, seven negative ones from those of the other, and an exact 0 between them.
+    All are divided by the largest, so that a block's absmax is exact too.
 
     The outermost probability is the mean of 1 - 1/30 and 1 - 1/32, half a step from 1 on either
     side; the authors rounded it to 0.9677083.
@@ -71,8 +71,8 @@ PAIR = torch.complex64  # two float32, moved as one number
 def dynamic_codebook() -> Tensor:
     """The 8-bit code of the scales: (256,), rising (Dettmers 2015, arXiv:1511.04561).
 
-    The signed "dynamic" type: seven decades 10^-6 .. 1, the e-th cut into 2^e equal parts of which
-    each is represented by its middle; with both signs, 0 and 1.
+    The signed "dynamic" type: seven decades from 10^-6 to 1. The e-th is divided into 2^e equal
+    parts, and each part is represented by its middle. Both signs are there, and 0 and 1.
     """
     values = [0.0, 1.0]
     for e in range(7):
@@ -186,7 +186,7 @@ def unpack(
 
 
 class _Lasting(threading.local):
-    """Memory that each thread writes to again and again."""
+    """Memory that each thread keeps and overwrites."""
 
     def __init__(self) -> None:
         self.tensors: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -196,7 +196,7 @@ _lasting = _Lasting()
 
 
 def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(size,), with anything in it, valid until the next call with this name and dtype.
+    """(size,), not initialized, valid until the next call with this name and dtype.
 
     On a CPU the system clears every new page, which takes longer than dequantizing into it. So each
     thread keeps the memory that its products need: 5 MB, and the largest weight in each dtype.
@@ -252,7 +252,7 @@ def _pack_scales(codes: Tensor, absmax: Tensor) -> NF4:
 
 
 def _mean(absmax: Tensor) -> Tensor:
-    """By one thread: the last bit of a sum depends on how many there are, and a base must not."""
+    """By one thread: with more, the last bit of the sum would depend on their number."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

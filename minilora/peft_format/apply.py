@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora import linears, trained_whole
 from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError
-from minilora.inject import injection_of, layer_for, lora_layers, report, unload, wrap
+from minilora.inject import injection_of, lora_layers, report, unload, wrap
 from minilora.layer import LoRALinear
 from minilora.modules import naming, nearest, plain_model, plain_name
 from minilora.peft_format import keys
@@ -28,15 +28,9 @@ def adapter_of(model: nn.Module) -> Adapter:
     injection, layers = injection_of(model), lora_layers(model)
     if injection is None:
         raise LoRAError("the model carries no adapter: minilora.inject or load_adapter first")
-    live = trained_whole.of(injection).live
-    if live and not injection.enabled:
+    if any(part.live for part in injection.beside) and not injection.enabled:
         raise LoRAError("cannot save inside `with minilora.disabled(model)`: save after it")
-    state = trained_whole.tensors(model) if live else {}  # as trained, merged or not
-    tensors = {name: state[key] for name, key in live.items()}
-    for module, layer in layers.items():
-        for name in keys.SUFFIXES.keys() & layer._parameters.keys():
-            tensors[module + keys.SUFFIXES[name]] = layer.get_parameter(name)
-    copies = {keys.PREFIX + name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    copies = {key: tensor.detach().cpu().clone() for key, tensor in _held(model).items()}
     transposed = any(linears.is_conv1d(layer.base) for layer in layers.values())
     config = _as_written(injection.config, _base_modules(model, layers))
     return Adapter(config, copies, _base_model_name(model), transposed)
@@ -113,8 +107,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     named = _base_modules(model, layers)
     config = _as_read(adapter, named)
     selected = _check_fit(model, adapter, config, named)
-    live = trained_whole.of(injection).live if injection is not None else {}
-    swapped = _same_shapes(layers, adapter) and live.keys() == adapter.extras.keys()
+    held = {key: tensor.shape for key, tensor in _held(model).items()}
+    swapped = held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
     if not swapped:
         if wrapped is not model:  # data-parallel copies would never learn of the new parameters
             raise LoRAError(
@@ -134,16 +128,24 @@ def _fill(model: nn.Module, adapter: Adapter, config: LoRAConfig, inference: boo
     for module, layer in lora_layers(model).items():
         layer.alpha, layer.dropout = config.alpha_of(module), config.dropout
         layer.scale = adapter.scale_of(module)
-        for name, tensor in adapter.parameters(module).items():
-            layer.get_parameter(name).copy_(tensor).requires_grad_(not inference)
+    for key, tensor in _held(model).items():
+        trained_whole.require_grad(tensor.copy_(adapter.tensors[key]), not inference)
     injection = injection_of(model)
     assert injection is not None
     injection.config = config
-    live = trained_whole.of(injection).live
+
+
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors in a model, the model's own, by their keys on disk."""
+    injection = injection_of(model)
+    beside = injection.beside if injection is not None else []
+    live = {name: key for part in beside for name, key in part.live.items()}
     state = trained_whole.tensors(model) if live else {}
-    for name, key in live.items():
-        state[key].copy_(adapter.extras[name])
-        trained_whole.require_grad(state[key], not inference)
+    found = {keys.PREFIX + name: state[key] for name, key in live.items()}
+    for module, layer in lora_layers(model).items():
+        for name in keys.SUFFIXES.keys() & layer._parameters.keys():
+            found[keys.PREFIX + module + keys.SUFFIXES[name]] = layer.get_parameter(name)
+    return found
 
 
 def _check_fit(
@@ -151,10 +153,8 @@ def _check_fit(
 ) -> dict[str, nn.Module]:
     """The modules that the adapter's keys name, once its keys are those that the model expects."""
     known = [name for name, module in named.items() if linears.is_linear(module)]
-    if config.targets == ALL_LINEAR:  # which head was left out, only the file can say
-        targeted = [name for name in known if name in adapter.modules]
-    else:
-        targeted = [name for name in known if is_target(config, name)]
+    every = config.targets == ALL_LINEAR  # which head was left out, only the file can say
+    targeted = [n for n in known if (n in adapter.modules if every else is_target(config, n))]
     live = trained_whole.TrainedWhole(model, config, adapter.modules).find(model)
     state = trained_whole.tensors(model) if live else {}
     expected: keys.Expected = {}
@@ -185,8 +185,8 @@ def _check_fit(
 def _base_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, nn.Module]:
     """The modules by the names they have, or had before an adapter was injected."""
     named = [(plain_name(name), module) for name, module in model.named_modules() if name]
-    plain = {trained_whole.base_name(name, layers): module for name, module in named}
-    return {name: module for name, module in plain.items() if name is not None}
+    plain = ((trained_whole.base_name(name, layers), module) for name, module in named)
+    return {name: module for name, module in plain if name is not None}
 
 
 def _as_read(adapter: Adapter, named: Collection[str]) -> LoRAConfig:
@@ -207,15 +207,6 @@ def _as_written(config: LoRAConfig, named: Collection[str]) -> LoRAConfig:
     meant = tuple(name for name in named if matches(config.also_train, name))
     same = all(name in meant for name in named if name.endswith(config.also_train))
     return config if same else replace(config, also_train=meant)
-
-
-def _same_shapes(layers: dict[str, LoRALinear], adapter: Adapter) -> bool:
-    """Whether the adapter's tensors have the shapes of the layers that are there."""
-    kind = layer_for(adapter.config)
-    return sorted(layers) == list(adapter.modules) and all(
-        type(layer) is kind and layer.lora_A.shape == adapter.pair(name)[0].shape
-        for name, layer in layers.items()
-    )
 
 
 def _base_model_name(model: nn.Module) -> str | None:

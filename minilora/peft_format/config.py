@@ -3,6 +3,7 @@
 The rules were read in PEFT 0.21.2; the file has been the same since its first versions.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,15 +24,12 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "lora_bias": ("lora_bias", False), "also_train": ("modules_to_save", None),
     "init": ("init_lora_weights", True), "task_type": ("task_type", None),
 }  # fmt: skip
-# PEFT writes null, [], {} and "" alike for these; LoRAConfig's own default is the empty one.
-MAY_BE_EMPTY = (
-    "exclude", "layers", "layers_pattern", "rank_pattern", "alpha_pattern", "also_train"
-)  # fmt: skip
+NEWER = ("exclude_modules", "lora_bias")  # older versions of PEFT do not know these
 INITS = {"kaiming": True, "gaussian": "gaussian", "random": False, "loftq": "loftq"}
 # PEFT quantizes the base again when it loads such a file. After one step it is NF4 of the weight.
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
-# Other starts of A and B that leave the base alone: once trained, nothing tells them apart.
-HARMLESS_INITS = ("eva", "orthogonal", "mica")
+# By JSON text. The named ones leave the base alone: once trained, nothing tells them apart.
+OTHER_INITS = {"null": "random"} | dict.fromkeys(('"eva"', '"orthogonal"', '"mica"'), "kaiming")
 
 # Entries that change nothing about the weights.
 IGNORED = {
@@ -52,6 +50,7 @@ REFUSED = {
 }
 
 
+@naming(CONFIG_FILE)
 def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> LoRAConfig:
     """The configuration that PEFT's entries mean.
 
@@ -64,27 +63,25 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
     """
     kind = entries.get("peft_type")
     if kind != "LORA":
-        raise LoRAError(
-            f"{CONFIG_FILE}: peft_type is {kind!r}; minilora reads 'LORA' only: {MERGE}"
-        )
+        raise LoRAError(f"peft_type is {kind!r}; minilora reads 'LORA' only: {MERGE}")
     known = {name for name, _ in FIELDS.values()} | IGNORED
     for key, value in entries.items():
         if key not in known and value not in (None, False, "none", [], {}):
             advice = REFUSED.get(key, f"minilora does not do this: {MERGE}")
-            raise LoRAError(f"{CONFIG_FILE}: {key} is {value!r}: {advice}")
-    values = {ours: entries.get(peft, default) for ours, (peft, default) in FIELDS.items()}
+            raise LoRAError(f"{key} is {value!r}: {advice}")
+    values = {}
+    for ours, (peft, default) in FIELDS.items():
+        value = entries.get(peft, default)
+        if default not in (None, {}) or value not in (None, [], {}, ""):  # PEFT writes these alike
+            values[ours] = value
+    values["targets"] = values.get("targets") or modules
     values["init"] = _init_from_peft(values["init"])
     if values["init"] == "loftq" and (entries.get("loftq_config") or LOFTQ) != LOFTQ:
-        raise LoRAError(f"{CONFIG_FILE}: loftq_config must be {LOFTQ}: the base is NF4 after it")
-    values["targets"] = values["targets"] or modules
-    for name in MAY_BE_EMPTY:
-        if values[name] in (None, [], {}, ""):
-            del values[name]
-    with naming(CONFIG_FILE):
-        config = LoRAConfig(**values)
-        for name in config.also_train:  # PEFT puts it into this expression
-            check_regex("modules_to_save", name, r"(^|.*\.){}($|\..*)")
-        return config
+        raise LoRAError(f"loftq_config must be {LOFTQ}: the base is NF4 after it")
+    config = LoRAConfig(**values)
+    for name in config.also_train:  # PEFT puts it into this expression
+        check_regex("modules_to_save", name, r"(^|.*\.){}($|\..*)")
+    return config
 
 
 def config_to_peft(config: LoRAConfig, modules: tuple[str, ...]) -> dict[str, Any]:
@@ -96,25 +93,19 @@ def config_to_peft(config: LoRAConfig, modules: tuple[str, ...]) -> dict[str, An
     values["rank_pattern"] = resolve(config.rank_of, modules, config.rank)
     values["alpha_pattern"] = resolve(config.alpha_of, modules, config.alpha)
     values["init"] = INITS[config.init]
-    entries = {peft: values[ours] for ours, (peft, _) in FIELDS.items()}
-    for key in ("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"):
-        entries[key] = entries[key] or None
-    for newer in ("exclude_modules", "lora_bias"):
-        if not entries[newer]:
-            del entries[newer]
-    entries |= {"loftq_config": LOFTQ} if config.init == "loftq" else {}
-    return entries | {"peft_type": "LORA", "inference_mode": True}
+    entries: dict[str, Any] = {"peft_type": "LORA", "inference_mode": True}
+    for ours, (peft, _) in FIELDS.items():
+        if values[ours] or peft not in NEWER:
+            entries[peft] = None if values[ours] == () else values[ours]
+    return entries | ({"loftq_config": LOFTQ} if config.init == "loftq" else {})
 
 
 def _init_from_peft(value: object) -> str:
-    name = value.lower() if isinstance(value, str) else False if value is None else value
-    for ours, peft in INITS.items():
-        if name is peft or (isinstance(peft, str) and name == peft):
-            return ours
-    if name in HARMLESS_INITS:
-        return "kaiming"
+    inits = {json.dumps(peft): ours for ours, peft in INITS.items()} | OTHER_INITS
+    if (text := json.dumps(value).lower()) in inits:
+        return inits[text]
     raise LoRAError(
-        f"{CONFIG_FILE}: init_lora_weights {value!r} may have rewritten the base's weights: "
+        f"init_lora_weights {value!r} may have rewritten the base's weights: "
         "convert the adapter to plain LoRA with PEFT (save_pretrained with "
         "path_initial_model_for_weight_conversion)"
     )

@@ -8,6 +8,7 @@ error that names the key. PEFT ignores an unexpected key and warns of a missing 
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class Adapter:
             A, B = (parameters.get(name, torch.empty(0)) for name in ("lora_A", "lora_B"))
             out, in_ = B.shape[:1].numel(), A.shape[-1:].numel()
             expected |= keys.expected_of(self.config, module, out, in_)
-        layers = {key: t for key, t in self.tensors.items() if not self._trains_whole(key)}
+        whole = {keys.PREFIX + name for name in self.extras if self._trains_whole(name)}
+        layers = {key: t for key, t in self.tensors.items() if key not in whole}
         problems = keys.compare(expected, layers, self._explain)
         for key, tensor in self.tensors.items():
             if tensor.is_floating_point() and tensor.dtype not in FLOATS:
@@ -106,15 +108,12 @@ class Adapter:
         rank = self.pair(module)[0].shape[0]
         return scale(self.config.alpha_of(module), rank, self.config.rslora)
 
-    def _trains_whole(self, key: str) -> bool:
-        """Whether the configuration can mean this key by `bias` or `also_train` (in some model)."""
-        name, bias = key.removeprefix(keys.PREFIX), self.config.bias
-        module, _, end = name.rpartition(".")
-        if name == key or key.endswith(tuple(keys.SUFFIXES.values())):
-            return False
-        if bias != "none" and (name.endswith(BASE_BIAS) or (end == "bias" and bias == "all")):
-            return True
-        return any(part.endswith(self.config.also_train) for part in path(module))  # PEFT's rule
+    def _trains_whole(self, name: str) -> bool:
+        """Whether the configuration can mean it by `bias` or `also_train` (in some model)."""
+        bias = {"none": (), "lora_only": (BASE_BIAS,), "all": (".bias",)}[self.config.bias]
+        parents = path(name.rpartition(".")[0])
+        whole = any(part.endswith(self.config.also_train) for part in parents)  # PEFT's rule
+        return whole or f".{name}".endswith(bias)
 
     def _explain(self, key: str) -> str:
         if key.endswith(keys.SUFFIXES["magnitude"]):
@@ -195,13 +194,13 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
 def _adapter_directory(directory: Path) -> Path:
     if not directory.is_dir():
         raise LoRAError(f"{directory}: no such directory")
-    if (directory / CONFIG_FILE).exists():
-        return directory
     named = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
+    if (directory / CONFIG_FILE).exists() or not named:
+        return directory
     if len(named) > 1:
         choices = ", ".join(path.name for path in named)
         raise LoRAError(f"{directory}: holds several adapters, name one of them: {choices}")
-    return named[0] if named else directory
+    return named[0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -233,9 +232,6 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def _without_repeats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """With bias="all" PEFT writes the biases of whole modules thrice; the plain name is trained."""
-    plain = dict(tensors)
-    for key in tensors:
-        for inner in (".original_module.", ".modules_to_save."):
-            if key.replace(inner, ".") in tensors and key.endswith(".bias") and inner in key:
-                plain.pop(key, None)
-    return plain
+    inner = re.compile(r"\.(original_module|modules_to_save)(?=\..*bias$)")
+    repeated = {key for key in tensors if inner.search(key) and inner.sub("", key) in tensors}
+    return {key: tensor for key, tensor in tensors.items() if key not in repeated}

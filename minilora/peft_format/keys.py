@@ -1,5 +1,6 @@
 """The keys of an adapter's tensors: which are expected, and what is wrong with those held."""
 
+import re
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
 
@@ -15,17 +16,12 @@ SUFFIXES = {
     "magnitude": ".lora_magnitude_vector",
     "lora_bias": ".lora_B.bias",
 }
+OF_A_LAYER = re.compile(rf"{re.escape(PREFIX)}(.*)({'|'.join(map(re.escape, SUFFIXES.values()))})")
 
 
 def modules_of(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Dotted names of the modules that have keys among the tensors, sorted."""
-    stems = {
-        key.removeprefix(PREFIX).removesuffix(suffix)
-        for key in tensors
-        for suffix in SUFFIXES.values()
-        if key.startswith(PREFIX) and key.endswith(suffix)
-    }
-    return tuple(sorted(stems))
+    return tuple(sorted({found[1] for found in map(OF_A_LAYER.fullmatch, tensors) if found}))
 
 
 Expected = dict[str, tuple[tuple[int, ...], bool]]
@@ -36,10 +32,8 @@ def expected_of(config: LoRAConfig, module: str, out: int, in_: int) -> Expected
     """The keys of an adapted module W (out, in)."""
     rank = config.rank_of(module)
     shapes: dict[str, tuple[int, ...]] = {"lora_A": (rank, in_), "lora_B": (out, rank)}
-    if config.dora:
-        shapes["magnitude"] = (out,)
-    if config.lora_bias:
-        shapes["lora_bias"] = (out,)
+    shapes |= {"magnitude": (out,)} if config.dora else {}
+    shapes |= {"lora_bias": (out,)} if config.lora_bias else {}
     return {PREFIX + module + SUFFIXES[name]: (shape, True) for name, shape in shapes.items()}
 
 
