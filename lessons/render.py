@@ -37,9 +37,8 @@ def render(path: Path) -> Path:
         resources={"metadata": {"path": str(LESSONS)}},
     )
     client.execute()
-    for (
-        cell
-    ) in notebook.cells:  # keep what was printed and drawn, not warnings or values with addresses
+    # Keep what was printed and drawn, not warnings or values with addresses.
+    for cell in notebook.cells:
         cell["outputs"] = [output for output in cell.get("outputs", []) if is_shown(output)]
         if cell.cell_type != "code":
             del cell["outputs"]
