@@ -17,15 +17,15 @@ TEXT = """\
 
 pocket-bart is a BART with 19.5 million parameters. It is pre-trained by
 [pretraining/](../pretraining/README.md), comes with the package, and fine-tunes in minutes on a
-laptop. Its pre-training data contains nothing of the embedded data sets or of SAMSum, and no summary
-in the wording of `bookings` ([the rewording](../pretraining/reword.py) keeps venues, dates and
-times, so long names of venues do occur in both).
+laptop. Its pre-training data contains nothing of the embedded data sets or of SAMSum, and no
+summary in the wording of `bookings` ([the rewording](../pretraining/reword.py) keeps venues, dates
+and times, so long names of venues do occur in both).
 
 It is a model for learning and testing. What it can do, by data set:
 
 | data | what | with LoRA |
 | --- | --- | --- |
-| `bookings` (the default) | chats with a service: who wants what, where, when | most are right |
+| `bookings` (default) | chats with a service: who wants what, where, when | most are right |
 | `minichat` | everyday chats in plain English | readable, the facts often mixed up |
 | `minichat-hard` | witty chats with much between the lines | few are right |
 
