@@ -12,9 +12,8 @@ there is one process, and every call is trivial.
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -213,15 +212,6 @@ def require_same(facts: Mapping[str, Any]) -> None:
             )
 
 
-def checksum(model: nn.Module) -> int:
-    """CRC-32 over the parameters that train: whether processes start from the same ones."""
-    found = 0
-    for tensor in (p for p in model.parameters() if p.requires_grad):
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found = zlib.crc32(flat.numpy().data, found)
-    return found
-
-
 def seed_by_rank(seed: int) -> None:
     """Different dropout in every process. Process 0 draws as a run with one process does."""
     if rank() > 0:  # mt19937 takes the lower 32 bits; an odd factor keeps them apart
@@ -281,12 +271,9 @@ def _is_lost(error: BaseException) -> bool:
 
 @contextmanager
 def _only_rank0_prints() -> Iterator[None]:
-    if rank() == 0:
-        yield
-        return
-    with (
-        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
-        redirect_stdout(nowhere),
-        redirect_stderr(nowhere),
-    ):
+    with ExitStack() as silenced:
+        if rank() > 0:
+            nowhere = silenced.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            silenced.enter_context(redirect_stdout(nowhere))
+            silenced.enter_context(redirect_stderr(nowhere))
         yield

@@ -30,18 +30,8 @@ _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 _WITH_DIGITS = re.compile(r"\w*\d\w*")
 _TOKEN = re.compile(r"[\w'-]+(?:[:.,]\d+)*")  # numbers too, and hyphens within
 _CLITIC = re.compile(r"'(?:s|ll|d|ve|re|m)$")
-_NOT_NAMES = """
-am pm monday tuesday wednesday thursday friday saturday sunday january february march april may
-june july august september october november december african albanian american arab arabic
-argentinian asian australian austrian belgian brazilian british bulgarian canadian chilean chinese
-colombian croatian cuban czech danish dutch egyptian english estonian ethiopian european finnish
-french german greek hungarian icelandic indian indonesian iranian iraqi irish israeli italian
-jamaican japanese kenyan korean latin latvian lebanese lithuanian malaysian mexican moroccan
-nepalese nigerian norwegian pakistani persian peruvian polish portuguese romanian russian scottish
-serbian slovak slovenian spanish swedish swiss syrian taiwanese thai tibetan turkish ukrainian
-vietnamese welsh
-"""
-_NO_NAMES = frozenset(_NOT_NAMES.split())
+# Capitalised in English without being names: weekdays, months, nationalities, a.m. and p.m.
+_NO_NAMES = frozenset((ASSETS / "not_names.txt").read_text(encoding="utf-8").split())
 
 
 def _plain(word: str) -> str:

@@ -5,8 +5,6 @@ has ours. So the peak memory is the quantized model plus one weight, and shards,
 tied weights work as usual.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +19,6 @@ from minilora import LoRAConfig
 from minilora.nf4.linear import NF4Linear
 from minilora.nf4.model import select_linears
 from minilora.targets import select
-
-from ..errors import UserError
 
 METHOD = "minilora_nf4"
 
@@ -96,18 +92,6 @@ class _Quantize(ConversionOps):
         setattr(model.get_submodule(parent), last, quantized)
         kwargs["missing_keys"].discard(name)
         return {}
-
-
-@contextmanager
-def refusals(config: FourBits | None, name: str) -> Iterator[None]:
-    """Around `from_pretrained`: a weight that cannot be quantized is named in one line.
-
-    Raises:
-        UserError: a weight holds an infinity or NaN.
-    """
-    yield
-    if config is not None and config.refused:
-        raise UserError(f"model {name}: {config.refused[0]}")
 
 
 def forget(model: nn.Module) -> None:

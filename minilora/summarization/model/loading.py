@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..errors import UserError, one_line
 from ..files import put_directory
 from ..presets import embedded, local_path
 from ..settings import RunConfig
-from .four_bits import FourBits, forget, refusals
+from .four_bits import FourBits, forget
 
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -44,7 +44,7 @@ def load_model(
         UserError: there is no such model, its weights are missing, incomplete or damaged, or it is
             not an encoder-decoder.
     """
-    with refusals(four_bits, name), loading(name) as source:
+    with loading(name) as source:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if not config.is_encoder_decoder:
             raise UserError(
@@ -62,6 +62,8 @@ def load_model(
             quantization_config=four_bits,
         )
         forget(model)
+    if four_bits and four_bits.refused:  # a weight holds an infinity or NaN
+        raise UserError(f"model {name}: {four_bits.refused[0]}")
     check_complete(name, info)
     assert isinstance(model, PreTrainedModel)
     model.eval().to(device)
@@ -157,15 +159,11 @@ def limit_lengths(run: RunConfig, model: PreTrainedModel) -> RunConfig:
         positions = [getattr(config, name, None) for name in names]
         return min([wanted, *(n for n in positions if isinstance(n, int))])
 
-    return replace(
-        run,
-        data=replace(
-            run.data,
-            max_source_length=limit("encoder", run.data.max_source_length),
-            max_target_length=limit("decoder", run.data.max_target_length),
-        ),
-        generation=replace(run.generation, max_length=limit("decoder", run.generation.max_length)),
-    )
+    limited = deepcopy(run)
+    limited.data.max_source_length = limit("encoder", run.data.max_source_length)
+    limited.data.max_target_length = limit("decoder", run.data.max_target_length)
+    limited.generation.max_length = limit("decoder", run.generation.max_length)
+    return limited
 
 
 def check_vocabulary(model: PreTrainedModel, encoded: Sequence[Encoded], name: str) -> None:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from ..evaluation.compare import Evaluation
-from ..evaluation.rouge import METRICS, Interval
-from .page_parts import BASE, NAMES, html_figure, html_table, run_colour, run_name, tag
-from .plots import escape, interval_chart, swatch
+from ..evaluation.rouge import Interval
+from .page_parts import NAMES, html_table, run_name, tag
+from .plots import escape
 from .runs import Run
 
 # What was trained ---------------------------------------------------------------------------------
@@ -73,21 +73,6 @@ def before_and_after(runs: Sequence[Run]) -> str:
     if not scored:
         return ""
     one = len(runs) == 1
-    same_base = len({str(e.intervals["base"]) for _, _, e in scored}) == 1
-    lines: list[tuple[str, str, dict[str, Interval]]] = []
-    for i, run, evaluation in scored:
-        if not same_base or i == scored[0][0]:
-            of = "base" if same_base else f"base of {run.name}"
-            lines.append((of, BASE, evaluation.intervals["base"]))
-        name = "fine-tuned" if one else run.name
-        lines.append((name, run_colour(i), evaluation.intervals["finetuned"]))
-    marks = [(NAMES[m], [(name, colour, row[m]) for name, colour, row in lines]) for m in METRICS]
-    figure = html_figure(
-        interval_chart("ROUGE before and after with 95% intervals", marks, "F1 × 100"),
-        [(swatch(colour, dots=True), name) for name, colour, _ in lines],
-        "Means with 95% bootstrap intervals. Both models find the same dialogues hard, so the "
-        "paired difference in the table says more than whether the bars overlap.",
-    )
     rows = []
     for metric, label in NAMES.items():
         for i, run, evaluation in scored:
@@ -103,11 +88,12 @@ def before_and_after(runs: Sequence[Run]) -> str:
     table = html_table("ROUGE before and after", head, rows, "numbers stacked")
     table += _nonsense(scored, one)
     words = "".join(f"<p>{_counts(run, one)}</p>" for _, run, _ in scored)
-    words += "<p>Square brackets hold 95% intervals; a difference is bold where it excludes 0.</p>"
-    words = tag("div", words, "words")
-    if one:
-        return f'<div class="pair">{figure}<div>{table}{words}</div></div>'
-    return f'<div class="pair">{figure}<div>{words}</div></div>{table}'
+    words += (
+        "<p>Square brackets hold 95% bootstrap intervals of the means; a difference is bold where "
+        "its own excludes 0. Both models find the same dialogues hard, so the paired difference "
+        "says more than whether the intervals of the two overlap.</p>"
+    )
+    return table + tag("div", words, "words")
 
 
 def _nonsense(scored: Sequence[tuple[int, Run, Evaluation]], one: bool) -> str:

@@ -72,23 +72,23 @@ class Frame:
         right, below = (x - x0) / (x1 - x0) * across, (y1 - y) / (y1 - y0) * down
         return round(self.left + right, 1), round(self.top + below, 1)
 
-    def axes(self, x_label: str, y_label: str, skip_x: int = 1) -> list[str]:
+    def axes(self, x_label: str, y_label: str) -> list[str]:
         """Grid lines, tick labels and axis labels."""
-        base, middle = self.height - self.bottom, self.top + (self.height - self.bottom) / 2
+        base, middle = self.height - self.bottom, (self.top + self.height - self.bottom) / 2
         parts = []
         for value in self.y:
             _, y = self.at(self.x[0], value)
             parts.append(f'<path class="grid" d="M{self.left} {y}H{self.width - self.right}"/>')
             parts.append(_text(self.left - 6, y + 4, number(value), "end"))
-        for value in self.x[::skip_x]:
+        for value in self.x:
             x, _ = self.at(value, self.y[0])
             parts.append(f'<path class="axis" d="M{x} {base}v4"/>')
             parts.append(_text(x, base + 17, number(value), "middle"))
         parts.append(f'<path class="axis" d="M{self.left} {base}H{self.width - self.right}"/>')
         centre = (self.left + self.width - self.right) / 2
         parts.append(_text(centre, self.height - 5, x_label, "middle", "label"))
-        turned = f' transform="rotate(-90 12 {middle - self.top / 2})"'
-        parts.append(_text(12, middle - self.top / 2, y_label, "middle", "label", turned))
+        turned = f' transform="rotate(-90 12 {middle})"'
+        parts.append(_text(12, middle, y_label, "middle", "label", turned))
         return parts
 
 
@@ -104,13 +104,8 @@ def line_chart(
     y: list[float] | None = None,
 ) -> str:
     """Lines over two linear axes; by default the points choose the ticks `x` and `y`."""
-    points = [point for one in series for point in one.points]
-    columns = list(zip(*points, strict=True))
-    x, y = (
-        x or ticks(min(columns[0]), max(columns[0])),
-        y or ticks(min(columns[1]), max(columns[1])),
-    )
-    frame = Frame(width, height, x, y)
+    xs, ys = zip(*(point for one in series for point in one.points), strict=True)
+    frame = Frame(width, height, x or ticks(min(xs), max(xs)), y or ticks(min(ys), max(ys)))
     parts = frame.axes(x_label, y_label)
     for one in series:
         places = [frame.at(*point) for point in one.points]
@@ -123,46 +118,6 @@ def line_chart(
                 said = escape(f"{one.name}: {number(round(py, 4))} at {number(px)}")
                 dot = f'<circle class="dot {one.colour}" cx="{cx}" cy="{cy}" r="3.2">'
                 parts.append(f"{dot}<title>{said}</title></circle>")
-    return _svg(title, width, height, parts)
-
-
-def interval_chart(
-    title: str,
-    rows: Sequence[tuple[str, Sequence[tuple[str, str, tuple[float, float, float]]]]],
-    x_label: str,
-    *,
-    width: float = 400,
-) -> str:
-    """Means with their intervals, side by side on one axis.
-
-    Args:
-        rows: a label, and for each mark a name, a colour and (mean, low, high).
-    """
-    bounds = [bound for _, marks in rows for _, _, (_, low, high) in marks for bound in (low, high)]
-    marks_in_all = sum(len(marks) for _, marks in rows)
-    height = 52 + 16 * marks_in_all + 16 * len(rows)
-    frame = Frame(width, height, ticks(min(bounds), max(bounds)), [0, 1], left=98)
-    parts, y, base = [], frame.top, height - frame.bottom
-    for value in frame.x:
-        x, _ = frame.at(value, 0)
-        parts.append(f'<path class="grid" d="M{x} {frame.top}V{base}"/>')
-        parts.append(_text(x, base + 17, number(value), "middle"))
-    for label, marks in rows:
-        y += 8
-        parts.append(_text(frame.left - 12, y + 8 * len(marks) + 4, label, "end", "label"))
-        for name, colour, (mean, low, high) in marks:
-            y += 16
-            (a, _), (m, _), (b, _) = (frame.at(value, 0) for value in (low, mean, high))
-            said = escape(f"{name}, {label}: {mean:.2f} [{low:.2f}, {high:.2f}]")
-            parts.append(
-                f'<g><title>{said}</title><path class="whisker {colour}" d="M{a} {y - 8}H{b}'
-                f'M{a} {y - 12}v8M{b} {y - 12}v8"/>'
-                f'<circle class="dot {colour}" cx="{m}" cy="{y - 8}" r="4.5"/></g>'
-            )
-        y += 8
-    parts.append(f'<path class="axis" d="M{frame.left} {base}H{width - frame.right}"/>')
-    middle = (frame.left + width - frame.right) / 2
-    parts.append(_text(middle, height - 5, x_label, "middle", "label"))
     return _svg(title, width, height, parts)
 
 

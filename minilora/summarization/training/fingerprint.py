@@ -1,10 +1,10 @@
 """Fingerprints of data and base model: a resumed run must not continue with others."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.batches import Encoded
 from ..data.reading import Example
@@ -35,7 +35,8 @@ def fingerprints(
         for row in rows:
             digest.update(f"{row.source} {row.target}\n".encode())
         found[f"{split} tokens"] = digest.hexdigest()
-    return found | {"base model": _of_model(model)}
+    tensors = dict[str, Tensor](model.named_parameters()) | dict(model.named_buffers())
+    return found | {"base model": of_tensors(tensors)}
 
 
 def place(device: torch.device, dtype: torch.dtype | None, processes: int = 1) -> dict[str, str]:
@@ -58,13 +59,10 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[list
     return what, where
 
 
-def _of_model(model: nn.Module) -> str:
+def of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values."""
     digest = hashlib.sha256()
-    tensors: Iterable[tuple[str, torch.Tensor]] = (
-        *model.named_parameters(),
-        *model.named_buffers(),
-    )
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(content.numpy().data)

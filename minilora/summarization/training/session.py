@@ -25,7 +25,7 @@ from ..model.device import autocast, choose_device, choose_precision
 from ..model.four_bits import FourBits
 from ..model.loading import check_vocabulary, limit_lengths, load_model, load_tokenizer, save_model
 from ..settings import RunConfig
-from .fingerprint import PLACES, fingerprints, place
+from .fingerprint import PLACES, fingerprints, of_tensors, place
 
 
 @dataclass
@@ -108,7 +108,8 @@ def open_session(run: RunConfig) -> Session:
         trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
         report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
     prepare(model, run, device, autocast_dtype)
-    began = {"start": processes.checksum(model), "settings": run.to_dict()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    began = {"start": of_tensors(trained), "settings": run.to_dict()}
     processes.require_same({n: v for n, v in origin.items() if n not in PLACES} | began)
     processes.seed_by_rank(run.model.seed)
     parts = (model, tokenizer, splits, report, notices, origin)
