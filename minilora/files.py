@@ -47,7 +47,7 @@ def write_directory(directory: Path, contents: Mapping[str, bytes]) -> None:
 def _staged(place: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:
     """A directory inside `place` with these files, all on the disk; what the block leaves goes."""
     place.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(PARTIAL, ".", place, ignore_cleanup_errors=True) as private:
+    with TemporaryDirectory(PARTIAL, ".", place) as private:
         new = Path(private) / "new"
         new.mkdir()  # readable like any other; the temporary one would hide a run from colleagues
         for name, content in contents.items():

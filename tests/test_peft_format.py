@@ -401,7 +401,7 @@ def test_the_name_of_the_base_model_is_kept(tmp_path: Path) -> None:
         (lambda path: edit(path, peft_type="IA3"), "peft_type is 'IA3'"),
         (lambda path: edit(path, r=0), "rank must be a whole number"),
         (lambda path: edit(path, lora_alpha="x"), "alpha must be a finite number"),
-        (lambda path: edit(path, target_modules=r"(q"), "no regular expression"),
+        (lambda path: edit(path, target_modules=r"(q"), "not a regular expression"),
         (
             lambda path: (path / WEIGHTS).rename(path / "adapter_model.bin"),
             r"adapter_model\.bin is a pickle, which can run any code",

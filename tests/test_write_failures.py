@@ -96,7 +96,7 @@ CASES = [(call, error) for call in CALLS for error in ERRORS[:2]] + [("flush", e
 @pytest.mark.parametrize(
     ("call", "error"), sorted(set(CASES)), ids=lambda v: errno.errorcode.get(v, v)
 )
-@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("after", [0, 1])  # the last rename is the report's, which a run may lack
 def test_a_call_that_fails(
     folder: Path, run: Path, capfd: Any, call: str, error: int, after: int
 ) -> None:
