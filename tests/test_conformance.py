@@ -486,9 +486,6 @@ def four_bits(in_: int, out: int) -> nn.Module:
     return minilora.NF4Linear(nn.Linear(in_, out))
 
 
-in_place = pytest.mark.xfail(
-    reason="the hand-written backward gives a view, which must not be written to", strict=False
-)
 DORA: dict[str, Any] = {"make": injected(dora=True), "also": ("magnitude",), "low_rank": False}
 RIGHT = {
     "student": ({"make": Student}, []),
@@ -503,13 +500,7 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=in_place) if n in ("rslora", "fused", "fused on NF4") else n
-        for n in RIGHT
-    ],
-)
+@pytest.mark.parametrize("name", RIGHT)
 def test_what_is_right_passes_all_that_applies(name: str) -> None:
     how, not_applicable = RIGHT[name]
     report = conformance.check(**how)

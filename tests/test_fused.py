@@ -333,7 +333,7 @@ def test_readers_of_one_input_share_its_cast_until_it_changes() -> None:
     assert x._minilora_cast[1]() is None  # kept for no longer than a backward needs it
 
 
-# What models do to a layer's input and output ------------------------------------------------------
+# What models do to a layer's input and output -----------------------------------------------------
 
 Used = Callable[[nn.Module, Tensor], Any]
 USES: dict[str, Used] = {}
