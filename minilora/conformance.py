@@ -136,8 +136,9 @@ class Kit:
         base, found = self.base(), dict[str, str]()
         own, tensors = _tensors(base), _tensors(self.make(base, RANK, ALPHA, 0.0))
         for mine, b in own.items():
-            same = {n: t for n, t in tensors.items() if t.dtype == b.dtype and torch.equal(t, b)}
-            found |= dict.fromkeys(sorted(same, key=lambda n, b=b: same[n] is not b)[:1], mine)
+            same = [n for n, t in tensors.items() if t.dtype == b.dtype and torch.equal(t, b)]
+            itself = [name for name in same if tensors[name] is b]
+            found |= dict.fromkeys((itself + same)[:1], mine)
         return found
 
     def frozen(self, module: nn.Module) -> dict[str, Tensor]:
@@ -338,11 +339,11 @@ def merge(kit: Kit) -> Claims:
 class _Operations(TorchDispatchMode):
     """Counts what is computed, views apart."""
 
-    seen: Counter[str] = Counter()
+    seen: Counter[str]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = f"{func} {[tuple(a.shape) for a in args if isinstance(a, Tensor)]}"
-        self.seen = self.seen + Counter({name: int(not func.is_view)})
+        self.seen[name] += not func.is_view
         return func(*args, **(kwargs or {}))
 
 
@@ -351,6 +352,7 @@ def latency(kit: Kit) -> Claims:
     runs = []
     for module in (kit.base(), kit.call("merge", kit.build())):
         with _Operations() as operations:  # type: ignore[no-untyped-call]
+            operations.seen = Counter()
             kit.evaluate(module)
         runs.append(operations.seen)
     other = list(((runs[0] - runs[1]) + (runs[1] - runs[0])).elements())

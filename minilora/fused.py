@@ -68,7 +68,8 @@ class LowRank(torch.autograd.Function):
             ctx.save_for_backward(x, m, h, a, tb, A, B)
             z = torch.addmm(_rows(y), h, tb.T)  # (n, out)
             # as F.linear ends: autograd refuses to change a `view` made here in place
-            return torch.ops.aten._unsafe_view(z, y.shape)
+            result: Tensor = torch.ops.aten._unsafe_view(z, y.shape)
+            return result
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:

@@ -97,7 +97,7 @@ _moved: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def _table(name: str, device: torch.device) -> Tensor:
-    """A codebook on a device; each is copied once, not for each product of `benchmarks/qlora.py`."""
+    """A codebook on a device, copied once, and not for each product of `benchmarks/qlora.py`."""
     if device.type == "cpu":
         return TABLES[name]
     if (name, device) not in _moved:
