@@ -11,11 +11,14 @@ from torch.utils.weak import TensorWeakRef
 def can_fuse(y: Tensor, x: Tensor) -> bool:
     """Whether `fused_low_rank` applies: y has the dtype that the branch computes in.
 
-    Not on the meta device, which knows no autocast, and not where the derivative of each operation
-    is asked for, as `torch.func` and forward mode do.
+    Not on the meta device, which knows no autocast, and not where torch needs plain operations.
     """
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return not (transformed or x.is_meta) and y.dtype == _compute_dtype(x)
+    return not (x.is_meta or is_transformed()) and y.dtype == _compute_dtype(x)
+
+
+def is_transformed() -> bool:
+    """Inside `torch.func` or forward mode, where every operation is differentiated by itself."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def fused_low_rank(

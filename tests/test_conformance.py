@@ -882,7 +882,7 @@ def test_a_fault_of_a_model_is_found(
 # What the kit itself is ---------------------------------------------------------------------------
 
 
-KIT_LINES = 392  # the aim is 300
+KIT_LINES = 394  # the aim is 300
 
 
 def test_the_kit_is_one_file_torch_only_and_small() -> None:
