@@ -11,12 +11,13 @@ ADAPTER is the directory of an adapter or of a run, or an adapter's name on the 
 """
 
 import argparse
+import importlib.util
 import json
 import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +91,37 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     check = commands.add_parser("conformance", help="check a LoRA layer of anybody's")
     check.add_argument("target", metavar="FILE.py:make", help="or module:make")
-    check.set_defaults(run=lambda parsed: conformance.main(parsed.target))
+    check.set_defaults(run=_conformance)
     return parser
+
+
+def _conformance(parsed: argparse.Namespace) -> int:
+    """Check `FILE.py:name` or `module:name`: a make, or a mapping of all of `check`'s arguments.
+
+    Returns:
+        The exit code: 1 if something failed, else 0.
+
+    Raises:
+        LoRAError: there is no such file, module or name, or it cannot be checked.
+    """
+    place, _, name = parsed.target.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            sys.path.insert(0, str(Path(place).parent))  # as `python FILE.py` does
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None
+            assert spec.loader is not None
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        found = getattr(module, name)
+        report = conformance.check(**found if isinstance(found, Mapping) else {"make": found})
+    except Exception as error:
+        text = f"cannot check {parsed.target!r}: {type(error).__name__}: {error}"
+        raise LoRAError(f"{text}; it should be FILE.py:make or module:make") from error
+    print(report)
+    return int(bool(report.named("failed")))
 
 
 def _directory(name: str) -> Path:

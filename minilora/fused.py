@@ -4,16 +4,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.utils.weak import TensorWeakRef
 
 
 def can_fuse(y: Tensor, x: Tensor) -> bool:
     """Whether `fused_low_rank` applies: y has the dtype that the branch computes in.
 
-    Not on the meta device, which knows no autocast.
+    Not on the meta device, which knows no autocast, and not where torch needs plain operations.
     """
-    return not x.is_meta and y.dtype == _compute_dtype(x)
+    return not (x.is_meta or is_transformed()) and y.dtype == _compute_dtype(x)
+
+
+def is_transformed() -> bool:
+    """Inside `torch.func` or forward mode, where every operation is differentiated by itself."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def fused_low_rank(
@@ -24,7 +29,8 @@ def fused_low_rank(
     Equal up to the rounding of another order of the same sums.
     """
     # also without gradients: a reentrant checkpoint's first pass must draw what its second draws
-    result: Tensor = LowRank.apply(y, x, A, B, scale, p)  # type: ignore[no-untyped-call]
+    cast = None if x.dtype == y.dtype else _cast_once(x, y.dtype)
+    result: Tensor = LowRank.apply(y, x, cast, A, B, scale, p)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -49,38 +55,48 @@ class LowRank(torch.autograd.Function):
     the small B, once, before it is rounded to the dtype of the product; `addmm` then adds while it
     multiplies. Products are taken only for the gradients that somebody asked for.
 
-    The base is not in it: y arrives as a value, and its gradient leaves as it came.
+    The base is not in it: y arrives as a value, and its gradient leaves as it came. So does dL/dx,
+    in x's own dtype; x in the dtype of the products comes beside it, since a second derivative
+    needs to know where that came from.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, cast: Tensor | None, *rest: Any) -> Tensor:
         A, B, scale, p = rest
-        dtype = y.dtype
         with torch.autocast(x.device.type, enabled=False):
-            ctx.t = t = scale / (1 - p)
-            ctx.dtypes = x.dtype, A.dtype, B.dtype
-            x, m = _cast_once(x, dtype), keep_mask(x, p) if p else None
-            a, tb = A.to(dtype), (B * t).to(dtype)  # (r, in), (out, r)
-            h = _rows(x if m is None else x * m) @ a.T  # (n, r), without 1 / (1 - p)
-            ctx.save_for_backward(x, m, h, a, tb)
-            return torch.addmm(_rows(y), h, tb.T).view(y.shape)
+            ctx.t, ctx.dtypes = scale / (1 - p), (x.dtype, A.dtype, B.dtype)
+            m = keep_mask(x, p) if p else None
+            x = x if cast is None else cast
+            h, a, tb = _factors(x, m, A, B, ctx.t)
+            ctx.save_for_backward(x, m, h, a, tb, A, B)
+            z = torch.addmm(_rows(y), h, tb.T)  # (n, out)
+            # as F.linear ends: autograd refuses to change a `view` made here in place
+            result: Tensor = torch.ops.aten._unsafe_view(z, y.shape)
+            return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
-        x, m, h, a, tb = ctx.saved_tensors
+        x, m, h, a, tb, A, B = ctx.saved_tensors
         dx = dA = dB = None
         with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():  # a second derivative will be taken: of x, A and B
+                h, a, tb = _factors(x, m, A, B, ctx.t)
             g = _rows(G)  # (n, out)
             dh = g @ tb  # (n, r), with 1 / (1 - p)
             if ctx.needs_input_grad[1]:
                 dx = (dh @ a).view(x.shape)  # (..., in)
                 dx = (dx if m is None else dx * m).to(ctx.dtypes[0])
-            if ctx.needs_input_grad[2]:
-                dA = (dh.T @ _rows(x if m is None else x * m)).to(ctx.dtypes[1])  # (r, in)
             if ctx.needs_input_grad[3]:
+                dA = (dh.T @ _rows(x if m is None else x * m)).to(ctx.dtypes[1])  # (r, in)
+            if ctx.needs_input_grad[4]:
                 dB = (h.T @ g).T.to(ctx.dtypes[2]) * ctx.t  # (out, r); faster this way round
-        return G, dx, dA, dB, None, None
+        return G, dx, None, dA, dB, None, None
+
+
+def _factors(x: Tensor, m: Tensor | None, A: Tensor, B: Tensor, t: float) -> tuple[Tensor, ...]:
+    """H (n, r), without 1 / (1 - p), A (r, in) and t B (out, r), all in x's dtype."""
+    a = A.to(x.dtype)
+    return _rows(x if m is None else x * m) @ a.T, a, (B * t).to(x.dtype)
 
 
 def keep_mask(x: Tensor, p: float) -> Tensor:
@@ -116,11 +132,12 @@ def _cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
     It is cached on x while a backward pass needs it. Without the cache
     `test_q_and_v_save_at_most_two_fifths_of_what_peft_saves` fails.
     """
-    if x.dtype == dtype or torch.compiler.is_compiling() or x.is_inference():
+    if torch.compiler.is_compiling() or x.is_inference():
         return x.to(dtype)  # a compiler finds the common cast by itself
     version, reference = getattr(x, "_minilora_cast", (0, lambda: None))
     cast: Tensor | None = reference()
-    if cast is None or version != x._version or cast.dtype != dtype:
+    asked = x.requires_grad and torch.is_grad_enabled()
+    if cast is None or (version, dtype, asked) != (x._version, cast.dtype, cast.requires_grad):
         cast = x.to(dtype)
         x._minilora_cast = (x._version, TensorWeakRef(cast))  # type: ignore[attr-defined]
     return cast

@@ -22,8 +22,8 @@ HEART = (
     "config", "functional", "linears", "initialization", "layer", "targets", "inject", "merge",
 )  # fmt: skip
 LEAVES = ("modules", "reports", "fused")
-LIBRARY_LINES = 1371  # DESIGN: 1,300
-APART = ("nf4", "methods", "conformance", "invariants", "many", "__main__")  # topics by themselves
+LIBRARY_LINES = 1379  # DESIGN: 1,300
+APART = ("nf4", "methods", "conformance", "many", "__main__")  # topics by themselves
 
 # The folders of the task. Each imports only those before it, and files of its own.
 TASK = ("errors", "presets", "settings", "files", "processes", "data", "model", "evaluation",

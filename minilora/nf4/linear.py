@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from minilora.fused import is_transformed
 from minilora.nf4.tensor import BLOCK, NF4, SCALES_BLOCK, pack, scratch, unpack
 
 
@@ -24,11 +24,12 @@ class _Product(torch.autograd.Function):
         return F.linear(x, _weight(NF4(*packed), shape, x.dtype), bias)  # type: ignore[arg-type]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = db = None
         if ctx.needs_input_grad[0]:
             weight = _weight(NF4(*ctx.saved_tensors), ctx.shape, dy.dtype)  # (out, in)
+            if torch.is_grad_enabled():  # a second derivative will need it
+                weight = weight.clone()
             dx = dy @ weight  # (..., out) (out, in) -> (..., in)
         if ctx.needs_input_grad[1]:
             db = dy.reshape(-1, dy.shape[-1]).sum(dim=0)
@@ -96,6 +97,8 @@ class NF4Linear(nn.Module):
         if not (x.is_meta or wide) and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if is_transformed():
+            return F.linear(x, self.dense_weight(x.dtype), bias)
         shape = (self.out_features, self.in_features)
         y: Tensor = _Product.apply(x, bias, shape, *self.packed)  # type: ignore[no-untyped-call]
         return y

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.config import LoRAError
+from minilora.fused import is_transformed
 
 BLOCK = 64
 """Values that share one absmax."""
@@ -203,7 +204,7 @@ def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> T
     Without it a QLoRA layer's step takes 1.45 to 1.6 times LoRA's (`benchmarks/qlora.py`), instead
     of 0.92 to 1.19.
     """
-    lasts = device.type == "cpu" and not torch.compiler.is_compiling()
+    lasts = device.type == "cpu" and not (torch.compiler.is_compiling() or is_transformed())
     found = _lasting.tensors.get((name, dtype)) if lasts else None
     if found is None or found.numel() < size:
         with torch.inference_mode(False):
