@@ -81,9 +81,10 @@ def excerpt(recording: str) -> str:
 
 
 def ending(recording: str) -> str:
-    """The lines that training ends with: its last two paragraphs, the scores and the summary."""
+    """Of the last paragraphs of training the scores and the summary, without what lies between."""
     training, _, _ = recording.partition("$ cat chat.txt")
-    return "\n\n".join(training.rstrip().split("\n\n")[-2:])
+    scores, _, summary = training.rstrip().split("\n\n")[-3:]
+    return f"{scores}\n\n{summary}"
 
 
 def paste(page: str, recording: str) -> str:

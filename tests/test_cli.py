@@ -102,7 +102,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "a misspelt target": (["--targets", "q_porj"], ["'q_porj'", "nearest: q_proj"]),
     "one of two targets": (["--targets", "q_proj", "fc9"], ["'fc9'", "nearest: fc"]),
     "a pattern that matches nothing": (["--targets", r".*\.nothing"], ["nothing matches"]),
-    "a broken pattern": (["--targets", "q_proj("], ["no regular expression"]),
+    "a broken pattern": (["--targets", "q_proj("], ["not a regular expression"]),
     "a misspelt exclude": (["--exclude", "k_porj"], ["exclude", "'k_porj'", "nearest"]),
     "rank 0": (["--rank", "0"], ["rank", "at least 1", "not 0"]),
     "a negative rank": (["--rank", "-3"], ["rank", "-3"]),
@@ -400,7 +400,7 @@ def test_the_embedded_model_trains_on_the_embedded_dialogues(
     argv = ["--rank", "4", "--max-steps", "2", "--validation-limit", "2", "--no-evaluate"]
     assert call(train_main, *argv, "--beams", "1", "--min-length", "5", "--max-length", "10") == 0
     out, err = capfd.readouterr()
-    assert "pocket-bart on minichat: 1,720 dialogues to train, 182 to validate" in out
+    assert "pocket-bart on bookings: 1,200 dialogues to train, 150 to validate" in out
     assert all(line.startswith("note: ") for line in err.splitlines())
     assert minilora.read_adapter(tmp_path / "runs" / "pocket-lora-r4" / "adapter").config.rank == 4
 
