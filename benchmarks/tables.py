@@ -228,7 +228,10 @@ def beside_peft(
         ],
         ["peak memory of training", *(f"{row['peak_bytes'] / 2**30:.2f} GiB" for row in trained)],
         ["validation loss afterwards", *(f"{row['validation_loss']:.3f}" for row in trained)],
-        ["summarizing with pocket-bart, dialogues a second", *(f"{speed:.1f}" for speed in speeds)],
+        [
+            "summarizing (pocket-bart's earlier weights), dialogues a second",
+            *(f"{speed:.1f}" for speed in speeds),
+        ],
         ["bf16 weights changed by 100 merges and unmerges", *(f"{s:.1%}" for s in shares)],
     ]
 

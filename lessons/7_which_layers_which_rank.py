@@ -82,7 +82,7 @@ print(
 # %% [markdown]
 # ## The whole comparison
 #
-# Five steps are not a whole run. [`benchmarks/pocket.py`](../benchmarks/pocket.py) trains with the
+# Five steps are not a whole run; the whole runs are of pocket-bart's earlier weights (8 M). [`benchmarks/pocket.py`](../benchmarks/pocket.py) trains with the
 # default preset, chooses the epoch by validation, and scores the summaries of all test dialogues. Its
 # committed results are shown here; the intervals are bootstrap intervals over the test dialogues.
 

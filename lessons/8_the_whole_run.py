@@ -99,7 +99,7 @@ for i in sorted(range(len(rows)), key=lambda i: scores["finetuned"][i] - scores[
 # %% [markdown]
 # ## A whole run, from committed results
 #
-# The same analysis of a whole fine-tune, from scores in the repository: SAMSum if its scores are there
+# The same for a whole fine-tune of pocket-bart's earlier weights (8 M), from committed scores: SAMSum if its scores are there
 # (without texts, because of its licence), otherwise minichat's whole test split, otherwise the short
 # run above.
 
