@@ -1,8 +1,7 @@
 """The files of a run, read and checked for the report; no model is loaded.
 
-config.json is required. A run in progress has no end in its log.jsonl and no evaluation.json yet,
-and a full fine-tune has no adapter/. A file that exists and cannot be read is an error that names
-it.
+config.json is required. A run in progress has no end in its log.jsonl and no evaluation.json yet.
+A file that exists and cannot be read is an error that names it.
 """
 
 import json
@@ -13,40 +12,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
-from minilora import read_adapter
-from minilora.arithmetic import singular_values
-
 from ..errors import UserError
 from ..evaluation import nonsense
 from ..evaluation.compare import Compared, Evaluation
 from ..evaluation.rouge import MEASURES, Interval
 from ..files import read_object
 
-SIDES = ("base", "finetuned", "difference")
-
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """The singular values of one module's update s B A, the largest first."""
-
-    module: str
-    shape: tuple[int, int]
-    """(out, in)."""
-    scale: float
-    values: tuple[float, ...]
-    """As many as the rank."""
-
-    @property
-    def norm(self) -> float:
-        """||s B A||, the Frobenius norm."""
-        return math.hypot(*self.values)
-
-    @property
-    def stable_rank(self) -> float:
-        """||s B A||^2 over the square of the largest singular value: from 1 to r."""
-        return (self.norm / self.values[0]) ** 2 if self.values[0] else 0.0
 
 
 @dataclass(frozen=True)
@@ -58,13 +30,11 @@ class Run:
     start: Record | None
     """trainable and total parameters."""
     steps: tuple[Record, ...]
-    """step, loss (nats per target token), seconds."""
+    """step, loss (nats per target token), learning rate, seconds."""
     validations: tuple[Record, ...]
     """step, epoch, loss, ROUGE."""
     end: Record | None
     """seconds and peak_bytes; None for a run in progress or stopped."""
-    spectra: tuple[Spectrum, ...]
-    dora: bool
     evaluation: Evaluation | None
 
     @property
@@ -90,7 +60,6 @@ def read_report(directory: Path) -> Run:
 
     Raises:
         UserError: it is not a run, or one of its files is damaged; the file is named.
-        LoRAError: its adapter is damaged.
         OSError: a file cannot be read.
     """
     if not directory.is_dir():
@@ -101,7 +70,6 @@ def read_report(directory: Path) -> Run:
     kinds: dict[str, list[Record]] = {kind: [] for kind in LOG_KEYS}
     for record in _log(directory / "log.jsonl"):
         kinds.get(record["kind"], []).append(record)
-    dora, spectra = _spectra(directory / "adapter")
     return Run(
         path=directory,
         config=config,
@@ -109,8 +77,6 @@ def read_report(directory: Path) -> Run:
         steps=tuple(kinds["step"]),
         validations=tuple(kinds["validation"]),
         end=next(reversed(kinds["end"]), None),
-        spectra=spectra,
-        dora=dora,
         evaluation=_evaluation(directory / "evaluation.json"),
     )
 
@@ -118,7 +84,7 @@ def read_report(directory: Path) -> Run:
 # The keys of each kind of record. Those in parentheses may be null, which stands for NaN.
 LOG_KEYS = {
     "start": "trainable total",
-    "step": "step (loss) (seconds)",
+    "step": "step (loss) (learning_rate) (seconds)",
     "validation": "step epoch (loss) (rouge1) (rouge2) (rougeL)",
     "end": "seconds peak_bytes",
 }
@@ -163,18 +129,20 @@ def _evaluation(path: Path) -> Evaluation | None:
     examples = content.get("examples")
     if not isinstance(examples, list) or not examples:
         raise UserError(f"{path}: has no examples")
-    compared = [_compared(e, f"{path}: examples[{i}]") for i, e in enumerate(examples)]
+    measures = dict.fromkeys(("base", "finetuned", "difference"), MEASURES)
+    if "reference" in content:
+        for side in ("base", "finetuned", "reference"):
+            measures[side] = (*measures.get(side, ()), *nonsense.MEASURES)
     return Evaluation(
         data=str(content.get("data", "")),
         split=str(content.get("split", "")),
         generation={},
-        intervals={s: {m: _interval(content, s, m, path) for m in MEASURES} for s in SIDES},
-        examples=compared,
-        nonsense=None if "reference" not in content else {
-            side: {kind: _interval(content, side, kind, path) for kind in nonsense.MEASURES}
-            for side in ("base", "finetuned", "reference")
+        intervals={
+            side: {name: _interval(content, side, name, path) for name in names}
+            for side, names in measures.items()
         },
-    )  # fmt: skip
+        examples=[_compared(e, f"{path}: examples[{i}]") for i, e in enumerate(examples)],
+    )
 
 
 def _compared(example: Any, where: str) -> Compared:
@@ -198,17 +166,3 @@ def _interval(content: Record, side: str, measure: str, path: Path) -> Interval:
     if side == "difference":
         return Interval(*bounds)
     return Interval(_number(content.get(side), measure, f"{path}: {side}"), *bounds)
-
-
-def _spectra(directory: Path) -> tuple[bool, tuple[Spectrum, ...]]:
-    """Of every module of the adapter, from A and B: the product (out, in) is never computed."""
-    if not directory.exists():
-        return False, ()
-    adapter = read_adapter(directory)
-    found = []
-    for module in adapter.modules:
-        A, B = (tensor.double() for tensor in adapter.pair(module))
-        scale = adapter.scale_of(module)
-        values = (abs(scale) * singular_values((A, B))).tolist()
-        found.append(Spectrum(module, (B.shape[0], A.shape[1]), scale, tuple(values)))
-    return adapter.config.dora, tuple(found)
