@@ -82,7 +82,8 @@ def _short(name: str) -> str:
 def _lead(run: Run) -> str:
     """The result in one sentence."""
     if run.evaluation is None:
-        return f"{'Trained' if run.end else 'Not trained yet'}; not scored yet."
+        trained = f"{len(run.steps):,} steps trained" if run.steps else "Not trained yet"
+        return f"{trained}; not scored yet."
     before, after, change = (
         run.evaluation.intervals[side]["rouge1"] for side in ("base", "finetuned", "difference")
     )

@@ -129,6 +129,7 @@ def _evaluation(path: Path) -> Evaluation | None:
     examples = content.get("examples")
     if not isinstance(examples, list) or not examples:
         raise UserError(f"{path}: has no examples")
+    compared = [_compared(example, f"{path}: examples[{i}]") for i, example in enumerate(examples)]
     measures = dict.fromkeys(("base", "finetuned", "difference"), MEASURES)
     if "reference" in content:
         for side in ("base", "finetuned", "reference"):
@@ -141,7 +142,7 @@ def _evaluation(path: Path) -> Evaluation | None:
             side: {name: _interval(content, side, name, path) for name in names}
             for side, names in measures.items()
         },
-        examples=[_compared(e, f"{path}: examples[{i}]") for i, e in enumerate(examples)],
+        examples=compared,
     )
 
 
