@@ -56,15 +56,6 @@ class Evaluation:
     def n(self) -> int:
         return len(self.examples)
 
-    @property
-    def base(self) -> dict[str, float]:
-        """The mean of each measure."""
-        return {name: interval.mean for name, interval in self.intervals["base"].items()}
-
-    @property
-    def finetuned(self) -> dict[str, float]:
-        return {name: interval.mean for name, interval in self.intervals["finetuned"].items()}
-
     def to_dict(self) -> dict[str, Any]:
         """The content of evaluation.json: [low, high], and [mean, low, high] for differences."""
         means, bounds = {}, {}
@@ -113,9 +104,8 @@ def compare(
     ]
     dialogues = [e.dialogue for e in compared]
     nonsense = {
-        "base": shares([e.base for e in compared], dialogues),
-        "finetuned": shares([e.finetuned for e in compared], dialogues),
-        "reference": shares([e.reference for e in compared], dialogues),
+        side: shares([getattr(e, side) for e in compared], dialogues)
+        for side in ("base", "finetuned", "reference")
     }
     if None not in nonsense.values():
         for side, row in nonsense.items():

@@ -11,7 +11,7 @@ def escape(text: object) -> str:
     return html.escape(plain)
 
 
-def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, kind: str) -> str:
+def html_table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table that scrolls if it is too wide. Cells are HTML, the first of a row is its head."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(
@@ -20,5 +20,5 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, k
     )
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">'
-        f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )

@@ -44,7 +44,7 @@ def render(run: Run) -> str:
         style_hash=_hash(style),
         script=script,
         script_hash=_hash(script),
-        name=escape(run.name),
+        name=escape(run.path.resolve().name),
         title=escape(_title(run)),
         lead=_lead(run),
         notices=_notices(run),
@@ -70,13 +70,7 @@ def _hash(source: str) -> str:
 def _title(run: Run) -> str:
     method, rank = run.config.get("method", "lora"), run.config.get("rank", "?")
     how = {"full": "every parameter fine-tuned", "qlora": f"QLoRA of rank {rank}"}
-    model = _short(str(run.config.get("model", "pocket-bart")))
-    return f"{model}, {how.get(method, f'LoRA of rank {rank}')}"
-
-
-def _short(name: str) -> str:
-    """A hub name, or the last part of a path."""
-    return name if name.count("/") <= 1 and not name.startswith((".", "/")) else Path(name).name
+    return f"{run.config.get('model', 'pocket-bart')}, {how.get(method, f'LoRA of rank {rank}')}"
 
 
 def _lead(run: Run) -> str:
@@ -90,7 +84,7 @@ def _lead(run: Run) -> str:
     return (
         f"<strong>ROUGE-1 {before.mean:.1f} → {after.mean:.1f}</strong> ({change.mean:+.1f}, 95% "
         f"interval {change.low:+.1f} to {change.high:+.1f}) on {run.evaluation.n:,} dialogues of "
-        f"{escape(_short(run.evaluation.data))}, {escape(run.evaluation.split)} split."
+        f"{escape(run.evaluation.data)}, {escape(run.evaluation.split)} split."
     )
 
 
@@ -119,15 +113,16 @@ def _notices(run: Run) -> str:
 
 def _cost(run: Run) -> str:
     """Parameters, time and memory: a label, a value and a remark each."""
-    count = len(run.validations)
-    epochs = f"in {count} epoch{'s' * (count != 1)}" if count else "the first epoch is not over"
-    time = "training and validation" if run.end else "so far"
-    facts = [("time", duration(run.seconds), time), ("steps", f"{len(run.steps):,}", epochs)]
+    facts = []
     if run.start:
         trained, total = run.start["trainable"], run.start["total"]
         share = f"{trained / total:.2%} of {total:,}"
-        facts.insert(0, ("trained parameters", f"{trained:,}", share))
+        facts.append(("trained parameters", f"{trained:,}", share))
+    count = len(run.validations)
+    epochs = f"in {count} epoch{'s' * (count != 1)}" if count else "the first epoch is not over"
+    facts.append(("steps", f"{len(run.steps):,}", epochs))
     if run.end:
+        facts.append(("time", duration(run.end["seconds"]), "training and validation"))
         facts.append(("peak memory", f"{run.end['peak_bytes'] / 2**20:,.0f} MiB", ""))
     if best := run.best:
         score = f"ROUGE-1 {best['rouge1']:.1f}"
@@ -142,27 +137,25 @@ def _scores(evaluation: Evaluation) -> str:
     """The terminal's tables, and on how many dialogues the score rose."""
     gains = [example.gain for example in evaluation.examples]
     up, down = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    same = len(gains) - up - down
     parts = [
-        _numbers(score_table(evaluation), "scores"),
-        f'<p class="words">ROUGE-1 rose on {up:,} dialogues, fell on {down:,} and stayed on '
-        f"{len(gains) - up - down:,}. Square brackets hold 95% bootstrap intervals of the means. "
-        "Both models find the same dialogues hard, so the paired difference says more than "
-        "whether the intervals of the two overlap.</p>",
+        _numbers("ROUGE and length", score_table(evaluation)),
+        f"<p>ROUGE-1 rose on {up:,} dialogues, fell on {down:,} and stayed on {same:,}.</p>",
     ]
     if nonsense := nonsense_table(evaluation):
-        parts.append("<h3>Per cent of the summaries with what the dialogue lacks, or a repeat</h3>")
-        parts.append(_numbers(nonsense, "nonsense"))
+        title = "Per cent of the summaries with what the dialogue lacks, or with a repeated phrase"
+        parts += [f"<h3>{title}</h3>", _numbers(title, nonsense)]
     return "".join(parts)
 
 
-def _numbers(table: Table, label: str) -> str:
+def _numbers(label: str, table: Table) -> str:
     """The interval of each figure in small print."""
     head, *rows = table
     cells = [
         [re.sub(r"(\[.*\])", r"<small>\1</small>", cell).replace("rouge", "ROUGE-") for cell in row]
         for row in rows
     ]
-    return html_table(head, cells, label, "numbers")
+    return html_table(label, head, cells)
 
 
 def _settings(run: Run) -> str:
@@ -173,4 +166,4 @@ def _settings(run: Run) -> str:
         shown = value if isinstance(value, str) else json.dumps(value)
         meaning = escape(meanings.get(name, ""))
         rows.append([escape(name), f"<code>{escape(shown)}</code>", meaning])
-    return html_table(["setting", "value", "meaning"], rows, "settings", "settings")
+    return html_table("settings", ["setting", "value", "meaning"], rows)

@@ -13,7 +13,7 @@ from .runs import Record, Run
 
 Point = tuple[float, float]
 
-WIDTH, HEIGHT = 400, 230
+WIDTH, HEIGHT = 400, 215
 LEFT, TOP, RIGHT, BOTTOM = 56, 12, 386, 190  # where the axes end
 
 
@@ -43,8 +43,11 @@ def curves(run: Run) -> str:
         ],
         "Learning rate": [Series("learning rate", _thin(rate, 200), "c1")],
     }
-    drawn = {title: [s for s in series if s.points] for title, series in charts.items()}
-    figures = [line_chart(title, series) for title, series in drawn.items() if series]
+    figures = [
+        line_chart(title, drawn)
+        for title, series in charts.items()
+        if (drawn := [one for one in series if one.points])
+    ]
     return "".join(figures) or "<p>No step is in the log yet.</p>"
 
 
@@ -53,7 +56,7 @@ def _points(records: Iterable[Record], key: str) -> list[Point]:
 
 
 def _thin(points: Sequence[Point], most: int) -> Sequence[Point]:
-    """Every so manieth point, so that at most `most` are left."""
+    """Every n-th point, n as small as leaves at most `most`."""
     return points[:: math.ceil(len(points) / most) or 1]
 
 
@@ -76,8 +79,6 @@ def line_chart(title: str, series: Sequence[Series]) -> str:
     for value in x_ticks:
         x = place(value, x_ticks, LEFT, RIGHT)
         parts.append(f'<text x="{x}" y="{BOTTOM + 17}" text-anchor="middle">{value:,.6g}</text>')
-    middle = (LEFT + RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">optimizer step</text>')
     for one in series:
         places = [
             (place(x, x_ticks, LEFT, RIGHT), place(y, y_ticks, BOTTOM, TOP)) for x, y in one.points
@@ -89,7 +90,8 @@ def line_chart(title: str, series: Sequence[Series]) -> str:
             parts += [f'{dot} cx="{x}" cy="{y}"/>' for x, y in places]
     legend = "".join(f'<li class="{one.style}">{escape(one.name)}</li>' for one in series)
     return (
-        f'<figure><h3>{title}</h3><svg class="plot" role="img" aria-label="{title} by step" '
+        f"<figure><h3>{title}, by optimizer step</h3>"
+        f'<svg class="plot" role="img" aria-label="{title}, by optimizer step" '
         f'viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(parts)}</svg>'
         f'<figcaption><ul class="legend">{legend}</ul></figcaption></figure>'
     )

@@ -17,20 +17,19 @@ def cards(examples: list[Compared]) -> str:
 
 def _card(position: int, example: Compared, of: int) -> str:
     reference, gain = example.reference, example.gain
+    base = _marked(example.base, reference, "c0")
+    tuned = _marked(example.finetuned, reference, "c1")
     kind = "up" if gain > 0 else "down" if gain < 0 else ""
     change = f'<span class="{kind}">{gain:+.1f}</span>'
+    rows = (
+        ("Reference", "", escape(reference)),
+        ("Base", f"ROUGE-1 {example.rouge1_base:.1f}", base),
+        ("Fine-tuned", f"ROUGE-1 {example.rouge1_finetuned:.1f} {change}", tuned),
+    )
     summaries = "".join(
         f'<div><dt>{who}<span class="score">{score}</span></dt>'
         f'<dd dir="auto">{text or "<em>(empty)</em>"}</dd></div>'
-        for who, score, text in (
-            ("Reference", "ROUGE-1", escape(reference)),
-            ("Base", f"{example.rouge1_base:.1f}", _marked(example.base, reference, "c0")),
-            (
-                "Fine-tuned",
-                f"{example.rouge1_finetuned:.1f} {change}",
-                _marked(example.finetuned, reference, "c1"),
-            ),
-        )
+        for who, score, text in rows
     )
     turns = "".join(f'<p dir="auto">{_turn(line)}</p>' for line in example.dialogue.splitlines())
     return (

@@ -5,10 +5,10 @@ A file that exists and cannot be read is an error that names it.
 """
 
 import json
-import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,23 +30,12 @@ class Run:
     start: Record | None
     """trainable and total parameters."""
     steps: tuple[Record, ...]
-    """step, loss (nats per target token), learning rate, seconds."""
+    """step, loss (nats per target token), learning rate."""
     validations: tuple[Record, ...]
     """step, epoch, loss, ROUGE."""
     end: Record | None
     """seconds and peak_bytes; None for a run in progress or stopped."""
     evaluation: Evaluation | None
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
-
-    @property
-    def seconds(self) -> float:
-        """Of training and validation; for a run in progress, of its steps so far."""
-        if self.end is not None:
-            return float(self.end["seconds"])
-        return math.fsum(record["seconds"] or 0 for record in self.steps)
 
     @property
     def best(self) -> Record | None:
@@ -67,16 +56,14 @@ def read_report(directory: Path) -> Run:
     config = read_object(directory / "config.json")
     if config is None:
         raise UserError(f"{directory} is not a run: it has no config.json")
-    kinds: dict[str, list[Record]] = {kind: [] for kind in LOG_KEYS}
-    for record in _log(directory / "log.jsonl"):
-        kinds.get(record["kind"], []).append(record)
+    log = _log(directory / "log.jsonl")
     return Run(
         path=directory,
         config=config,
-        start=next(reversed(kinds["start"]), None),
-        steps=tuple(kinds["step"]),
-        validations=tuple(kinds["validation"]),
-        end=next(reversed(kinds["end"]), None),
+        start=next(reversed(log["start"]), None),
+        steps=tuple(log["step"]),
+        validations=tuple(log["validation"]),
+        end=next(reversed(log["end"]), None),
         evaluation=_evaluation(directory / "evaluation.json"),
     )
 
@@ -84,16 +71,17 @@ def read_report(directory: Path) -> Run:
 # The keys of each kind of record. Those in parentheses may be null, which stands for NaN.
 LOG_KEYS = {
     "start": "trainable total",
-    "step": "step (loss) (learning_rate) (seconds)",
+    "step": "step (loss) (learning_rate)",
     "validation": "step epoch (loss) (rouge1) (rouge2) (rougeL)",
     "end": "seconds peak_bytes",
 }
 
 
-def _log(path: Path) -> Iterator[Record]:
-    """The records; unknown kinds are ignored."""
+def _log(path: Path) -> dict[str, list[Record]]:
+    """The records by kind; unknown kinds are ignored."""
+    log: dict[str, list[Record]] = {kind: [] for kind in LOG_KEYS}
     if not path.exists():
-        return
+        return log
     *lines, _ = path.read_bytes().split(b"\n")  # a killed run ends in an incomplete line
     for number, line in enumerate(lines, 1):
         where = f"{path} line {number}"
@@ -106,19 +94,22 @@ def _log(path: Path) -> Iterator[Record]:
         for key in LOG_KEYS.get(record["kind"], "").split():
             name = key.strip("()")
             if record.get(name) is not None or name == key:
-                _number(record, name, where)
+                _number(record, where, name)
             record.setdefault(name, None)
-        yield record
+        log.get(record["kind"], []).append(record)
+    return log
 
 
-def _number(record: Any, key: str | int, where: str) -> float:
+def _number(content: Any, where: str, *keys: str | int) -> float:
+    """The finite number at content[key][key]..."""
+    *outer, last = keys
+    where = ": ".join([where, *map(str, outer)])
     try:
-        value = record[key]
+        value = reduce(getitem, keys, content)
     except (KeyError, IndexError, TypeError):
-        raise UserError(f"{where}: has no {key}") from None
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not abs(value) <= sys.float_info.max:  # NaN too, and an int beyond floats
-        raise UserError(f"{where}: {key} is {value!r:.40}, not a finite number")
+        raise UserError(f"{where}: has no {last}") from None
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # nor NaN
+        raise UserError(f"{where}: {last} is {value!r:.40}, not a finite number")
     return cast(float, value)
 
 
@@ -130,16 +121,17 @@ def _evaluation(path: Path) -> Evaluation | None:
     if not isinstance(examples, list) or not examples:
         raise UserError(f"{path}: has no examples")
     compared = [_compared(example, f"{path}: examples[{i}]") for i, example in enumerate(examples)]
-    measures = dict.fromkeys(("base", "finetuned", "difference"), MEASURES)
-    if "reference" in content:
-        for side in ("base", "finetuned", "reference"):
-            measures[side] = (*measures.get(side, ()), *nonsense.MEASURES)
+    kinds = nonsense.MEASURES if "reference" in content else ()
+    both = (*MEASURES, *kinds)
+    measures = {"base": both, "finetuned": both, "difference": MEASURES}
+    if kinds:
+        measures["reference"] = kinds
     return Evaluation(
         data=str(content.get("data", "")),
         split=str(content.get("split", "")),
         generation={},
         intervals={
-            side: {name: _interval(content, side, name, path) for name in names}
+            side: {name: _interval(content, side, name, str(path)) for name in names}
             for side, names in measures.items()
         },
         examples=compared,
@@ -151,19 +143,16 @@ def _compared(example: Any, where: str) -> Compared:
         raise UserError(f"{where} is not an object")
     for field in fields(Compared):
         if field.type is float:
-            _number(example, field.name, where)
+            _number(example, where, field.name)
         elif not isinstance(example.get(field.name), str):
             raise UserError(f"{where}: {field.name} is not a text")
     return Compared(**{field.name: example[field.name] for field in fields(Compared)})
 
 
-def _interval(content: Record, side: str, measure: str, path: Path) -> Interval:
-    """evaluation.json has the means of base and fine-tuned apart from their intervals."""
-    intervals = content.get("intervals")
-    row = intervals.get(side) if isinstance(intervals, dict) else None
-    found = row.get(measure) if isinstance(row, dict) else None
-    where = f"{path}: intervals, {side}, {measure}"
-    bounds = [_number(found, i, where) for i in range(3 if side == "difference" else 2)]
+def _interval(content: Record, side: str, measure: str, where: str) -> Interval:
+    """The file has [mean, low, high] for a difference, else [low, high] and the mean apart."""
+    keys = ("intervals", side, measure)
     if side == "difference":
-        return Interval(*bounds)
-    return Interval(_number(content.get(side), measure, f"{path}: {side}"), *bounds)
+        return Interval(*(_number(content, where, *keys, i) for i in range(3)))
+    mean = _number(content, where, side, measure)
+    return Interval(mean, *(_number(content, where, *keys, i) for i in range(2)))
