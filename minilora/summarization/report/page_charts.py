@@ -28,7 +28,7 @@ class Series:
 
 
 def curves(run: Run) -> str:
-    """A figure for each quantity of which the log has values."""
+    """The charts of what the log has."""
     loss, rate = (_points(run.steps, key) for key in ("loss", "learning_rate"))
     charts = {
         "Loss, nats per token": [
@@ -36,18 +36,14 @@ def curves(run: Run) -> str:
             Series("training, moving mean", _thin(_moving_mean(loss), 200), "c1"),
             Series("validation", _points(run.validations, "loss"), "c2"),
         ],
-        "ROUGE on the validation split, F1 × 100": [
+        "Validation ROUGE, F1 × 100": [
             Series("ROUGE-1", _points(run.validations, "rouge1"), "c1"),
             Series("ROUGE-2", _points(run.validations, "rouge2"), "c3"),
             Series("ROUGE-L", _points(run.validations, "rougeL"), "c2"),
         ],
         "Learning rate": [Series("learning rate", _thin(rate, 200), "c1")],
     }
-    figures = [
-        line_chart(title, drawn)
-        for title, series in charts.items()
-        if (drawn := [one for one in series if one.points])
-    ]
+    figures = [line_chart(title, series) for title, series in charts.items()]
     return "".join(figures) or "<p>No step is in the log yet.</p>"
 
 
@@ -68,7 +64,10 @@ def _moving_mean(points: Sequence[Point]) -> list[Point]:
 
 
 def line_chart(title: str, series: Sequence[Series]) -> str:
-    """Lines over the optimizer steps, with axes, ticks and a legend."""
+    """Lines over the optimizer steps, with axes, ticks and a legend; "" without any point."""
+    series = [one for one in series if one.points]
+    if not series:
+        return ""
     xs, ys = zip(*(point for one in series for point in one.points), strict=True)
     x_ticks, y_ticks = ticks(0, max(xs)), ticks(min(ys), max(ys))
     parts = [f'<path class="axis" d="M{LEFT} {BOTTOM}H{RIGHT}"/>']
@@ -90,8 +89,7 @@ def line_chart(title: str, series: Sequence[Series]) -> str:
             parts += [f'{dot} cx="{x}" cy="{y}"/>' for x, y in places]
     legend = "".join(f'<li class="{one.style}">{escape(one.name)}</li>' for one in series)
     return (
-        f"<figure><h3>{title}, by optimizer step</h3>"
-        f'<svg class="plot" role="img" aria-label="{title}, by optimizer step" '
+        f'<figure><h3>{title}</h3><svg class="plot" role="img" aria-label="{title}, by step" '
         f'viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(parts)}</svg>'
         f'<figcaption><ul class="legend">{legend}</ul></figcaption></figure>'
     )
