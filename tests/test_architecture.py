@@ -27,7 +27,7 @@ APART = ("nf4", "methods", "conformance", "many", "__main__")  # topics by thems
 
 # The folders of the task. Each imports only those before it, and files of its own.
 TASK = ("errors", "presets", "settings", "files", "processes", "data", "model", "evaluation",
-        "training", "report", "flags", "cli")  # fmt: skip
+        "training", "report", "flags", "commands", "cli")  # fmt: skip
 
 # The public names of the design, and how Python spells what is not a function of the package.
 PUBLIC = (

@@ -128,49 +128,20 @@ def any_rank(flag: bool) -> bool:
     return all_reduce_sum(float(flag))[0] > 0
 
 
-# Whether `interrupt` may raise now, and whether it is still to raise. A process that left a
-# collective call would hang the others: test_a_stop_while_summaries_are_written_stops_all.
-_working = False
-_interrupted = False
-
-
-def interrupt() -> None:
-    """Raise KeyboardInterrupt: at once where that is safe, else in the next `run_on_all`."""
-    global _interrupted
-    if _working or world_size() == 1:
-        raise KeyboardInterrupt
-    _interrupted = True
-
-
-def forget_interrupt() -> None:
-    """Cancel an interrupt that has not been raised yet."""
-    global _interrupted
-    _interrupted = False
-
-
 def run_on_all(work: Callable[[], T]) -> list[T]:
     """Do `work` in every process. Returns the results of all (JSON values), by rank.
 
-    An interrupt or an error in one process is raised in all.
+    An error in one process is raised in all.
 
     Raises:
         UserError: the first error of another process. A process raises its own error as it is.
     """
     if world_size() == 1:
         return [work()]
-    global _working
     mine: dict[str, Any] = {}
     error: Exception | None = None
     try:
-        try:
-            _working = True
-            if _interrupted:
-                raise KeyboardInterrupt
-            mine["value"] = work()
-        finally:
-            _working = False
-    except KeyboardInterrupt:
-        mine["interrupted"] = True
+        mine["value"] = work()
     except EXPECTED as raised:
         error, mine["error"] = raised, str(raised)
     everyone = gather(mine)
@@ -178,8 +149,6 @@ def run_on_all(work: Callable[[], T]) -> list[T]:
         raise error
     if errors := [row["error"] for row in everyone if "error" in row]:
         raise UserError(errors[0])
-    if any("interrupted" in row for row in everyone):
-        raise KeyboardInterrupt
     return [row["value"] for row in everyone]
 
 

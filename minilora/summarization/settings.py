@@ -147,7 +147,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, flat: dict[str, Any]) -> "RunConfig":
-        """Inverse of `to_dict`. A missing entry takes its default, one of `REMOVED` is ignored.
+        """Inverse of `to_dict`. A missing entry takes its default.
 
         Raises:
             UserError: an entry is unknown, or of another type than the flag's.
@@ -155,7 +155,6 @@ class RunConfig:
         known: dict[str, Any] = {"preset": Literal[tuple(PRESETS)]}
         for kind in GROUPS.values():
             known |= get_type_hints(kind)
-        flat = {name: value for name, value in flat.items() if name not in REMOVED}
         if unknown := sorted(set(flat) - set(known)):
             raise UserError(f"unknown settings: {', '.join(unknown)}")
         for name, value in flat.items():
@@ -209,26 +208,11 @@ def _is_of(value: object, kind: Any) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-GROUPS: dict[str, Any] = {
-    "model": ModelOptions,
-    "data": DataOptions,
-    "adapter": AdapterOptions,
-    "training": TrainingOptions,
-    "generation": GenerationOptions,
-    "output": OutputOptions,
-}
+# The groups by name: each is a class, and a heading of `train.py --help`.
+GROUPS: dict[str, Any] = {f.name: f.default_factory for f in fields(RunConfig)[:-1]}
 
 # Settings of earlier versions: the default they had, and what does the same now.
 REMOVED: dict[str, tuple[Any, str]] = {
     "auto_batch_size": (False, "lower --batch-size and raise --accumulate"),
     "skip_bad_batches": (False, "lower --learning-rate or use --precision fp32"),
 }
-
-
-def removed_settings(flat: dict[str, Any]) -> list[str]:
-    """A line for each removed setting that an older config.json has at another value."""
-    return [
-        f"{spelt(name)} (was {flat[name]!r}) was removed and has no effect: {instead}"
-        for name, (default, instead) in REMOVED.items()
-        if flat.get(name, default) != default
-    ]

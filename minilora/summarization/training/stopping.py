@@ -14,26 +14,32 @@ class StopRequest:
     terminal reaches each process twice, once through torchrun.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        self.raises = False
+    requested = False
+    raises = False
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside the block a request, even one made before, raises KeyboardInterrupt."""
+        """Inside the block a request, even one made before, raises KeyboardInterrupt.
+
+        With several processes it is raised at the end of the block, in all: a process that left a
+        collective call would hang the others.
+        """
         self.raises = True
         try:
-            if self.requested:
-                processes.interrupt()
+            self._raise_if(self.requested)
             yield
         finally:
             self.raises = False
-            processes.forget_interrupt()
+        if processes.any_rank(self.requested):
+            raise KeyboardInterrupt
 
     def on_signal(self, number: int, frame: object) -> None:
         second, self.requested = self.requested, True
-        if self.raises or (second and processes.world_size() == 1):
-            processes.interrupt()
+        self._raise_if(second or self.raises)
+
+    def _raise_if(self, now: bool) -> None:
+        if now and processes.world_size() == 1:
+            raise KeyboardInterrupt
 
 
 @contextmanager
