@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -107,7 +107,7 @@ def open_session(run: RunConfig) -> Session:
     else:
         trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
         report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
-    prepare(model, run, device, autocast_dtype)
+    prepare(model, run, autocast_dtype)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     began = {"start": of_tensors(trained), "settings": run.to_dict()}
     processes.require_same({n: v for n, v in origin.items() if n not in PLACES} | began)
@@ -116,13 +116,10 @@ def open_session(run: RunConfig) -> Session:
     return Session(run, device, autocast_dtype, *parts)
 
 
-def prepare(
-    model: PreTrainedModel, run: RunConfig, device: torch.device, autocast_dtype: torch.dtype | None
-) -> None:
+def prepare(model: PreTrainedModel, run: RunConfig, autocast_dtype: torch.dtype | None) -> None:
     """Make the training steps of the model cheap; see `speed`."""
     speed.hold_frozen_linears(model, autocast_dtype)
     speed.release_file(model)
-    speed.choose_attention(model, device)
     if run.training.checkpoint_activations:
         speed.checkpoint_activations(model)
     if run.training.compile:
@@ -131,17 +128,8 @@ def prepare(
 
 def adapter_config(run: RunConfig) -> LoRAConfig:
     """The library's configuration for a run's settings."""
-    options = run.adapter
-    return LoRAConfig(
-        rank=options.rank,
-        alpha=options.alpha,
-        dropout=options.dropout,
-        targets=_targets(options.targets),
-        exclude=_targets(options.exclude) if options.exclude else (),
-        rslora=options.rslora,
-        init=options.init,
-        task_type="SEQ_2_SEQ_LM",
-    )
+    names = {side: _targets(getattr(run.adapter, side)) for side in ("targets", "exclude")}
+    return LoRAConfig(**asdict(run.adapter) | names, task_type="SEQ_2_SEQ_LM")
 
 
 def four_bits(run: RunConfig, start: bool = False) -> FourBits | None:
