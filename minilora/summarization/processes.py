@@ -12,8 +12,9 @@ there is one process, and every call is trivial.
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,20 +108,13 @@ def gather(value: Any) -> list[Any]:
 
 def gather_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The byte tensors of all processes in one mapping; their names must differ."""
-    if world_size() == 1:
-        return dict(tensors)
     rows = gather({name: tensor.tolist() for name, tensor in tensors.items()})
     return {name: torch.tensor(v, dtype=torch.uint8) for row in rows for name, v in row.items()}
 
 
 def all_reduce_sum(*numbers: float) -> list[float]:
     """Each number summed over the processes, in float64."""
-    if world_size() == 1:
-        return list(numbers)
-    sums = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(sums)
-    found: list[float] = sums.tolist()
-    return found
+    return [sum(column) for column in zip(*gather(numbers), strict=True)]
 
 
 def any_rank(flag: bool) -> bool:
@@ -210,12 +204,14 @@ def join() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
     try:
-        with _only_rank0_prints():
-            yield
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+            out, err = (nowhere, nowhere) if number else (sys.stdout, sys.stderr)
+            with redirect_stdout(out), redirect_stderr(err):
+                yield
     except (Exception, KeyboardInterrupt) as error:
         if not _first_to_fail(store):
             raise SystemExit(exit_code(error)) from None
-        if _is_lost(error):
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             what = f"process {number} of {count} lost contact with a peer"
             raise LostPeer(f"{what} ({one_line(error)[:200]})") from None
         raise
@@ -227,22 +223,3 @@ def _first_to_fail(store: Any) -> bool:
         return bool(store.add("minilora/failures", 1) == 1)
     except RuntimeError:  # the store is gone as well
         return True
-
-
-def _is_lost(error: BaseException) -> bool:
-    """Whether a collective call failed because another process is gone."""
-    signs = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "socket")
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in text and any(sign in text for sign in signs)
-    )
-
-
-@contextmanager
-def _only_rank0_prints() -> Iterator[None]:
-    with ExitStack() as silenced:
-        if rank() > 0:
-            nowhere = silenced.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-            silenced.enter_context(redirect_stdout(nowhere))
-            silenced.enter_context(redirect_stderr(nowhere))
-        yield

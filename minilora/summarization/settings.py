@@ -159,8 +159,8 @@ class RunConfig:
             raise UserError(f"unknown settings: {', '.join(unknown)}")
         for name, value in flat.items():
             if not _is_of(value, known[name]):
-                kind = getattr(known[name], "__name__", "") if known[name] in (str, int) else ""
-                wanted = kind or str(known[name]).removeprefix("typing.")
+                kind = known[name]
+                wanted = kind.__name__ if type(kind) is type else str(kind).removeprefix("typing.")
                 raise UserError(f"{name} is {value!r}, not of type {wanted}")
         groups = {
             group: kind(**{f.name: flat[f.name] for f in fields(kind) if f.name in flat})

@@ -25,7 +25,7 @@ from ..model.device import autocast, choose_device, choose_precision
 from ..model.four_bits import FourBits
 from ..model.loading import check_vocabulary, limit_lengths, load_model, load_tokenizer, save_model
 from ..settings import RunConfig
-from .fingerprint import PLACES, fingerprints, of_tensors, place
+from .fingerprint import fingerprints, of_tensors
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Session:
     report: InjectReport
     notices: list[str]
     origin: dict[str, str]
-    """Fingerprints of what the run begins with, and where it computes."""
+    """Fingerprints of what the run begins with."""
 
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.autocast_dtype)
@@ -95,12 +95,10 @@ def open_session(run: RunConfig) -> Session:
         if truncation.sources or truncation.targets:
             notices.append(f"{name}: {truncation}")
     autocast_dtype = choose_precision(run.model.precision, device)
-    encoded_splits = {name: split.encoded for name, split in splits.items()}
     if not rouge_is_installed():
         without = "the validation loss chooses the best epoch, and nothing is scored at the end"
         notices.append(f"rouge_score is not installed: {without}")
-    where = place(device, autocast_dtype, processes.world_size())
-    origin = fingerprints(data, encoded_splits, model) | where
+    origin = fingerprints(splits, model)
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
     if config:
         report = minilora.inject(model, config)
@@ -109,8 +107,7 @@ def open_session(run: RunConfig) -> Session:
         report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
     prepare(model, run, autocast_dtype)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    began = {"start": of_tensors(trained), "settings": run.to_dict()}
-    processes.require_same({n: v for n, v in origin.items() if n not in PLACES} | began)
+    processes.require_same(origin | {"start": of_tensors(trained), "settings": run.to_dict()})
     processes.seed_by_rank(run.model.seed)
     parts = (model, tokenizer, splits, report, notices, origin)
     return Session(run, device, autocast_dtype, *parts)

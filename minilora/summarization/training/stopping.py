@@ -26,19 +26,17 @@ class StopRequest:
         """
         self.raises = True
         try:
-            self._raise_if(self.requested)
+            if self.requested:
+                self.on_signal()
             yield
         finally:
             self.raises = False
         if processes.any_rank(self.requested):
             raise KeyboardInterrupt
 
-    def on_signal(self, number: int, frame: object) -> None:
+    def on_signal(self, *_: object) -> None:
         second, self.requested = self.requested, True
-        self._raise_if(second or self.raises)
-
-    def _raise_if(self, now: bool) -> None:
-        if now and processes.world_size() == 1:
+        if (second or self.raises) and processes.world_size() == 1:
             raise KeyboardInterrupt
 
 
@@ -47,16 +45,10 @@ def stop_requests() -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request to stop after the current step."""
     stop = StopRequest()
     handled = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = {number: signal.signal(number, stop.on_signal) for number in handled}
-    except ValueError:  # signals come to the main thread only
-        before = {}
+    before = [signal.signal(number, stop.on_signal) for number in handled]
     try:
         yield stop
-    except BaseException:
-        if processes.active():  # so that torchrun's SIGTERM does not cut off the error message
-            before = {}
-        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not processes.active():  # torchrun's SIGTERM would cut off an error message
+            for number, handler in zip(handled, before, strict=True):
+                signal.signal(number, handler)

@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..files import sweep
 from ..model import speed
 from ..model.device import peak_bytes
-from .checkpoint import Progress, load_checkpoint, random_states, save_checkpoint
+from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .ddp import Replica
 from .failures import out_of_memory, require_finite, smaller_evaluation_batch, step_memory
 from .fingerprint import differences
@@ -253,21 +253,15 @@ class Trainer:
             UserError: the result would change, and --accept-changes was not given.
         """
         what = (self.session.model, self.optimizer, self.scaler)
-        self.progress, origin, notices = load_checkpoint(
-            self.output / "checkpoints", *what, rank=processes.rank()
-        )
+        self.progress, origin, notices = load_checkpoint(self.output / "checkpoints", *what)
         processes.require_same({f"a checkpoint in {self.output}": self.progress.step})
         self.began = time.monotonic() - self.progress.seconds
-        other, where = differences(origin, self.session.origin)
-        changed = f"changed since the run began: {', '.join(other)}"
-        if other and not self.session.run.output.accept_changes:
-            raise UserError(
-                f"--resume {self.output}: {changed}; restore what changed, or use --accept-changes "
-                "to resume with it"
-            )
-        notices += [changed] if other else []
-        if where:
-            notices.append(f"rounding may differ from the run's start: {', '.join(where)}")
+        if other := differences(origin, self.session.origin):
+            changed = f"changed since the run began: {', '.join(other)}"
+            if not self.session.run.output.accept_changes:
+                instead = "restore what changed, or use --accept-changes to resume with it"
+                raise UserError(f"--resume {self.output}: {changed}; {instead}")
+            notices.append(changed)
         return notices
 
     def checkpoint_is_due(self) -> bool:
@@ -279,8 +273,7 @@ class Trainer:
     def checkpoint(self) -> None:
         progress, session = self.progress, self.session
         progress.seconds, progress.log_bytes = time.monotonic() - self.began, self.log.flush()
-        random = processes.gather_tensors(random_states(processes.rank()))
         what = (session.model, self.optimizer, self.scaler, session.origin)
         path, keep = self.output / "checkpoints", session.run.output.keep_checkpoints
-        processes.on_rank0(lambda: save_checkpoint(path, progress, *what, keep, random))
+        save_checkpoint(path, progress, *what, keep)
         self.saved = time.monotonic()
