@@ -163,6 +163,8 @@ def counting(rank: int) -> None:
         sent[0] += bucket.buffer().nbytes
         return allreduce_hook(group, bucket)
 
+    hook.__annotations__.clear()  # DistributedDataParallel refuses Any
+
     def counted(self: trainer.Trainer, *arguments: Any) -> dict[str, Any]:
         found, sent[0] = sent[0], 0
         first = 2 if self.progress.step == 0 else 1  # the pass that arranges the buckets

@@ -44,9 +44,12 @@ def release_file(model: nn.Module) -> None:
 
     One such tensor keeps the whole file in memory, and a write to the file changes the model.
     """
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_cpu:
-            tensor.data = tensor.data.clone()
+    for parameter in model.parameters():
+        if parameter.is_cpu:
+            parameter.data = parameter.data.clone()
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.clone())  # a view, so changing its data is not enough
 
 
 EAGER_POSITIONS = 512
