@@ -61,9 +61,9 @@ def train(run: RunConfig) -> int:
 
 
 def _train_into(output: Path, run: RunConfig, session: Session, started: float) -> int:
-    if not run.output.resume:
-        # Again, since another run may have taken it meanwhile.
+    if not run.output.resume:  # checked again: another run may have taken it meanwhile
         processes.on_rank0(lambda: flags.check_free(output))
+    if not run.output.resume or run.output.accept_changes:  # the next resume compares with these
         processes.on_rank0(lambda: write_config(run, output))
     if not all(processes.gather((output / "config.json").exists())):
         raise UserError(f"{output} must be on a file system that the machines share")

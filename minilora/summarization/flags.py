@@ -26,6 +26,9 @@ RESUME_MAY_CHANGE = {
 class Parser(argparse.ArgumentParser):
     """Errors in one line; for a misspelt flag the nearest one is named."""
 
+    def __init__(self, program: str, description: str, **more: Any) -> None:
+        super().__init__(prog=program, description=description, allow_abbrev=False, **more)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
@@ -50,13 +53,9 @@ class Parser(argparse.ArgumentParser):
 
 def training_parser() -> Parser:
     """A flag for each field of the settings. What it parses holds only the flags that are typed."""
-    parser = Parser(
-        prog="train.py",
-        usage="python train.py [--preset NAME] [--FLAG VALUE ...]",
-        description="Fine-tune an encoder-decoder to summarize; compare it with its base.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    what = "Fine-tune an encoder-decoder to summarize; compare it with its base."
+    usage = "python train.py [--preset NAME] [--FLAG VALUE ...]"
+    parser = Parser("train.py", what, usage=usage, argument_default=argparse.SUPPRESS)
     _add_preset(parser, f"a whole configuration that the other flags change: {', '.join(PRESETS)}")
     for kind in GROUPS.values():
         group = parser.add_argument_group(kind._argument_group_name)
@@ -164,11 +163,8 @@ def read_run(directory: Path) -> RunConfig:
 
 
 def evaluation_parser() -> Parser:
-    parser = Parser(
-        prog="evaluate.py",
-        allow_abbrev=False,
-        description="Score the base and the fine-tuned model side by side, or summarize a text.",
-    )
+    what = "Score the base and the fine-tuned model side by side, or summarize a text."
+    parser = Parser("evaluate.py", what)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run, an adapter, or its hub name")
     add("--data", help="other data than the run's")

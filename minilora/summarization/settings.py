@@ -35,13 +35,9 @@ class ModelOptions:
     _argument_group_name = "model"
 
     model: str = _flag("pocket-bart", "directory or hub name of the base model, or pocket-bart")
-    method: Literal["lora", "qlora", "full"] = _flag(
-        "lora", "lora trains an adapter, qlora one on a base in 4 bits, full every parameter"
-    )
+    method: Literal["lora", "qlora", "full"] = _flag("lora", "what trains; qlora: base in 4 bits")
     device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag(
-        "auto", "auto: bf16 if it is faster, fp16 on old GPUs, else fp32"
-    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag("auto", "auto: the fastest here")
     seed: int = _flag(0, "seed of the adapter's start, the order of the batches and dropout")
 
 
@@ -70,14 +66,10 @@ class AdapterOptions:
     rank: int = _flag(8, "r: rows of A, columns of B")
     alpha: float = _flag(32.0, "numerator of the scale s = alpha / r")
     dropout: float = _flag(0.05, "dropout probability of the adapter's input")
-    targets: list[str] = _flag(
-        ["q_proj", "v_proj"], "names of the linears to adapt, a regular expression, or all-linear"
-    )
+    targets: list[str] = _flag(["q_proj", "v_proj"], "names, a regular expression, or all-linear")
     exclude: list[str] = _flag([], "names among the targets to leave alone")
     rslora: bool = _flag(False, "scale s = alpha / sqrt(r) (Kalajdzievski 2023)")
-    init: Literal["kaiming", "gaussian", "loftq"] = _flag(
-        "kaiming", "how A starts (B is zero); loftq: A and B from the 4-bit quantization error"
-    )
+    init: Literal["kaiming", "gaussian", "loftq"] = _flag("kaiming", "how A starts (LoftQ: and B)")
 
 
 @dataclass

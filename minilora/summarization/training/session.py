@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -61,8 +62,7 @@ class Session:
 
     def tensors(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
         """A padded batch on the device; see `collate`."""
-        pad = self.tokenizer.pad_token_id
-        assert isinstance(pad, int)
+        pad = cast(int, self.tokenizer.pad_token_id)  # load_tokenizer requires one
         return {key: t.to(self.device) for key, t in collate(batch, pad).items()}
 
 

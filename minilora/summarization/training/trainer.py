@@ -34,7 +34,7 @@ from .failures import out_of_memory, require_finite, smaller_evaluation_batch, s
 from .fingerprint import differences
 from .log import Log, open_log
 from .schedule import Group, epoch_groups, last_step, learning_rate
-from .session import Session, save_trained, write_config
+from .session import Session, save_trained
 from .stopping import StopRequest, stop_requests
 from .validation import describe, selection_score, validate
 
@@ -60,8 +60,6 @@ def fit(session: Session, output: Path) -> Outcome:
     trainer = Trainer(session, output)
     for notice in trainer.restore():
         print(f"note: {notice}", file=sys.stderr)
-    if session.run.output.accept_changes:  # the next resume compares with these
-        processes.on_rank0(lambda: write_config(session.run, output))
     processes.on_rank0(lambda: sweep(output))
     with trainer.open():
         finished = trainer.run()
@@ -160,8 +158,7 @@ class Trainer:
         plain = options.compile or options.checkpoint_activations
         if self.session.device.type != "cpu" or plain:
             return nullcontext()
-        rows = [row for batch in group for row in batch]
-        longest = max(max(len(row.source), len(row.target)) for row in rows)
+        longest = max(len(max(row.source, row.target, key=len)) for rows in group for row in rows)
         return speed.cheap_step(self.session.model, longest)
 
     def clip(self, group: Group) -> float:
