@@ -125,10 +125,7 @@ class CheapDropout(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.dropout:
-            return self.dropout(*args, **kwargs)
-        return func(*args, **kwargs)
+        return (self.dropout if func is F.dropout else func)(*args, **(kwargs or {}))
 
     @staticmethod
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

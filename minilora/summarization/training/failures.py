@@ -11,8 +11,6 @@ from ..errors import UserError
 from ..settings import TrainingOptions
 from .schedule import Group
 
-SIDES = ("source", "target")
-
 
 def require_finite(what: str, value: float, step: int, group: Group) -> None:
     """Refuse a loss or a gradient's norm that is not finite.
@@ -63,7 +61,8 @@ def step_memory(
     """`out_of_memory` for a batch of a step: it is named, with the flags that take less memory."""
     size, half = training.batch_size, max(1, training.batch_size // 2)
     same = f"--batch-size {half} --accumulate {training.accumulate * size // half}"
-    source, target = (max((len(vars(row)[s]) for row in batch), default=0) for s in SIDES)
+    source = max((len(row.source) for row in batch), default=0)
+    target = max((len(row.target) for row in batch), default=0)
     return out_of_memory(
         f"in step {step} on a batch of {len(batch)} dialogues of up to {source} tokens, summaries "
         f"of up to {target} ({', '.join(row.id for row in batch)})",
