@@ -256,8 +256,8 @@ class Trainer:
         if other := differences(origin, self.session.origin):
             changed = f"changed since the run began: {', '.join(other)}"
             if not self.session.run.output.accept_changes:
-                instead = "restore what changed, or use --accept-changes to resume with it"
-                raise UserError(f"--resume {self.output}: {changed}; {instead}")
+                instead = "; restore what changed, or use --accept-changes to resume with it"
+                raise UserError(f"--resume {self.output}: {changed}{instead}")
             notices.append(changed)
         return notices
 
