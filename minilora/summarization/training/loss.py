@@ -123,7 +123,9 @@ def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
     Most models have a method for it: mBART, for example, starts with the language. NLLB and
     Blenderbot do it in their forward, as here.
     """
-    tokens = (model.config.pad_token_id, model.config.decoder_start_token_id)
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    shifted: Tensor = prepare(labels) if prepare else shift_tokens_right(labels, *tokens)
-    return shifted
+    if prepare is not None:
+        shifted: Tensor = prepare(labels)
+        return shifted
+    config = model.config
+    return shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
