@@ -128,4 +128,5 @@ def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
         shifted: Tensor = prepare(labels)
         return shifted
     config = model.config
-    return shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+    shifted = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+    return shifted
