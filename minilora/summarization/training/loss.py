@@ -123,10 +123,10 @@ def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
     Most models have a method for it: mBART, for example, starts with the language. NLLB and
     Blenderbot do it in their forward, as here.
     """
-    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if prepare is not None:
-        shifted: Tensor = prepare(labels)
-        return shifted
-    config = model.config
-    shifted = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+    config, prepare = model.config, getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    shifted: Tensor = (
+        shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+        if prepare is None
+        else prepare(labels)
+    )
     return shifted
