@@ -382,7 +382,7 @@ def with_minilora(run: Run, base: Any, rows: Any, batch: int, **settings: Any) -
     torch.manual_seed(0)
     adapter = LoRAConfig(rank=RANK, alpha=ALPHA, dropout=DROPOUT, targets=("q_proj", "v_proj"))
     report = minilora.inject(model, adapter)
-    prepare(model, config, device, torch.bfloat16)
+    prepare(model, config, torch.bfloat16)
     session = Session(
         run=config,
         device=device,

@@ -34,17 +34,17 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive 
 import torch
 
 import minilora
-from minilora.summarization import cli
+from minilora.summarization import cli, commands
 from minilora.summarization.training import trainer
 from minilora.summarization.training.checkpoint import newest_first, read_checkpoint
 from tests.helpers import SMALL, records, save_bart, save_data
 
 PHASES = {
-    "training": (cli, "fit"),
+    "training": (commands, "fit"),
     "validating": (trainer, "validate"),
     "writing the adapter": (trainer, "save_trained"),
     "writing a checkpoint": (trainer, "save_checkpoint"),
-    "evaluating": (cli, "_final_evaluation"),
+    "evaluating": (commands, "_final_evaluation"),
 }
 CHECKPOINT, VALIDATION = "writing a checkpoint", "validating"
 CHECKPOINTS_EVERY = 3  # steps

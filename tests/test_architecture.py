@@ -27,7 +27,7 @@ APART = ("nf4", "methods", "conformance", "many", "__main__")  # topics by thems
 
 # The folders of the task. Each imports only those before it, and files of its own.
 TASK = ("errors", "presets", "settings", "files", "processes", "data", "model", "evaluation",
-        "training", "report", "flags", "cli")  # fmt: skip
+        "training", "report", "flags", "commands", "cli")  # fmt: skip
 
 # The public names of the design, and how Python spells what is not a function of the package.
 PUBLIC = (
@@ -178,6 +178,24 @@ def test_the_task_starts_without_datasets_and_rouge_score() -> None:
         "from minilora.summarization.cli import evaluate_main, train_main"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+def test_help_and_a_misspelt_flag_import_no_transformers() -> None:
+    code = """
+import sys
+from minilora.summarization.cli import evaluate_main, train_main
+for main, argv in ((train_main, ["--help"]), (train_main, ["--rnak", "8"]), (evaluate_main, [])):
+    try:
+        main(argv)
+    except SystemExit as error:
+        print(error.code, "transformers" in sys.modules, file=sys.stderr)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    assert "--rank RANK" in result.stdout
+    ends = [line for line in result.stderr.splitlines() if ".py: " not in line]
+    assert ends == ["0 False", "2 False", "2 False"]
 
 
 def test_the_library_imports_torch_safetensors_and_the_standard_library_only() -> None:

@@ -11,7 +11,12 @@ import torch
 from torch import nn
 
 from minilora.summarization.errors import UserError
-from minilora.summarization.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from minilora.summarization.training.checkpoint import (
+    Progress,
+    load_checkpoint,
+    newest_first,
+    save_checkpoint,
+)
 
 ORIGIN = {"train data": "0123", "torch": "2.13"}
 
@@ -37,9 +42,9 @@ class Parts:
         self.scaler.update()
 
     def save(self, directory: Path, **progress: Any) -> Path:
-        return save_checkpoint(
-            directory, Progress(**progress), self.model, self.optimizer, self.scaler, ORIGIN
-        )
+        what = (self.model, self.optimizer, self.scaler)
+        save_checkpoint(directory, Progress(**progress), *what, ORIGIN)
+        return newest_first(directory)[0]
 
     def load(self, directory: Path) -> tuple[Progress, list[str]]:
         progress, _, notices = load_checkpoint(directory, self.model, self.optimizer, self.scaler)

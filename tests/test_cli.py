@@ -16,7 +16,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import minilora
-from minilora.summarization import cli
+from minilora.summarization import commands
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.evaluation import nonsense
 from minilora.summarization.evaluation.compare import Summary
@@ -347,7 +347,7 @@ def test_the_report_is_written_if_wanted_and_its_failure_is_only_told_of(
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(cli, "write_report", fail)
+    monkeypatch.setattr(commands, "write_report", fail)
     assert call(train_main, *argv, "--output", "b") == 0
     out, err = capfd.readouterr()
     assert err == "note: b/report.html was not written: no space left on device\n"
@@ -371,7 +371,7 @@ def test_the_command_is_the_one_that_was_called(monkeypatch: pytest.MonkeyPatch)
         ("/x/pytest/__main__.py", "python train.py"),
     ):
         monkeypatch.setattr(sys, "argv", [called, "--rank", "8"])
-        assert cli._command("train.py") == wanted
+        assert commands._command("train.py") == wanted
 
 
 def test_interrupted_before_or_after_training_it_says_so(
@@ -380,11 +380,11 @@ def test_interrupted_before_or_after_training_it_says_so(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "evaluate", interrupt)
+    monkeypatch.setattr(commands, "evaluate", interrupt)
     assert call(train_main, *BASE, "--max-steps", "1", "--output", "run") == 130
     assert "score it with: python evaluate.py run" in capfd.readouterr().out
     assert "not scored yet" in Path("run/report.html").read_text()
-    monkeypatch.setattr(cli, "open_session", interrupt)
+    monkeypatch.setattr(commands, "open_session", interrupt)
     assert call(train_main, *BASE, "--output", "other") == 130
     assert capfd.readouterr().err == "train.py: interrupted\n"
     assert not Path("other").exists()
@@ -481,7 +481,7 @@ def test_a_summary_cannot_harm_a_terminal_or_fail_on_its_alphabet(
     def summarize(*_: object) -> list[Summary]:
         return [Summary(next(said), 3)]
 
-    monkeypatch.setattr(cli, "summarize", summarize)
+    monkeypatch.setattr(commands, "summarize", summarize)
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
     assert call(evaluate_main, "../run", "--text", "chat.txt") == 0

@@ -208,17 +208,11 @@ def test_changed_settings_are_refused_or_kept(folder: Path, tmp_path: Path, capf
 
 def test_what_differs_is_named_once() -> None:
     before = {"train data": "a", "train tokens": "b", "test data": "c", "base model": "d"}
-    before |= {"torch": "2.13", "threads": "1"}
-    assert differences(before, before) == ([], [])
-    assert differences({}, before) == ([], [])
-    assert differences(before, before | {"train data": "x", "train tokens": "y"})[0] == [
-        "train data"
-    ]
-    assert differences(before, before | {"train tokens": "y"})[0] == ["train tokens"]
-    assert differences(before, {"base model": "x", "threads": "2"}) == (
-        ["base model"],
-        ["threads (was 1, is 2)"],
-    )
+    assert differences(before, before) == []
+    assert differences({}, before) == []
+    assert differences(before, before | {"train data": "x", "train tokens": "y"}) == ["train data"]
+    assert differences(before, before | {"train tokens": "y"}) == ["train tokens"]
+    assert differences(before, {"base model": "x"}) == ["base model"]
 
 
 # The directory ------------------------------------------------------------------------------------

@@ -161,9 +161,9 @@ def test_a_directory_without_weights(copy: Path) -> None:
     weights = copy / "model.safetensors"
     content = weights.read_bytes()
     weights.unlink()
-    assert "pickle" not in refused(copy, "holds no weights (model.safetensors)")
+    refused(copy, "holds no weights (model.safetensors)")
     torch.save({"a": torch.ones(1)}, copy / "pytorch_model.bin")
-    refused(copy, "holds no weights", "pytorch_model.bin is a pickle")
+    refused(copy, "holds no weights", ".bin file is a pickle")
     for damaged in (b"", b"hello" * 99, content[: len(content) // 2]):
         weights.write_bytes(damaged)
         refused(copy, "SafetensorError")

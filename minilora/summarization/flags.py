@@ -1,18 +1,18 @@
 """From flags to settings: one parser for training and one for evaluating."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
-
-from transformers import HfArgumentParser
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from .errors import UserError
 from .files import read_object
 from .presets import LEARNING_RATES, PRESETS
-from .settings import GROUPS, REMOVED, OutputOptions, RunConfig, removed_settings, spelt
+from .settings import GROUPS, REMOVED, RunConfig, spelt
 
 # A resumed run may change the device, the checkpoints it keeps and what it does at its end. What
 # changes its result needs --accept-changes, and its directory cannot change.
@@ -21,40 +21,68 @@ RESUME_MAY_CHANGE = {
     *("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints"),
     "evaluation_batch_size",
 }
-RESUME_MUST_NOT_CHANGE = {"output"}
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Every flag once, with hyphens. Defaults that are empty or a switch are not shown."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = ", ".join(name for name in action.option_strings if "_" not in name)
-        if not names or action.nargs in (0, "?"):  # an argument; a switch
-            return names or super()._format_action_invocation(action)
-        metavar = action.dest.rpartition("_")[2].upper()
-        return f"{names} {self._format_args(action, metavar)}"
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = isinstance(action.default, bool) or action.default in (None, "", [])
-        return action.help if silent else super()._get_help_string(action)
-
-
-class Parser(HfArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Errors in one line; for a misspelt flag the nearest one is named."""
+
+    def __init__(self, program: str, description: str, **more: Any) -> None:
+        super().__init__(prog=program, description=description, allow_abbrev=False, **more)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
-    def refuse(self, unknown: Sequence[str]) -> None:
-        """End in an error if arguments are left over."""
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The arguments. Flags may be typed with underscores.
+
+        Raises:
+            SystemExit: an unknown flag or value (exit code 2), or --help.
+        """
+        words = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), w) for w in argv]
+        arguments, unknown = self.parse_known_args(words)
         if unknown:
             flag = unknown[0].split("=")[0]
             if removed := REMOVED.get(flag.lstrip("-").replace("-", "_")):
                 self.error(f"{flag} was removed: {removed[1]}")
-            known = [option for option in self._option_string_actions if "_" not in option]
-            close = get_close_matches(flag.replace("_", "-"), known, 1)
-            nearest = f"; nearest: {close[0]}" if close else ""
-            self.error(f"unrecognized argument {flag}{nearest}")
+            close = get_close_matches(flag, self._option_string_actions, 1)
+            self.error(
+                f"unrecognized argument {flag}" + (f"; nearest: {close[0]}" if close else "")
+            )
+        return arguments
+
+
+def training_parser() -> Parser:
+    """A flag for each field of the settings. What it parses holds only the flags that are typed."""
+    what = "Fine-tune an encoder-decoder to summarize; compare it with its base."
+    usage = "python train.py [--preset NAME] [--FLAG VALUE ...]"
+    parser = Parser("train.py", what, usage=usage, argument_default=argparse.SUPPRESS)
+    _add_preset(parser, f"a whole configuration that the other flags change: {', '.join(PRESETS)}")
+    for kind in GROUPS.values():
+        group = parser.add_argument_group(kind._argument_group_name)
+        types, defaults = get_type_hints(kind), vars(kind())
+        for setting in fields(kind):
+            default, text = defaults[setting.name], setting.metadata["help"]
+            shown = " ".join(default) if isinstance(default, list) else default
+            if shown not in (None, "", True, False):
+                text += f" (default: {shown})"
+            takes = _takes(types[setting.name], setting.name)
+            group.add_argument(spelt(setting.name), help=text, **takes)
+    return parser
+
+
+def _takes(kind: Any, name: str) -> dict[str, Any]:
+    """What argparse is told of a field of this type."""
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    number = [one for one in (int, float) if one in (kind, *get_args(kind))]
+    many = "+" if get_origin(kind) is list else None
+    return {"type": (*number, str)[0], "nargs": many, "metavar": name.rpartition("_")[2].upper()}
+
+
+def _add_preset(parser: Parser, text: str, **more: Any) -> None:
+    parser.add_argument("--preset", choices=PRESETS, metavar="NAME", help=text, **more)
 
 
 def parse_run(argv: Sequence[str]) -> RunConfig:
@@ -64,30 +92,11 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
         UserError: --resume names no run, or a flag would change its result.
         SystemExit: an unknown flag or value (exit code 2), or --help.
     """
-    parser = Parser(
-        list(GROUPS.values()),
-        prog="train.py",
-        usage="python train.py [--preset NAME] [--FLAG VALUE ...]",
-        description="Fine-tune an encoder-decoder to summarize; compare it with its base.",
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
-    _add_preset(parser, f"a whole configuration that the other flags change: {', '.join(PRESETS)}")
-    options = parser._option_string_actions
-    options["--evaluate"].help = options["--report"].help = argparse.SUPPRESS  # the default
-    options["--no-evaluate"].help = "do not score the test split at the end"
-    options["--no-report"].help = "do not write report.html"
-    # --preset and --resume set the defaults of the other flags, so they are read first.
-    early, _ = _early_parser().parse_known_args(argv)
-    resumed = read_run(Path(early.resume)) if early.resume else None
-    parser.set_defaults(**(resumed.to_dict() if resumed else PRESETS[early.preset]))
-    *groups, rest, unknown = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
-    )
-    parser.refuse(unknown)
-    run = RunConfig(**dict(zip(GROUPS, groups, strict=True)), preset=rest.preset)
-    if resumed:
-        _require_same(resumed.to_dict(), run.to_dict(), run.output)
+    given = vars(training_parser().parse(argv))
+    before = read_run(Path(given["resume"])).to_dict() if given.get("resume") else None
+    run = RunConfig.from_dict((before or PRESETS[given.get("preset", "pocket")]) | given)
+    if before:
+        _require_same(before, run)
     if run.training.learning_rate is None:
         rates, method = LEARNING_RATES[run.preset], run.model.method
         run.training.learning_rate = rates.get(run.adapter.init, rates[method])
@@ -95,22 +104,10 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
     return run
 
 
-def _early_parser() -> Parser:
-    parser = Parser([], prog="train.py", add_help=False, allow_abbrev=False)
-    _add_preset(parser)
-    parser.add_argument("--resume")
-    return parser
-
-
-def _add_preset(parser: Parser, text: str = "") -> None:
-    parser.add_argument("--preset", choices=PRESETS, default="pocket", metavar="NAME", help=text)
-
-
-def _require_same(before: dict[str, Any], now: dict[str, Any], options: OutputOptions) -> None:
+def _require_same(before: dict[str, Any], run: RunConfig) -> None:
+    now, options = run.to_dict(), run.output
     changed = [k for k in now if now[k] != before[k] and k not in RESUME_MAY_CHANGE]
-    if options.accept_changes and not RESUME_MUST_NOT_CHANGE.intersection(changed):
-        return
-    if changed:
+    if changed and not (options.accept_changes and "output" not in changed):
         what = ", ".join(f"{spelt(k)} (was {before[k]!r}, is {now[k]!r})" for k in changed)
         raise UserError(
             f"--resume {options.resume}: settings differ from those the run began with: {what}; "
@@ -123,10 +120,7 @@ def output_directory(run: RunConfig) -> Path:
     if run.output.resume:
         return Path(run.output.resume)
     if run.output.output:
-        output = Path(run.output.output)
-        if output.exists() and not output.is_dir():
-            raise UserError(f"--output {output} is a file")
-        check_free(output)
+        check_free(output := Path(run.output.output))
         return output
     rank = f"-r{run.adapter.rank}" if run.model.method != "full" else ""
     name = f"{run.preset}-{run.model.method}{rank}"
@@ -135,7 +129,9 @@ def output_directory(run: RunConfig) -> Path:
 
 
 def check_free(output: Path) -> None:
-    """Refuse a directory that holds a run or other files."""
+    """Refuse a file, and a directory that holds a run or other files."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file")
     if (output / "config.json").exists():
         raise UserError(
             f"--output {output} holds a run already: resume it with --resume {output}, or "
@@ -156,46 +152,49 @@ def read_run(directory: Path) -> RunConfig:
     flat = read_object(path)
     if flat is None:
         raise UserError(f"{directory} is not a run: it has no config.json")
+    for name, (default, instead) in REMOVED.items():
+        if (value := flat.pop(name, default)) != default:
+            said = f"{spelt(name)} (was {value!r}) was removed and has no effect: {instead}"
+            print(f"note: {path}: {said}", file=sys.stderr)
     try:
-        run = RunConfig.from_dict(flat)
+        return RunConfig.from_dict(flat)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    for line in removed_settings(flat):
-        print(f"note: {path}: {line}", file=sys.stderr)
-    return run
 
 
 def evaluation_parser() -> Parser:
-    parser = Parser(
-        [],
-        prog="evaluate.py",
-        allow_abbrev=False,
-        description="Score the base and the fine-tuned model side by side, or summarize a text.",
-        formatter_class=Help,
-    )
-    parser.add_argument("run", metavar="RUN", help="a run, an adapter, or its hub name")
-    parser.add_argument("--data", default=None, help="other data than the run's")
-    parser.add_argument("--split", default=None, help="train, validation or test (default: test)")
-    parser.add_argument("--limit", type=int, default=0, help="only the first N dialogues; 0: all")
-    parser.add_argument("--text", default=None, help="summarize this file; - is standard input")
-    parser.add_argument("--output", default=None, help="write all scores and texts to FILE.json")
-    size = "--evaluation-batch-size"
-    parser.add_argument(size, type=int, default=None, help="dialogues summarized at once")
-    parser.add_argument("--device", default=None, help="auto, cpu, cuda, ...")
-    parser.add_argument("--model", default=None, help="base model of an adapter directory")
-    _add_preset(parser, "settings for an adapter directory")
+    what = "Score the base and the fine-tuned model side by side, or summarize a text."
+    parser = Parser("evaluate.py", what)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run, an adapter, or its hub name")
+    add("--data", help="other data than the run's")
+    add("--split", help="train, validation or test (default: test)")
+    add("--limit", type=int, default=0, help="only the first N dialogues; 0: all (default: 0)")
+    add("--text", help="summarize this file; - is standard input")
+    add("--output", help="write all scores and texts to FILE.json")
+    add("--evaluation-batch-size", type=int, metavar="SIZE", help="dialogues summarized at once")
+    add("--device", help="auto, cpu, cuda, ...")
+    add("--model", help="base model of an adapter directory")
+    _add_preset(parser, "settings for an adapter directory (default: pocket)", default="pocket")
     return parser
 
 
-def check_evaluation(arguments: argparse.Namespace) -> None:
-    """Refuse flags that would be ignored, or fail only after all summaries are written."""
+def parse_evaluation(argv: Sequence[str]) -> argparse.Namespace:
+    """What to evaluate. Refuses what would be ignored, or fail after all summaries are written.
+
+    Raises:
+        UserError: flags that exclude each other, or a value out of its range.
+        SystemExit: an unknown flag or value (exit code 2), or --help.
+    """
+    arguments = evaluation_parser().parse(argv)
+    size = arguments.evaluation_batch_size
     if arguments.limit < 0:
         raise UserError(f"--limit must be 0 or more, not {arguments.limit}")
-    if arguments.evaluation_batch_size is not None and arguments.evaluation_batch_size < 1:
-        size = arguments.evaluation_batch_size
+    if size is not None and size < 1:
         raise UserError(f"--evaluation-batch-size must be above 0, not {size}")
     for name in ("data", "split", "limit", "output"):
         if arguments.text and getattr(arguments, name):
             raise UserError(f"--text summarizes one text and does not take --{name}")
     if arguments.output and Path(arguments.output).is_dir():
         raise UserError(f"--output {arguments.output} is a directory: name a file in it")
+    return arguments

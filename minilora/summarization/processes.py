@@ -12,8 +12,9 @@ there is one process, and every call is trivial.
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,20 +108,13 @@ def gather(value: Any) -> list[Any]:
 
 def gather_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The byte tensors of all processes in one mapping; their names must differ."""
-    if world_size() == 1:
-        return dict(tensors)
     rows = gather({name: tensor.tolist() for name, tensor in tensors.items()})
     return {name: torch.tensor(v, dtype=torch.uint8) for row in rows for name, v in row.items()}
 
 
 def all_reduce_sum(*numbers: float) -> list[float]:
     """Each number summed over the processes, in float64."""
-    if world_size() == 1:
-        return list(numbers)
-    sums = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(sums)
-    found: list[float] = sums.tolist()
-    return found
+    return [sum(column) for column in zip(*gather(numbers), strict=True)]
 
 
 def any_rank(flag: bool) -> bool:
@@ -128,49 +122,20 @@ def any_rank(flag: bool) -> bool:
     return all_reduce_sum(float(flag))[0] > 0
 
 
-# Whether `interrupt` may raise now, and whether it is still to raise. A process that left a
-# collective call would hang the others: test_a_stop_while_summaries_are_written_stops_all.
-_working = False
-_interrupted = False
-
-
-def interrupt() -> None:
-    """Raise KeyboardInterrupt: at once where that is safe, else in the next `run_on_all`."""
-    global _interrupted
-    if _working or world_size() == 1:
-        raise KeyboardInterrupt
-    _interrupted = True
-
-
-def forget_interrupt() -> None:
-    """Cancel an interrupt that has not been raised yet."""
-    global _interrupted
-    _interrupted = False
-
-
 def run_on_all(work: Callable[[], T]) -> list[T]:
     """Do `work` in every process. Returns the results of all (JSON values), by rank.
 
-    An interrupt or an error in one process is raised in all.
+    An error in one process is raised in all.
 
     Raises:
         UserError: the first error of another process. A process raises its own error as it is.
     """
     if world_size() == 1:
         return [work()]
-    global _working
     mine: dict[str, Any] = {}
     error: Exception | None = None
     try:
-        try:
-            _working = True
-            if _interrupted:
-                raise KeyboardInterrupt
-            mine["value"] = work()
-        finally:
-            _working = False
-    except KeyboardInterrupt:
-        mine["interrupted"] = True
+        mine["value"] = work()
     except EXPECTED as raised:
         error, mine["error"] = raised, str(raised)
     everyone = gather(mine)
@@ -178,8 +143,6 @@ def run_on_all(work: Callable[[], T]) -> list[T]:
         raise error
     if errors := [row["error"] for row in everyone if "error" in row]:
         raise UserError(errors[0])
-    if any("interrupted" in row for row in everyone):
-        raise KeyboardInterrupt
     return [row["value"] for row in everyone]
 
 
@@ -241,12 +204,14 @@ def join() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
     try:
-        with _only_rank0_prints():
-            yield
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+            out, err = (nowhere, nowhere) if number else (sys.stdout, sys.stderr)
+            with redirect_stdout(out), redirect_stderr(err):
+                yield
     except (Exception, KeyboardInterrupt) as error:
         if not _first_to_fail(store):
             raise SystemExit(exit_code(error)) from None
-        if _is_lost(error):
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             what = f"process {number} of {count} lost contact with a peer"
             raise LostPeer(f"{what} ({one_line(error)[:200]})") from None
         raise
@@ -258,22 +223,3 @@ def _first_to_fail(store: Any) -> bool:
         return bool(store.add("minilora/failures", 1) == 1)
     except RuntimeError:  # the store is gone as well
         return True
-
-
-def _is_lost(error: BaseException) -> bool:
-    """Whether a collective call failed because another process is gone."""
-    signs = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "socket")
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in text and any(sign in text for sign in signs)
-    )
-
-
-@contextmanager
-def _only_rank0_prints() -> Iterator[None]:
-    with ExitStack() as silenced:
-        if rank() > 0:
-            nowhere = silenced.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-            silenced.enter_context(redirect_stdout(nowhere))
-            silenced.enter_context(redirect_stderr(nowhere))
-        yield

@@ -35,13 +35,9 @@ class ModelOptions:
     _argument_group_name = "model"
 
     model: str = _flag("pocket-bart", "directory or hub name of the base model, or pocket-bart")
-    method: Literal["lora", "qlora", "full"] = _flag(
-        "lora", "lora trains an adapter, qlora one on a base in 4 bits, full every parameter"
-    )
+    method: Literal["lora", "qlora", "full"] = _flag("lora", "what trains; qlora: base in 4 bits")
     device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag(
-        "auto", "auto: bf16 if it is faster, fp16 on old GPUs, else fp32"
-    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag("auto", "auto: the fastest here")
     seed: int = _flag(0, "seed of the adapter's start, the order of the batches and dropout")
 
 
@@ -70,14 +66,10 @@ class AdapterOptions:
     rank: int = _flag(8, "r: rows of A, columns of B")
     alpha: float = _flag(32.0, "numerator of the scale s = alpha / r")
     dropout: float = _flag(0.05, "dropout probability of the adapter's input")
-    targets: list[str] = _flag(
-        ["q_proj", "v_proj"], "names of the linears to adapt, a regular expression, or all-linear"
-    )
+    targets: list[str] = _flag(["q_proj", "v_proj"], "names, a regular expression, or all-linear")
     exclude: list[str] = _flag([], "names among the targets to leave alone")
     rslora: bool = _flag(False, "scale s = alpha / sqrt(r) (Kalajdzievski 2023)")
-    init: Literal["kaiming", "gaussian", "loftq"] = _flag(
-        "kaiming", "how A starts (B is zero); loftq: A and B from the 4-bit quantization error"
-    )
+    init: Literal["kaiming", "gaussian", "loftq"] = _flag("kaiming", "how A starts (LoftQ: and B)")
 
 
 @dataclass
@@ -147,7 +139,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, flat: dict[str, Any]) -> "RunConfig":
-        """Inverse of `to_dict`. A missing entry takes its default, one of `REMOVED` is ignored.
+        """Inverse of `to_dict`. A missing entry takes its default.
 
         Raises:
             UserError: an entry is unknown, or of another type than the flag's.
@@ -155,13 +147,12 @@ class RunConfig:
         known: dict[str, Any] = {"preset": Literal[tuple(PRESETS)]}
         for kind in GROUPS.values():
             known |= get_type_hints(kind)
-        flat = {name: value for name, value in flat.items() if name not in REMOVED}
         if unknown := sorted(set(flat) - set(known)):
             raise UserError(f"unknown settings: {', '.join(unknown)}")
         for name, value in flat.items():
             if not _is_of(value, known[name]):
-                kind = getattr(known[name], "__name__", "") if known[name] in (str, int) else ""
-                wanted = kind or str(known[name]).removeprefix("typing.")
+                kind = known[name]
+                wanted = kind.__name__ if type(kind) is type else str(kind).removeprefix("typing.")
                 raise UserError(f"{name} is {value!r}, not of type {wanted}")
         groups = {
             group: kind(**{f.name: flat[f.name] for f in fields(kind) if f.name in flat})
@@ -209,26 +200,11 @@ def _is_of(value: object, kind: Any) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-GROUPS: dict[str, Any] = {
-    "model": ModelOptions,
-    "data": DataOptions,
-    "adapter": AdapterOptions,
-    "training": TrainingOptions,
-    "generation": GenerationOptions,
-    "output": OutputOptions,
-}
+# The groups by name: each is a class, and a heading of `train.py --help`.
+GROUPS: dict[str, Any] = {f.name: f.default_factory for f in fields(RunConfig)[:-1]}
 
 # Settings of earlier versions: the default they had, and what does the same now.
 REMOVED: dict[str, tuple[Any, str]] = {
     "auto_batch_size": (False, "lower --batch-size and raise --accumulate"),
     "skip_bad_batches": (False, "lower --learning-rate or use --precision fp32"),
 }
-
-
-def removed_settings(flat: dict[str, Any]) -> list[str]:
-    """A line for each removed setting that an older config.json has at another value."""
-    return [
-        f"{spelt(name)} (was {flat[name]!r}) was removed and has no effect: {instead}"
-        for name, (default, instead) in REMOVED.items()
-        if flat.get(name, default) != default
-    ]

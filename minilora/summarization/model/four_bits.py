@@ -8,7 +8,6 @@ tied weights work as usual.
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -43,7 +42,7 @@ class FourBits(QuantizationConfigMixin):
 class _Quantizer(HfQuantizer):
     """Chooses the linears before a value is read, and quantizes them one by one."""
 
-    requires_calibration = False
+    is_serializable = is_trainable = False  # type: ignore[assignment]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -60,12 +59,12 @@ class _Quantizer(HfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 
-    def is_serializable(self) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Remove the marks of a quantized model: it has NF4Linear layers, and that is all."""
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
 
 
 class _Quantize(ConversionOps):
@@ -92,13 +91,3 @@ class _Quantize(ConversionOps):
         setattr(model.get_submodule(parent), last, quantized)
         kwargs["missing_keys"].discard(name)
         return {}
-
-
-def forget(model: nn.Module) -> None:
-    """Remove transformers' marks of a quantized model: it has NF4Linear layers, and that is all."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, HfQuantizer):
-        quantizer.remove_quantization_config(model)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = False

@@ -1,11 +1,12 @@
 """The base model and its tokenizer, from a directory or the hub."""
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -23,9 +24,9 @@ from minilora.files import PARTIAL
 from ..data.batches import Encoded
 from ..errors import UserError, one_line
 from ..files import put_directory
-from ..presets import embedded, local_path
+from ..presets import local_path
 from ..settings import RunConfig
-from .four_bits import FourBits, forget
+from .four_bits import FourBits
 
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -61,7 +62,6 @@ def load_model(
             output_loading_info=True,
             quantization_config=four_bits,
         )
-        forget(model)
     if four_bits and four_bits.refused:  # a weight holds an infinity or NaN
         raise UserError(f"model {name}: {four_bits.refused[0]}")
     check_complete(name, info)
@@ -154,9 +154,8 @@ def limit_lengths(run: RunConfig, model: PreTrainedModel) -> RunConfig:
     """The settings with lengths cut to the positions of the model (T5 has no such limit)."""
 
     def limit(side: str, wanted: int) -> int:
-        config = model.config  # LED has two numbers
-        names = (f"max_{side}_position_embeddings", "max_position_embeddings")
-        positions = [getattr(config, name, None) for name in names]
+        names = (f"max_{side}_position_embeddings", "max_position_embeddings")  # LED has two
+        positions = (getattr(model.config, name, None) for name in names)
         return min([wanted, *(n for n in positions if isinstance(n, int))])
 
     limited = deepcopy(run)
@@ -175,11 +174,7 @@ def check_vocabulary(model: PreTrainedModel, encoded: Sequence[Encoded], name: s
     Raises:
         UserError: the tokenizer belongs to another model.
     """
-    embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, torch.nn.Module)
-    weight = embeddings.weight
-    assert isinstance(weight, torch.Tensor)
-    rows = weight.shape[0]  # (vocabulary, d)
+    rows = len(cast(Any, model.get_input_embeddings()).weight)  # (vocabulary, d)
     largest = max(max(*row.source, *row.target) for row in encoded)
     if largest >= rows:
         raise UserError(
@@ -219,26 +214,20 @@ def _quiet(bars: bool = False) -> Iterator[None]:
 
 def _locate(name: str) -> tuple[str, bool]:
     """The directory or hub name to load from, and whether it is a directory."""
-    source = embedded(name)
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or not source
     path = local_path(name)
-    if source and path.is_dir():
+    if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model {name}: the directory has no config.json; is it a model?")
         return str(path), True
-    if looks_like_path or path.exists():
+    if path.exists() or not re.fullmatch("[^./~][^/]*(/[^/]+)?", name):
         raise UserError(f"model {name}: no such directory")
-    return source, False
+    return name, False
 
 
 def _check_weights(name: str, directory: Path) -> None:
-    if not directory.is_dir() or any(directory.glob("*.safetensors")):
-        return
-    pickles = sorted(file.name for file in directory.glob("*.bin"))
-    hint = (
-        f"; {pickles[0]} is a pickle, which can run any code when loaded: load it with "
-        "transformers where you trust it, and save it again"
-        if pickles
-        else ""
-    )
-    raise UserError(f"model {name}: the directory holds no weights (model.safetensors){hint}")
+    if directory.is_dir() and not any(directory.glob("*.safetensors")):
+        raise UserError(
+            f"model {name}: the directory holds no weights (model.safetensors). A .bin file is a "
+            "pickle, which can run any code when loaded: load it with transformers where you trust "
+            "it, and save it again"
+        )

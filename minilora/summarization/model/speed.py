@@ -47,26 +47,15 @@ def release_file(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.is_cpu:
             parameter.data = parameter.data.clone()
-    copies: dict[int, Tensor] = {}
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_cpu:
-                module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
-
-
-def choose_attention(model: PreTrainedModel, device: torch.device) -> None:
-    """Eager attention on a CPU where the attention drops out; otherwise what transformers chose.
-
-    With dropout, torch has no fused kernel for the CPU: sdpa holds the probabilities as eager
-    attention does, is slower, and draws its dropout by `bernoulli_`.
-    """
-    if device.type == "cpu" and getattr(model.config, "attention_dropout", False):
-        model.set_attn_implementation("eager")
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.clone())  # a view, so changing its data is not enough
 
 
 EAGER_POSITIONS = 512
 """Up to this length a CPU's step with eager attention takes 0.8 to 0.9 of sdpa's time; at 1,000
-tokens it takes 1.2, and the memory of eager attention grows with the square of the length."""
+tokens it takes 1.2, and the memory of eager attention grows with the square of the length. Where
+the attention drops out, eager is always faster: torch has no fused kernel for that on a CPU."""
 
 
 @contextmanager
@@ -78,7 +67,8 @@ def cheap_step(model: PreTrainedModel, positions: int) -> Iterator[None]:
         positions: the longest source or target of the step.
     """
     before = model.config._attn_implementation
-    eager = before == "sdpa" and positions <= EAGER_POSITIONS
+    short = positions <= EAGER_POSITIONS or getattr(model.config, "attention_dropout", 0) > 0
+    eager = before == "sdpa" and short
     if eager:
         model.set_attn_implementation("eager")
     try:
@@ -135,10 +125,7 @@ class CheapDropout(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.dropout:
-            return self.dropout(*args, **kwargs)
-        return func(*args, **kwargs)
+        return (self.dropout if func is F.dropout else func)(*args, **(kwargs or {}))
 
     @staticmethod
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

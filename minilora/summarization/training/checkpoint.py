@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from minilora.files import write_directory
 
+from .. import processes
 from ..errors import UserError
 from ..files import remove_directory
 
@@ -60,12 +61,10 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler,
     origin: Mapping[str, str] | None = None,
     keep: int = 2,
-    random: Mapping[str, Tensor] | None = None,
-) -> Path:
+) -> None:
     """Write checkpoints/step-N; remove all but the newest `keep` and the one of the best score.
 
-    A complete one of this name is left as it is: a resumed run that stops before its next step has
-    nothing to add to it.
+    All processes call it, for their random states; process 0 writes.
 
     Args:
         directory: the run's checkpoints/.
@@ -75,20 +74,27 @@ def save_checkpoint(
         scaler: fp16's, or a disabled one.
         origin: the run's fingerprints, to be compared when it is resumed.
         keep: how many of the newest to keep, 1 or more.
-        random: the `random_states` of all processes; with one process they are read here.
 
     Raises:
         OSError: the disk is full or read-only; the older checkpoints are unchanged.
     """
+    tensors = processes.gather_tensors(_random_states())
+    for name, parameter in _trained(model).items():
+        tensors[f"parameter.{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+    state = {"progress": asdict(progress), "scaler": scaler.state_dict(), "origin": origin or {}}
+    processes.on_rank0(lambda: _write(directory, progress, tensors, state, keep))
+
+
+def _write(
+    directory: Path, progress: Progress, tensors: dict[str, Tensor], state: Any, keep: int
+) -> None:
+    """A complete one of this name is left as it is: a run that was resumed and stops before its
+    next step has nothing to add to it.
+    """
     target = directory / _name(progress.step, validated=progress.position == 0)
     if not _is_complete(target):
-        tensors = {f"parameter.{name}": p.detach() for name, p in _trained(model).items()}
-        for name, parameter in _trained(model).items():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-        tensors |= random_states() if random is None else random
-        state = {"progress": asdict(progress), "scaler": scaler.state_dict()}
-        state["origin"] = dict(origin or {})
         contents = {
             TENSORS: safetensors.torch.save({k: t.cpu().contiguous() for k, t in tensors.items()}),
             STATE: json.dumps(state, indent=2).encode() + b"\n",
@@ -103,7 +109,6 @@ def save_checkpoint(
         # One that is newer than `target` is damaged: this run was resumed from an older one.
         if path not in older[:keep] and path.name != best:
             remove_directory(path)
-    return target
 
 
 def load_checkpoint(
@@ -111,11 +116,8 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    rank: int = 0,
 ) -> tuple[Progress, dict[str, str], list[str]]:
     """Restore model, optimizer, scaler and random states from the newest complete checkpoint.
-
-    A process `rank` that did not exist when it was written keeps its random states.
 
     Returns:
         The progress (a new one where there is no checkpoint), the run's fingerprints, and notices
@@ -135,7 +137,7 @@ def load_checkpoint(
             notices.append(f"checkpoint {path} is damaged ({error}): the one before is used")
             continue
         _restore(path, tensors, model, optimizer)
-        set_random_states(tensors, rank)
+        _set_random_states(tensors)
         if state["scaler"]:  # empty if the run computed without fp16
             scaler.load_state_dict(state["scaler"])
         return progress, state["origin"], notices
@@ -202,19 +204,20 @@ def _restore(
                 optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
-def random_states(rank: int = 0) -> dict[str, Tensor]:
+def _random_states() -> dict[str, Tensor]:
     """The random states of this process, which dropout uses: the CPU's and its own GPU's."""
-    states = {f"random.{rank}.cpu": torch.get_rng_state()}
+    states = {f"random.{processes.rank()}.cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
-        states[f"random.{rank}.cuda"] = torch.cuda.get_rng_state()
+        states[f"random.{processes.rank()}.cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def set_random_states(states: Mapping[str, Tensor], rank: int = 0) -> None:
-    """Inverse of `random_states`; a state that is missing stays as it is."""
-    if (state := states.get(f"random.{rank}.cpu")) is not None:
+def _set_random_states(states: Mapping[str, Tensor]) -> None:
+    """A process that did not exist when they were written keeps its own."""
+    if (state := states.get(f"random.{processes.rank()}.cpu")) is not None:
         torch.set_rng_state(state)
-    if torch.cuda.is_initialized() and (state := states.get(f"random.{rank}.cuda")) is not None:
+    state = states.get(f"random.{processes.rank()}.cuda")
+    if state is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state)
 
 

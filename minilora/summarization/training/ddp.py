@@ -1,11 +1,10 @@
-"""Data-parallel gradients: each process computes its shard, and the gradients are summed."""
+"""Data-parallel gradients: each process computes its shard, and the gradients are averaged."""
 
 import inspect
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -19,16 +18,14 @@ _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else 
 
 
 class Replica:
-    """This process's copy of the model, whose gradients are the sums over all processes.
+    """This process's copy of the model, whose gradients are the means over all processes.
 
     DistributedDataParallel sends the gradients of the parameters that train, and nothing else,
-    while the backward pass is still running (Li et al. 2020, section 3.2). By default it averages
-    them. Here they are summed, since each loss is divided by the target tokens of all processes.
+    while the backward pass is still running (Li et al. 2020, section 3.2). It averages them over
+    the processes, so the loss is divided by the mean of their target tokens.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.sent_bytes = 0
-        """Bytes of gradients sent since `take_sent`."""
         self.summed = _SummedLoss(model)
         self.parallel: DistributedDataParallel | None = None
         if not processes.active():
@@ -42,12 +39,10 @@ class Replica:
             gradient_as_bucket_view=True,
             find_unused_parameters=any(drops),
         )
-        self.parallel.register_comm_hook(self, lambda self, bucket: _add_up(self, bucket))
         # DDP arranges its buckets by the first backward pass. With the same first pass in every
         # run, a resumed one adds in the same order and ends with the same bits.
         self.parallel(None).backward()
         model.zero_grad(set_to_none=True)
-        self.sent_bytes = 0
 
     def loss(self, batch: dict[str, Tensor] | None, last: bool) -> Tensor:
         """`summed_loss` of this process's shard of a batch: a scalar in nats.
@@ -58,16 +53,9 @@ class Replica:
             last: whether the optimizer steps after this batch. Gradients are sent only then; those
                 of the batches before are accumulated.
         """
-        if self.parallel is None:
-            loss: Tensor = self.summed(batch)
-            return loss
-        with nullcontext() if last else self.parallel.no_sync():
-            sent: Tensor = self.parallel(batch)
-        return sent
-
-    def take_sent(self) -> int:
-        sent, self.sent_bytes = self.sent_bytes, 0
-        return sent
+        with nullcontext() if last or self.parallel is None else self.parallel.no_sync():
+            loss: Tensor = (self.parallel or self.summed)(batch)
+        return loss
 
 
 class _SummedLoss(nn.Module):
@@ -82,13 +70,3 @@ class _SummedLoss(nn.Module):
             trained = [p for p in self.model.parameters() if p.requires_grad]
             return torch.stack([(0.0 * parameter).sum().float() for parameter in trained]).sum()
         return summed_loss(self.model, batch)[0]
-
-
-def _add_up(replica: Replica, bucket: Any) -> torch.futures.Future[Tensor]:
-    """DDP's communication hook: sum a bucket of gradients in place, and count its bytes."""
-    gradients = bucket.buffer()
-    replica.sent_bytes += gradients.nbytes
-    work = dist.all_reduce(gradients, async_op=True)
-    assert work is not None
-    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
-    return future

@@ -1,5 +1,6 @@
 """What can fail in the middle of a run: memory, and numbers that are not finite."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -8,14 +9,19 @@ import torch
 from ..data.batches import Encoded
 from ..errors import UserError
 from ..settings import TrainingOptions
+from .schedule import Group
 
 
-class BadBatch(UserError):
-    """A loss or gradient that is not finite, and its dialogues."""
+def require_finite(what: str, value: float, step: int, group: Group) -> None:
+    """Refuse a loss or a gradient's norm that is not finite.
 
-    def __init__(self, what: str, value: float, step: int, ids: Sequence[str]) -> None:
-        super().__init__(
-            f"the {what} is {value} in step {step}, on the dialogues {', '.join(ids)}: lower "
+    Raises:
+        UserError: it names the step and its dialogues.
+    """
+    if not math.isfinite(value):
+        ids = ", ".join(row.id for batch in group for row in batch)
+        raise UserError(
+            f"the {what} is {value} in step {step}, on the dialogues {ids}: lower "
             "--learning-rate or use --precision fp32"
         )
 
@@ -24,10 +30,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Of the GPU's memory, or of the computer's: torch has no class of its own for the latter."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
     said = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in said or "can't allocate memory" in said or "not enough memory" in said
-    )
+    return isinstance(error, RuntimeError) and any(sign in said for sign in signs)
 
 
 @contextmanager
@@ -55,17 +60,11 @@ def step_memory(
 ) -> AbstractContextManager[None]:
     """`out_of_memory` for a batch of a step: it is named, with the flags that take less memory."""
     size, half = training.batch_size, max(1, training.batch_size // 2)
-    instead = (
-        f"--batch-size {half} --accumulate {training.accumulate * size // half} comes to the same"
-    )
-    if size == 1:
-        instead = "lower --max-source-length"
-    sources, targets = (
-        max((len(tokens) for tokens in side), default=0)
-        for side in ([row.source for row in batch], [row.target for row in batch])
-    )
+    same = f"--batch-size {half} --accumulate {training.accumulate * size // half}"
+    source = max((len(row.source) for row in batch), default=0)
+    target = max((len(row.target) for row in batch), default=0)
     return out_of_memory(
-        f"in step {step} on a batch of {len(batch)} dialogues of up to {sources} tokens, summaries "
-        f"of up to {targets} ({', '.join(row.id for row in batch)})",
-        instead,
+        f"in step {step} on a batch of {len(batch)} dialogues of up to {source} tokens, summaries "
+        f"of up to {target} ({', '.join(row.id for row in batch)})",
+        f"{same} comes to the same" if size > 1 else "lower --max-source-length",
     )

@@ -5,14 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ..errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: no lock there
-    fcntl = None  # type: ignore[assignment]
-
-NAME = ".lock"
 
 
 @contextmanager
@@ -27,38 +22,19 @@ def lock(directory: Path) -> Iterator[None]:
         OSError: the directory cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    path = directory / NAME
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    path = directory / ".lock"
+    try:
+        held = FileLock(path).acquire(blocking=False)
+    except Timeout:
+        pid = path.read_text() or "?"
+        raise UserError(
+            f"{directory}: process {pid} is training into it: wait until it ends, stop it "
+            f"(kill {pid}), or name another directory"
+        ) from None
+    with held:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(descriptor, 32).decode(errors="replace").strip() or "?"
-            os.close(descriptor)
-            raise UserError(
-                f"{directory}: process {pid} is training into it: wait until it ends, stop it "
-                f"(kill {pid}), or name another directory"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        if _is_at(descriptor, path):
-            break
-        os.close(descriptor)  # its holder removed it between our opening and our locking
-    try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-        yield
-    finally:
-        with suppress(OSError):  # such as a disk that became read-only
-            path.unlink(missing_ok=True)  # while it is still locked: see _is_at
-        os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+            path.write_text(str(os.getpid()))
+            yield
+        finally:
+            with suppress(OSError):  # such as a disk that became read-only
+                path.unlink()  # while it is still locked: nobody else loses theirs

@@ -1,10 +1,9 @@
-"""log.jsonl and the clock, both continued by a resumed run."""
+"""log.jsonl, which a resumed run continues."""
 
 import json
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,20 +50,3 @@ def open_log(path: Path, keep_bytes: int) -> Iterator[Log]:
         write_file(path, content)
     with (path if processes.rank() == 0 else Path(os.devnull)).open("ab") as file:
         yield Log(file)
-
-
-class Clock:
-    """Seconds of training, including those before a resume."""
-
-    def __init__(self, before: float) -> None:
-        self.start = time.monotonic() - before
-        self.mark()
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
-    def mark(self) -> None:
-        self.marked = time.monotonic()
-
-    def minutes_since_mark(self) -> float:
-        return (time.monotonic() - self.marked) / 60

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from ..data.batches import IGNORED
 
@@ -122,11 +123,10 @@ def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
     Most models have a method for it: mBART, for example, starts with the language. NLLB and
     Blenderbot do it in their forward, as here.
     """
-    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if prepare is not None:
-        shifted: Tensor = prepare(labels)
-        return shifted
-    config = model.config
-    shifted = labels.roll(1, dims=1)
-    shifted[:, 0] = config.decoder_start_token_id
-    return shifted.masked_fill(shifted == IGNORED, config.pad_token_id)
+    config, prepare = model.config, getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    shifted: Tensor = (
+        shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+        if prepare is None
+        else prepare(labels)
+    )
+    return shifted

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from ..model.device import autocast, choose_device, choose_precision
 from ..model.four_bits import FourBits
 from ..model.loading import check_vocabulary, limit_lengths, load_model, load_tokenizer, save_model
 from ..settings import RunConfig
-from .fingerprint import PLACES, fingerprints, of_tensors, place
+from .fingerprint import fingerprints, of_tensors
 
 
 @dataclass
@@ -54,15 +55,14 @@ class Session:
     report: InjectReport
     notices: list[str]
     origin: dict[str, str]
-    """Fingerprints of what the run begins with, and where it computes."""
+    """Fingerprints of what the run begins with."""
 
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.autocast_dtype)
 
     def tensors(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
         """A padded batch on the device; see `collate`."""
-        pad = self.tokenizer.pad_token_id
-        assert isinstance(pad, int)
+        pad = cast(int, self.tokenizer.pad_token_id)  # load_tokenizer requires one
         return {key: t.to(self.device) for key, t in collate(batch, pad).items()}
 
 
@@ -95,34 +95,28 @@ def open_session(run: RunConfig) -> Session:
         if truncation.sources or truncation.targets:
             notices.append(f"{name}: {truncation}")
     autocast_dtype = choose_precision(run.model.precision, device)
-    encoded_splits = {name: split.encoded for name, split in splits.items()}
     if not rouge_is_installed():
         without = "the validation loss chooses the best epoch, and nothing is scored at the end"
         notices.append(f"rouge_score is not installed: {without}")
-    where = place(device, autocast_dtype, processes.world_size())
-    origin = fingerprints(data, encoded_splits, model) | where
+    origin = fingerprints(splits, model)
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
     if config:
         report = minilora.inject(model, config)
     else:
         trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
         report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
-    prepare(model, run, device, autocast_dtype)
+    prepare(model, run, autocast_dtype)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    began = {"start": of_tensors(trained), "settings": run.to_dict()}
-    processes.require_same({n: v for n, v in origin.items() if n not in PLACES} | began)
+    processes.require_same(origin | {"start": of_tensors(trained), "settings": run.to_dict()})
     processes.seed_by_rank(run.model.seed)
     parts = (model, tokenizer, splits, report, notices, origin)
     return Session(run, device, autocast_dtype, *parts)
 
 
-def prepare(
-    model: PreTrainedModel, run: RunConfig, device: torch.device, autocast_dtype: torch.dtype | None
-) -> None:
+def prepare(model: PreTrainedModel, run: RunConfig, autocast_dtype: torch.dtype | None) -> None:
     """Make the training steps of the model cheap; see `speed`."""
     speed.hold_frozen_linears(model, autocast_dtype)
     speed.release_file(model)
-    speed.choose_attention(model, device)
     if run.training.checkpoint_activations:
         speed.checkpoint_activations(model)
     if run.training.compile:
@@ -131,17 +125,8 @@ def prepare(
 
 def adapter_config(run: RunConfig) -> LoRAConfig:
     """The library's configuration for a run's settings."""
-    options = run.adapter
-    return LoRAConfig(
-        rank=options.rank,
-        alpha=options.alpha,
-        dropout=options.dropout,
-        targets=_targets(options.targets),
-        exclude=_targets(options.exclude) if options.exclude else (),
-        rslora=options.rslora,
-        init=options.init,
-        task_type="SEQ_2_SEQ_LM",
-    )
+    names = {side: _targets(getattr(run.adapter, side)) for side in ("targets", "exclude")}
+    return LoRAConfig(**asdict(run.adapter) | names, task_type="SEQ_2_SEQ_LM")
 
 
 def four_bits(run: RunConfig, start: bool = False) -> FourBits | None:

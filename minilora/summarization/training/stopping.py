@@ -14,26 +14,30 @@ class StopRequest:
     terminal reaches each process twice, once through torchrun.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        self.raises = False
+    requested = False
+    raises = False
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside the block a request, even one made before, raises KeyboardInterrupt."""
+        """Inside the block a request, even one made before, raises KeyboardInterrupt.
+
+        With several processes it is raised at the end of the block, in all: a process that left a
+        collective call would hang the others.
+        """
         self.raises = True
         try:
             if self.requested:
-                processes.interrupt()
+                self.on_signal()
             yield
         finally:
             self.raises = False
-            processes.forget_interrupt()
+        if processes.any_rank(self.requested):
+            raise KeyboardInterrupt
 
-    def on_signal(self, number: int, frame: object) -> None:
+    def on_signal(self, *_: object) -> None:
         second, self.requested = self.requested, True
-        if self.raises or (second and processes.world_size() == 1):
-            processes.interrupt()
+        if (second or self.raises) and processes.world_size() == 1:
+            raise KeyboardInterrupt
 
 
 @contextmanager
@@ -41,16 +45,10 @@ def stop_requests() -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request to stop after the current step."""
     stop = StopRequest()
     handled = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = {number: signal.signal(number, stop.on_signal) for number in handled}
-    except ValueError:  # signals come to the main thread only
-        before = {}
+    before = [signal.signal(number, stop.on_signal) for number in handled]
     try:
         yield stop
-    except BaseException:
-        if processes.active():  # so that torchrun's SIGTERM does not cut off the error message
-            before = {}
-        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not processes.active():  # torchrun's SIGTERM would cut off an error message
+            for number, handler in zip(handled, before, strict=True):
+                signal.signal(number, handler)

@@ -10,7 +10,7 @@ output/
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +28,13 @@ from ..errors import UserError
 from ..files import sweep
 from ..model import speed
 from ..model.device import peak_bytes
-from .checkpoint import Progress, load_checkpoint, random_states, save_checkpoint
+from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .ddp import Replica
-from .failures import BadBatch, out_of_memory, smaller_evaluation_batch, step_memory
+from .failures import out_of_memory, require_finite, smaller_evaluation_batch, step_memory
 from .fingerprint import differences
-from .log import Clock, Log, open_log
+from .log import Log, open_log
 from .schedule import Group, epoch_groups, last_step, learning_rate
-from .session import Session, save_trained, write_config
+from .session import Session, save_trained
 from .stopping import StopRequest, stop_requests
 from .validation import describe, selection_score, validate
 
@@ -60,8 +60,6 @@ def fit(session: Session, output: Path) -> Outcome:
     trainer = Trainer(session, output)
     for notice in trainer.restore():
         print(f"note: {notice}", file=sys.stderr)
-    if session.run.output.accept_changes:  # the next resume compares with these
-        processes.on_rank0(lambda: write_config(session.run, output))
     processes.on_rank0(lambda: sweep(output))
     with trainer.open():
         finished = trainer.run()
@@ -90,7 +88,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=fp16)
         self.replica = Replica(session.model)
         self.progress = Progress()
-        self.clock = Clock(0.0)
+        self.began = self.saved = time.monotonic()
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -119,22 +117,23 @@ class Trainer:
 
     def step(self, group: Group) -> dict[str, Any]:
         """One step of AdamW. The loss is the sum over all target tokens divided by their number."""
-        start, session = time.perf_counter(), self.session
+        start, session, total = time.perf_counter(), self.session, 0.0
         target_tokens = sum(len(row.target) for batch in group for row in batch)
+        mean_tokens = target_tokens / processes.world_size()  # DDP averages over the processes
         self.set_learning_rate()
         session.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        losses: list[tuple[float, Sequence[Encoded]]] = []
         with self.cheap_step(group):
             for batch in group:  # one, or --accumulate
                 mine = processes.shard(batch)
-                with self.memory_for(mine):
+                with step_memory(mine, session.run.training, self.progress.step + 1):
                     with session.autocast():
                         tensors = session.tensors(mine) if mine else None
                         loss = self.replica.loss(tensors, last=batch is group[-1])  # summed, nats
-                    self.scaler.scale(loss / target_tokens).backward()
-                losses.append((loss.item(), mine))
-        total = self.sum_losses(losses)
+                    self.scaler.scale(loss / mean_tokens).backward()
+                total += loss.item()
+        (total,) = processes.all_reduce_sum(total)
+        require_finite("loss", total, self.progress.step + 1, group)
         self.scaler.unscale_(self.optimizer)
         norm = self.clip(group)
         with out_of_memory(*UPDATING):
@@ -159,44 +158,23 @@ class Trainer:
         plain = options.compile or options.checkpoint_activations
         if self.session.device.type != "cpu" or plain:
             return nullcontext()
-        rows = [row for batch in group for row in batch]
-        longest = max(max(len(row.source), len(row.target)) for row in rows)
+        longest = max(len(max(row.source, row.target, key=len)) for rows in group for row in rows)
         return speed.cheap_step(self.session.model, longest)
-
-    def memory_for(self, batch: Sequence[Encoded]) -> AbstractContextManager[None]:
-        return step_memory(batch, self.session.run.training, self.progress.step + 1)
-
-    def sum_losses(self, losses: Sequence[tuple[float, Sequence[Encoded]]]) -> float:
-        """The summed loss of the group, over all processes.
-
-        Raises:
-            BadBatch: it is not finite.
-        """
-        (total,) = processes.all_reduce_sum(sum(loss for loss, _ in losses))
-        if not math.isfinite(total):
-            bad = [row.id for loss, rows in losses if not math.isfinite(loss) for row in rows]
-            ids = [name for found in processes.gather(bad) for name in found]
-            raise BadBatch("loss", total, self.progress.step + 1, ids)
-        return total
 
     def clip(self, group: Group) -> float:
         """Limit the norm of the gradient to --clip. Returns the norm before.
 
         Raises:
-            BadBatch: it is not finite, and no GradScaler skips the step.
+            UserError: it is not finite, and no GradScaler skips the step.
         """
         limit = self.session.run.training.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit).item()
-        if not (self.scaler.is_enabled() or math.isfinite(norm)):
-            ids = [row.id for batch in group for row in batch]
-            raise BadBatch("gradient's norm", norm, self.progress.step + 1, ids)
+        if not self.scaler.is_enabled():
+            require_finite("gradient's norm", norm, self.progress.step + 1, group)
         return norm
 
     def measures(self, group: Group, loss: float, norm: float, seconds: float) -> dict[str, Any]:
-        """A step's record: nats per target token, the norm before clipping, tokens without padding.
-
-        With several processes also the bytes of gradients that each sent to the others.
-        """
+        """A step's record: nats per target token, norm before clipping, tokens without padding."""
         tokens = sum(len(row.source) + len(row.target) for batch in group for row in batch)
         return {
             "loss": loss,
@@ -205,7 +183,6 @@ class Trainer:
             "tokens": tokens,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(tokens / seconds, 1),
-            **({"sent_bytes": self.replica.take_sent()} if processes.world_size() > 1 else {}),
         }
 
     def advance(self, measures: dict[str, Any]) -> None:
@@ -230,7 +207,7 @@ class Trainer:
                 if progress.best is None:
                     self.save_trained()
                 return False
-        progress.seconds = self.clock.seconds()
+        progress.seconds = time.monotonic() - self.began
         peak = peak_bytes(self.session.device)
         self.log.write("end", seconds=round(progress.seconds, 1), peak_bytes=peak)
         return True
@@ -273,33 +250,27 @@ class Trainer:
             UserError: the result would change, and --accept-changes was not given.
         """
         what = (self.session.model, self.optimizer, self.scaler)
-        self.progress, origin, notices = load_checkpoint(
-            self.output / "checkpoints", *what, rank=processes.rank()
-        )
+        self.progress, origin, notices = load_checkpoint(self.output / "checkpoints", *what)
         processes.require_same({f"a checkpoint in {self.output}": self.progress.step})
-        self.clock = Clock(self.progress.seconds)
-        other, where = differences(origin, self.session.origin)
-        changed = f"changed since the run began: {', '.join(other)}"
-        if other and not self.session.run.output.accept_changes:
-            raise UserError(
-                f"--resume {self.output}: {changed}; restore what changed, or use --accept-changes "
-                "to resume with it"
-            )
-        notices += [changed] if other else []
-        if where:
-            notices.append(f"rounding may differ from the run's start: {', '.join(where)}")
+        self.began = time.monotonic() - self.progress.seconds
+        if other := differences(origin, self.session.origin):
+            changed = f"changed since the run began: {', '.join(other)}"
+            if not self.session.run.output.accept_changes:
+                instead = "; restore what changed, or use --accept-changes to resume with it"
+                raise UserError(f"--resume {self.output}: {changed}{instead}")
+            notices.append(changed)
         return notices
 
     def checkpoint_is_due(self) -> bool:
         options = self.session.run.output
         by_steps = options.checkpoint_steps and self.progress.step % options.checkpoint_steps == 0
-        return bool(by_steps) or self.clock.minutes_since_mark() >= options.checkpoint_minutes
+        minutes = (time.monotonic() - self.saved) / 60
+        return bool(by_steps) or minutes >= options.checkpoint_minutes
 
     def checkpoint(self) -> None:
         progress, session = self.progress, self.session
-        progress.seconds, progress.log_bytes = self.clock.seconds(), self.log.flush()
-        random = processes.gather_tensors(random_states(processes.rank()))
+        progress.seconds, progress.log_bytes = time.monotonic() - self.began, self.log.flush()
         what = (session.model, self.optimizer, self.scaler, session.origin)
         path, keep = self.output / "checkpoints", session.run.output.keep_checkpoints
-        processes.on_rank0(lambda: save_checkpoint(path, progress, *what, keep, random))
-        self.clock.mark()
+        save_checkpoint(path, progress, *what, keep)
+        self.saved = time.monotonic()
