@@ -22,7 +22,7 @@ from minilora.peft_format.directory import Adapter
 from minilora.peft_format.keys import PREFIX, SUFFIXES
 from minilora.targets import select
 
-Method = Literal["linear", "cat", "svd"]
+Method = Literal["cat", "svd"]
 Factors = tuple[Tensor, Tensor]
 """A (r, in) and B (out, r)."""
 
@@ -39,6 +39,12 @@ class Fit(NamedTuple):
     module: str
     norm: float
     error: float
+
+    @classmethod
+    def of(cls, module: str, S: Tensor, rank: int | None) -> "Fit":
+        """From all singular values, of which the largest `rank` are kept (None: all of them)."""
+        norm, lost = S.norm().item(), 0.0 if rank is None else S[rank:].norm().item()
+        return cls(module, norm, lost / norm if norm else 0.0)
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,11 @@ class Fitted(Adapter):
 
     def __str__(self) -> str:
         worst = max(self.fits, key=lambda fit: fit.error)
-        text = (
+        return (
             f"{len(self.fits)} modules, {self.energy:.2%} of the update's energy kept; "
-            f"error at most {worst.error:.2g} of an update ({worst.module})"
+            f"error at most {worst.error:.2g} of an update ({worst.module}); "
+            f"{len(self.left_out)} changed parameters left out"
         )
-        if self.left_out:
-            text += f"; {len(self.left_out)} changed parameters left out: {self.left_out[0]}, ..."
-        return text
 
 
 def combine(
@@ -87,8 +91,7 @@ def combine(
         adapters: plain LoRA (no DoRA, no trained biases or modules).
         weights: one number each; any sign.
         method: "cat" concatenates the factors: exact; the ranks add up. "svd" keeps the best `rank`
-            directions of that sum. "linear" adds up A and B each, weighted by the root of
-            |w_i s_i|, as PEFT does: it adds cross terms B_i A_j and needs equal ranks.
+            directions of that sum.
         rank: the rank of the result, with "svd" only.
 
     Returns:
@@ -116,12 +119,11 @@ def combine(
         raise LoRAError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}")
     if (method == "svd") != (rank is not None):
         raise LoRAError("rank goes with method 'svd', and 'svd' needs one")
-    for adapter in adapters:
-        if adapter.config.dora or adapter.config.lora_bias or adapter.extras:
-            raise LoRAError(
-                "only plain LoRA is a sum: DoRA's magnitudes, biases and whole modules cannot be "
-                "added up; merge such an adapter, and minilora.extract one from the merged model"
-            )
+    if any(a.config.dora or a.config.lora_bias or a.extras for a in adapters):
+        raise LoRAError(
+            "only plain LoRA is a sum: DoRA's magnitudes, biases and whole modules cannot be "
+            "added up; merge such an adapter, and minilora.extract one from the merged model"
+        )
     factors: dict[str, Factors] = {}
     fits = []
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
@@ -130,10 +132,11 @@ def combine(
             for adapter, weight in zip(adapters, weights, strict=True)
             if module in adapter.modules
         ]
-        exact = _stack(module, terms)
-        made = exact if rank is None else truncate(exact, rank)
-        factors[module] = _add(module, terms) if method == "linear" else made
-        fits.append(_fit(module, exact, factors[module]))
+        factors[module] = _concatenate(module, terms)
+        U, S, Vh = svd(factors[module])
+        if rank is not None:
+            factors[module] = truncate(U, S, Vh, rank)
+        fits.append(Fit.of(module, S, rank))
     first = adapters[0]
     config = first.config
     if set(factors) != set(first.modules):  # what it targets is not what the sum has
@@ -181,17 +184,15 @@ def extract(
     config = LoRAConfig(rank=rank, alpha=rank, targets=targets)  # type: ignore[arg-type]
     found = select(base, config)
     after, before = dict(finetuned.named_parameters()), dict(base.named_parameters())
-    shapes = [{name: p.shape for name, p in model.items()} for model in (after, before)]
-    if shapes[0] != shapes[1]:
+    if {name: p.shape for name, p in after.items()} != {n: p.shape for n, p in before.items()}:
         raise LoRAError("the models differ in names or shapes: these are not one model's weights")
     factors, fits = {}, []
     for module, layer in found.items():
         W = linears.dense_weight(layer).to(torch.float32)  # (out, in)
         delta = linears.dense_weight(finetuned.get_submodule(module)).to(W) - W
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-        factors[module] = _split(U, S, Vh, rank)
-        norm, lost = S.norm().item(), S[rank:].norm().item()
-        fits.append(Fit(module, norm, lost / norm if norm else 0.0))
+        factors[module] = truncate(U, S, Vh, rank)
+        fits.append(Fit.of(module, S, rank))
     held = {f"{module}.weight" for module in found}
     unheld = (name for name in before if name not in held)
     left_out = tuple(name for name in unheld if not torch.equal(before[name], after[name]))
@@ -200,58 +201,31 @@ def extract(
     return _assemble(factors, config, name, transposed, fits, left_out)
 
 
-def truncate(factors: Factors, rank: int) -> Factors:
-    """The A (rank, in) and B (out, rank) whose product is nearest to B A, without forming B A.
+def svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, k), S (k,) and Vh (k, in) of B A = U diag(S) Vh, without forming B A.
 
-    With B = Q R and A^T = Q' R' the singular values of B A are those of the small core R R'^T.
+    With B = Q R and A^T = Q' R' it is Q (R R'^T) Q'^T, and the core R R'^T is small.
     """
     A, B = factors
     Q, R = torch.linalg.qr(B)  # (out, k) (k, r)
     Q2, R2 = torch.linalg.qr(A.T)  # (in, l) (l, r)
     U, S, Vh = torch.linalg.svd(R @ R2.T, full_matrices=False)
-    return _split(Q @ U, S, Vh @ Q2.T, rank)
+    return Q @ U, S, Vh @ Q2.T
 
 
-def singular_values(factors: Factors) -> Tensor:
-    """The singular values of B A, the largest first, from the small core as in `truncate`."""
-    A, B = factors
-    values: Tensor = torch.linalg.svdvals(torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T)
-    return values
-
-
-def _split(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> Factors:
+def truncate(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> Factors:
     """A and B from the largest singular values, the square root of each in either."""
     root = S[:rank].sqrt()
     return root[:, None] * Vh[:rank], U[:, :rank] * root
 
 
-def _stack(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
+def _concatenate(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
     """A_1 .. A_n below each other and w_1 B_1 .. w_n B_n side by side, in float64."""
     shapes = {(B.shape[0], A.shape[1]) for _, A, B in terms}
     if len(shapes) > 1:
         raise LoRAError(f"{module} is {' and '.join(map(str, sorted(shapes)))} (out, in)")
     As, Bs = zip(*((A.double(), weight * B.double()) for weight, A, B in terms), strict=True)
     return torch.cat(As), torch.cat(Bs, dim=1)
-
-
-def _add(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
-    """(sum of +-sqrt|w_i| A_i, sum of sqrt|w_i| B_i), as PEFT's "linear" does."""
-    ranks = {A.shape[0] for _, A, _ in terms}
-    if len(ranks) > 1:
-        raise LoRAError(f"{module} has ranks {sorted(ranks)}: 'linear' needs one; try 'svd'")
-    As = [math.copysign(math.sqrt(abs(weight)), weight) * A.double() for weight, A, _ in terms]
-    Bs = [math.sqrt(abs(weight)) * B.double() for weight, _, B in terms]
-    return torch.stack(As).sum(dim=0), torch.stack(Bs).sum(dim=0)
-
-
-def _fit(module: str, exact: Factors, made: Factors) -> Fit:
-    """Both norms come from singular values; the difference is the sum with weights 1 and -1."""
-    norm = singular_values(exact).norm().item()
-    apart = 0.0
-    if made is not exact:
-        difference = _stack(module, [(1.0, *exact), (-1.0, *made)])
-        apart = singular_values(difference).norm().item()
-    return Fit(module, norm, apart / norm if norm else 0.0)
 
 
 def _assemble(

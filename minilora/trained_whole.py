@@ -1,4 +1,4 @@
-"""Biases and whole modules that train beside A and B.
+"""Biases and whole modules that train beside A and B: the `inject.Extra` of this package.
 
 They train in place, under their own names. The base's values are kept, so that `disabled` is the
 base and another adapter starts from it. A state_dict holds the trained ones, like any parameter
@@ -21,7 +21,7 @@ BASE_BIAS = ".base_layer.bias"
 
 
 class TrainedWhole:
-    """What one configuration lets train beside A and B: `inject.Beside`.
+    """What one configuration lets train beside A and B: `inject.Extra`.
 
     Args:
         model: not yet changed.

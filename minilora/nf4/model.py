@@ -149,23 +149,17 @@ def check_linear(name: str, module: nn.Module, shared_with: Sequence[str] = ()) 
 
 
 @contextmanager
-def dequantized(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+def dequantized(model: nn.Module) -> Iterator[None]:
     """Replace every `NF4Linear` by a plain linear, in place; the block may merge into them.
 
-    Within it the weights are in float32, exactly what the codes mean. When it ends they are
-    rounded once, and what that cost is logged. What quantizing took does not come back.
-
-    Args:
-        model: a quantized model.
-        dtype: float32 or bfloat16; the whole model is cast to it. None: each weight gets the dtype
-            of its layer, the model's own.
+    Within it the weights are in float32, exactly what the codes mean. When it ends each is rounded
+    once to the dtype of its layer, and what that cost is logged. What quantizing took does not come
+    back.
 
     Raises:
-        LoRAError: another dtype, or a weight that does not fit it. On these, and on an error in
-            the block, the quantized linears are put back.
+        LoRAError: a weight does not fit its dtype. On this, and on an error in the block, the
+            quantized linears are put back.
     """
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        raise LoRAError(f"dequantize into float32 or bfloat16, not {dtype}")
     plain: dict[NF4Linear, nn.Linear] = {}
     unmerged = [layer for layer in lora_layers(model).values() if not layer.merged]
     try:
@@ -174,19 +168,19 @@ def dequantized(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[
             replace_modules(model, {quantized: plain[quantized]})
         yield
         for quantized, linear in plain.items():
-            final = dtype or quantized.dtype
-            if not linear.weight.to(final).isfinite().all():
-                raise LoRAError(f"a dequantized weight does not fit {final}: say dtype")
+            if not linear.weight.to(quantized.dtype).isfinite().all():
+                what = f"a dequantized weight does not fit {quantized.dtype}"
+                raise LoRAError(f"{what}: call model.float() before unwrap")
     except BaseException:
         for layer in unmerged:
             layer.unmerge()
         replace_modules(model, {linear: quantized for quantized, linear in plain.items()})
         raise
-    costs = [_round(linear, dtype or quantized.dtype) for quantized, linear in plain.items()]
-    if dtype is not None:
-        nn.Module.to(model, dtype)  # a model in two dtypes would not run
-    dtypes = dict.fromkeys(str(dtype or quantized.dtype) for quantized in plain)
-    logging.getLogger("minilora").info(_cost(costs, dtypes))
+    roundings = [_round(linear, quantized.dtype) for quantized, linear in plain.items()]
+    logging.getLogger("minilora").info(
+        f"{len(roundings)} linears dequantized; rounding to the model's dtype changed a weight by "
+        f"at most {max(roundings, default=0.0):.2g} of its norm"
+    )
 
 
 def _exact_linear(quantized: NF4Linear) -> nn.Linear:
@@ -196,21 +190,8 @@ def _exact_linear(quantized: NF4Linear) -> nn.Linear:
     return linear.train(quantized.training)
 
 
-def _round(linear: nn.Linear, dtype: torch.dtype) -> tuple[float, float]:
-    """Round the weight; the largest error of an entry, and ||error|| / ||weight||."""
+def _round(linear: nn.Linear, dtype: torch.dtype) -> float:
+    """Round the weight; ||error|| / ||weight||."""
     exact = linear.weight
     linear.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
-    if exact.numel() == 0:
-        return 0.0, 0.0
-    error = linear.weight.float() - exact
-    return error.abs().max().item(), (error.norm() / exact.norm().clamp(min=1e-38)).item()
-
-
-def _cost(costs: list[tuple[float, float]], dtypes: dict[str, None]) -> str:
-    if not costs:
-        return "no linears in 4 bits"
-    entry, norm = (max(column) for column in zip(*costs, strict=True))
-    return (
-        f"{len(costs)} linears dequantized to {', '.join(dtypes)}; rounding "
-        f"error at most {entry:.2g} an entry, {norm:.2g} of a weight's norm"
-    )
+    return ((linear.weight.float() - exact).norm() / exact.norm().clamp(min=1e-38)).item()

@@ -45,9 +45,7 @@ def normal_quantiles() -> Tensor:
 
     def quantiles(count: int) -> Tensor:
         steps = torch.linspace(outermost, 0.5, count + 1, dtype=torch.float64)[:-1]  # not 0.5: zero
-        values: Tensor = torch.special.ndtri(
-            steps
-        )  # the inverse of the normal's distribution function
+        values: Tensor = torch.special.ndtri(steps)  # the inverse of the normal's cdf
         return values
 
     values = torch.cat([-quantiles(7), torch.zeros(1, dtype=torch.float64), quantiles(8)])
@@ -135,7 +133,7 @@ def pack(weight: Tensor, double: bool = True) -> NF4:
         LoRAError: it holds an infinity or NaN.
     """
     codes, absmax = _to_nf4(weight)
-    if not absmax.isfinite().all():
+    if not absmax.is_meta and not absmax.isfinite().all():
         raise LoRAError("cannot be quantized: it holds values that are not finite in float32")
     return _pack_scales(codes, absmax) if double else NF4(codes, absmax)
 
@@ -186,14 +184,8 @@ def unpack(
     return out.view(-1)[:size].view(shape)
 
 
-class _Lasting(threading.local):
-    """Memory that each thread keeps and overwrites."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[tuple[str, torch.dtype], Tensor] = {}
-
-
-_lasting = _Lasting()
+_kept = threading.local()
+"""Memory that each thread keeps and overwrites."""
 
 
 def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -205,12 +197,13 @@ def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> T
     of 0.92 to 1.19.
     """
     lasts = device.type == "cpu" and not (torch.compiler.is_compiling() or is_transformed())
-    found = _lasting.tensors.get((name, dtype)) if lasts else None
+    key = f"{name} {dtype}"
+    found: Tensor | None = getattr(_kept, key, None) if lasts else None
     if found is None or found.numel() < size:
         with torch.inference_mode(False):
             found = torch.empty(size, dtype=dtype, device=device)
         if lasts and type(found) is Tensor:  # not a fake tensor, which holds no values
-            _lasting.tensors[name, dtype] = found
+            setattr(_kept, key, found)
     return found[:size]
 
 

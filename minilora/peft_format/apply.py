@@ -28,7 +28,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     injection, layers = injection_of(model), lora_layers(model)
     if injection is None:
         raise LoRAError("the model carries no adapter: minilora.inject or load_adapter first")
-    if any(part.live for part in injection.beside) and not injection.enabled:
+    if any(extra.live for extra in injection.extras) and not injection.enabled:
         raise LoRAError("cannot save inside `with minilora.disabled(model)`: save after it")
     copies = {key: tensor.detach().cpu().clone() for key, tensor in _held(model).items()}
     transposed = any(linears.is_conv1d(layer.base) for layer in layers.values())
@@ -138,8 +138,8 @@ def _fill(model: nn.Module, adapter: Adapter, config: LoRAConfig, inference: boo
 def _held(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors in a model, the model's own, by their keys on disk."""
     injection = injection_of(model)
-    beside = injection.beside if injection is not None else []
-    live = {name: key for part in beside for name, key in part.live.items()}
+    extras = injection.extras if injection is not None else []
+    live = {name: key for extra in extras for name, key in extra.live.items()}
     state = trained_whole.tensors(model) if live else {}
     found = {keys.PREFIX + name: state[key] for name, key in live.items()}
     for module, layer in lora_layers(model).items():
@@ -164,7 +164,7 @@ def _check_fit(
         expected |= keys.expected_of(config, name, *linears.shape(named[name]))
 
     def explain(key: str) -> str:
-        for name in keys.modules_of({key: adapter.tensors[key]}):  # one, or none
+        for name in keys.modules_of([key]):  # one, or none
             if name not in named:
                 return f": the model has no such module{nearest(name, known, 1)}"
             if name not in known:

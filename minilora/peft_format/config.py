@@ -38,16 +38,11 @@ IGNORED = {
     "loftq_config", "eva_config",
 }  # fmt: skip
 
-# Entries that ask for another method, and what to do about it.
 MERGE = "merge it into the base with PEFT (merge_and_unload) and use that model"
-REFUSED = {
-    "megatron_config": "sharded layers are not supported: gather and save it with PEFT",
-    "use_qalora": "QA-LoRA pools its inputs and cannot be plain LoRA; use it with PEFT",
-    "arrow_config": "Arrow routes between adapters by the input; use it with PEFT",
-    "alora_invocation_tokens": "activated LoRA depends on the input's tokens; use it with PEFT",
-    "monteclora_config": "Monte Carlo LoRA samples its weights; use it with PEFT",
-    "kasa_config": "KaSA rewrites the base's weights; use it with PEFT",
-}
+# Entries whose adapters are no fixed update of the weights.
+UNMERGEABLE = {
+    "use_qalora", "arrow_config", "alora_invocation_tokens", "monteclora_config",
+}  # fmt: skip
 
 
 @naming(CONFIG_FILE)
@@ -67,8 +62,8 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
     known = {name for name, _ in FIELDS.values()} | IGNORED
     for key, value in entries.items():
         if key not in known and value not in (None, False, "none", [], {}):
-            advice = REFUSED.get(key, f"minilora does not do this: {MERGE}")
-            raise LoRAError(f"{key} is {value!r}: {advice}")
+            advice = "use it with PEFT" if key in UNMERGEABLE else MERGE
+            raise LoRAError(f"{key} is {value!r}: minilora does not do this: {advice}")
     values = {}
     for ours, (peft, default) in FIELDS.items():
         value = entries.get(peft, default)

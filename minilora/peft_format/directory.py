@@ -18,11 +18,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from minilora.config import LoRAConfig, LoRAError, scale
+from minilora.config import LoRAConfig, LoRAError
 from minilora.files import write_directory
+from minilora.functional import scale
 from minilora.modules import naming, path
 from minilora.peft_format import keys
-from minilora.peft_format.config import CONFIG_FILE, config_from_peft, config_to_peft
+from minilora.peft_format.config import CONFIG_FILE, FIELDS, config_from_peft, config_to_peft
 from minilora.trained_whole import BASE_BIAS
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -72,7 +73,7 @@ class Adapter:
         problems = keys.compare(expected, layers, self._explain)
         for key, tensor in self.tensors.items():
             if tensor.is_floating_point() and tensor.dtype not in FLOATS:
-                problems.append(f"{key} is {keys.kind(tensor)}, which cannot be read exactly")
+                problems.append(f"{key} is {keys.describe(tensor)}, which cannot be read exactly")
             elif not tensor.isfinite().all():
                 problems.append(f"{key} holds values that are not finite")
         if not self.modules:
@@ -116,9 +117,10 @@ class Adapter:
         return whole or f".{name}".endswith(bias)
 
     def _explain(self, key: str) -> str:
-        if key.endswith(keys.SUFFIXES["magnitude"]):
-            return ": DoRA's magnitudes, but use_dora is false"
-        return ": lora_bias is false" if key.endswith(keys.SUFFIXES["lora_bias"]) else ""
+        for suffix, _, field in keys.PARAMETERS.values():
+            if field is not None and key.endswith(suffix):
+                return f": {FIELDS[field][0]} is false"
+        return ""
 
 
 def read_adapter(directory: str | Path) -> Adapter:
@@ -216,16 +218,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    path = directory / WEIGHTS_FILE
-    if not path.is_file():
-        if (directory / "adapter_model.bin").exists():
-            raise LoRAError(
-                "adapter_model.bin is a pickle, which can run any code when loaded: load it with "
-                "PEFT where you trust it, and save it again as safetensors"
-            )
-        raise LoRAError(f"{WEIGHTS_FILE}: no such file")
     try:
-        return dict(safetensors.torch.load_file(path))
+        return dict(safetensors.torch.load_file(directory / WEIGHTS_FILE))
+    except FileNotFoundError:
+        raise LoRAError(
+            f"{WEIGHTS_FILE}: no such file. An adapter_model.bin is a pickle, which can run any "
+            "code: load it with PEFT where you trust it, and save it again as safetensors"
+        ) from None
     except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise LoRAError(f"{WEIGHTS_FILE} is damaged: {error}") from None
 
