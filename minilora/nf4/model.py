@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from minilora.config import ALL_LINEAR, LoRAError
+from minilora.config import ALL_LINEAR, LoRAError, matches
 from minilora.inject import lora_layers
 from minilora.modules import named_modules, others, owners, plain_name, replace_modules
 from minilora.nf4.linear import NF4Linear
-from minilora.targets import all_linear, matches, require
+from minilora.targets import all_linear, require
 
 
 @dataclass(frozen=True)
@@ -177,10 +177,8 @@ def dequantized(model: nn.Module) -> Iterator[None]:
         replace_modules(model, {linear: quantized for quantized, linear in plain.items()})
         raise
     roundings = [_round(linear, quantized.dtype) for quantized, linear in plain.items()]
-    logging.getLogger("minilora").info(
-        f"{len(roundings)} linears dequantized; rounding to the model's dtype changed a weight by "
-        f"at most {max(roundings, default=0.0):.2g} of its norm"
-    )
+    largest = f"rounding error at most {max(roundings, default=0.0):.2g} an entry"
+    logging.getLogger("minilora").info(f"{len(roundings)} linears dequantized; {largest}")
 
 
 def _exact_linear(quantized: NF4Linear) -> nn.Linear:
@@ -191,7 +189,7 @@ def _exact_linear(quantized: NF4Linear) -> nn.Linear:
 
 
 def _round(linear: nn.Linear, dtype: torch.dtype) -> float:
-    """Round the weight; ||error|| / ||weight||."""
+    """Round the weight; the largest error of an entry."""
     exact = linear.weight
     linear.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
-    return ((linear.weight.float() - exact).norm() / exact.norm().clamp(min=1e-38)).item()
+    return (linear.weight.float() - exact).abs().max().item() if exact.numel() else 0.0

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from minilora import linears, trained_whole
-from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError
+from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches
 from minilora.inject import injection_of, lora_layers, report, unload, wrap
 from minilora.layer import LoRALinear
 from minilora.modules import naming, nearest, plain_model, plain_name
 from minilora.peft_format import keys
 from minilora.peft_format.directory import Adapter, read_adapter, write_adapter
 from minilora.reports import LoadReport
-from minilora.targets import check_modules, is_target, matches
+from minilora.targets import check_modules, is_target
 
 
 def adapter_of(model: nn.Module) -> Adapter:
