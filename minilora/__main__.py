@@ -23,7 +23,7 @@ import torch
 
 import minilora
 from minilora import conformance
-from minilora.arithmetic import svd
+from minilora.arithmetic import singular_values
 from minilora.config import LoRAError
 from minilora.peft_format.apply import apply_adapter
 from minilora.peft_format.directory import Adapter
@@ -150,7 +150,7 @@ def inspection(adapter: Adapter) -> str:
     ]
     for module in adapter.modules:
         A, B = (tensor.double() for tensor in adapter.pair(module))
-        values = adapter.scale_of(module) * svd((A, B))[1]
+        values = adapter.scale_of(module) * singular_values(A, B)
         shown = [f"{value:.3g}" for value in values.tolist()]
         if len(shown) > 8:
             shown = [*shown[:7], "..", shown[-1]]

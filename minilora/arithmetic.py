@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from minilora.peft_format.directory import Adapter
 from minilora.peft_format.keys import PREFIX, SUFFIXES
 from minilora.targets import select
 
-Method = Literal["cat", "svd"]
 Factors = tuple[Tensor, Tensor]
 """A (r, in) and B (out, r)."""
 
@@ -40,16 +39,10 @@ class Fit(NamedTuple):
     norm: float
     error: float
 
-    @classmethod
-    def of(cls, module: str, S: Tensor, rank: int | None) -> "Fit":
-        """From all singular values, of which the largest `rank` are kept (None: all of them)."""
-        norm, lost = S.norm().item(), 0.0 if rank is None else S[rank:].norm().item()
-        return cls(module, norm, lost / norm if norm else 0.0)
-
 
 @dataclass(frozen=True)
 class Fitted(Adapter):
-    """An adapter made by arithmetic, with its approximation errors.
+    """An adapter extracted from a full fine-tune, with its approximation errors.
 
     Args:
         config: as in `Adapter`, and so are `tensors`, `base_model` and `fan_in_fan_out`.
@@ -80,25 +73,24 @@ class Fitted(Adapter):
 
 
 def combine(
-    adapters: Sequence[Adapter], weights: Sequence[float], method: Method = "cat",
-    rank: int | None = None,
-) -> Fitted:  # fmt: skip
+    adapters: Sequence[Adapter], weights: Sequence[float], method: Literal["cat"] = "cat"
+) -> Adapter:
     """One adapter for the weighted sum of the updates of several: Delta = sum of w_i s_i B_i A_i.
 
+    The factors are concatenated, so the ranks add up, and the sum is exact. (PEFT's "linear" adds
+    up A and B each, which adds cross terms B_i A_j. For a lower rank, `extract` at that rank.)
     Where only some of the adapters have a module, the sum is over those.
 
     Args:
         adapters: plain LoRA (no DoRA, no trained biases or modules).
         weights: one number each; any sign.
-        method: "cat" concatenates the factors: exact; the ranks add up. "svd" keeps the best `rank`
-            directions of that sum.
-        rank: the rank of the result, with "svd" only.
+        method: PEFT's name for this; there is no other.
 
     Returns:
-        An adapter with s = 1, and its error beside the exact sum.
+        An adapter with s = 1.
 
     Raises:
-        LoRAError: the arguments are wrong, or the adapters do not go with each other or the method.
+        LoRAError: the arguments are wrong, or the adapters do not go with each other.
 
     Example:
         >>> config = LoRAConfig(rank=2, alpha=8, targets=("q_proj",))
@@ -115,17 +107,14 @@ def combine(
         raise LoRAError(f"{count}: give one weight each")
     if not all(math.isfinite(weight) for weight in weights):
         raise LoRAError(f"the weights must be finite, not {list(weights)}")
-    if method not in get_args(Method):
-        raise LoRAError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}")
-    if (method == "svd") != (rank is not None):
-        raise LoRAError("rank goes with method 'svd', and 'svd' needs one")
+    if method != "cat":
+        raise LoRAError(f"method must be 'cat', not {method!r}: extract lowers the rank of a sum")
     if any(a.config.dora or a.config.lora_bias or a.extras for a in adapters):
         raise LoRAError(
             "only plain LoRA is a sum: DoRA's magnitudes, biases and whole modules cannot be "
             "added up; merge such an adapter, and minilora.extract one from the merged model"
         )
     factors: dict[str, Factors] = {}
-    fits = []
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
         terms = [
             (weight * adapter.scale_of(module), *adapter.pair(module))
@@ -133,17 +122,13 @@ def combine(
             if module in adapter.modules
         ]
         factors[module] = _concatenate(module, terms)
-        U, S, Vh = svd(factors[module])
-        if rank is not None:
-            factors[module] = truncate(U, S, Vh, rank)
-        fits.append(Fit.of(module, S, rank))
     first = adapters[0]
     config = first.config
     if set(factors) != set(first.modules):  # what it targets is not what the sum has
         config = replace(config, targets=tuple(factors), exclude=(), layers=None, layers_pattern=())
     agree = all(adapter.base_model == first.base_model for adapter in adapters)
     base_model = first.base_model if agree else None
-    return _assemble(factors, config, base_model, first.fan_in_fan_out, fits)
+    return Adapter(*_from_factors(factors, config), base_model, first.fan_in_fan_out)
 
 
 def extract(
@@ -191,32 +176,25 @@ def extract(
         W = linears.dense_weight(layer).to(torch.float32)  # (out, in)
         delta = linears.dense_weight(finetuned.get_submodule(module)).to(W) - W
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-        factors[module] = truncate(U, S, Vh, rank)
-        fits.append(Fit.of(module, S, rank))
+        root = S[:rank].sqrt()  # in either factor
+        factors[module] = root[:, None] * Vh[:rank], U[:, :rank] * root
+        norm, lost = S.norm().item(), S[rank:].norm().item()
+        fits.append(Fit(module, norm, lost / norm if norm else 0.0))
     held = {f"{module}.weight" for module in found}
     unheld = (name for name in before if name not in held)
     left_out = tuple(name for name in unheld if not torch.equal(before[name], after[name]))
     transposed = any(linears.is_conv1d(layer) for layer in found.values())
     name = getattr(base, "name_or_path", None) or None
-    return _assemble(factors, config, name, transposed, fits, left_out)
+    return Fitted(*_from_factors(factors, config), name, transposed, tuple(fits), left_out)
 
 
-def svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, k), S (k,) and Vh (k, in) of B A = U diag(S) Vh, without forming B A.
+def singular_values(A: Tensor, B: Tensor) -> Tensor:
+    """The singular values of B A, the largest first, without forming B A (out, in).
 
-    With B = Q R and A^T = Q' R' it is Q (R R'^T) Q'^T, and the core R R'^T is small.
+    With B = Q R and A^T = Q' R' they are those of R R'^T, which is small.
     """
-    A, B = factors
-    Q, R = torch.linalg.qr(B)  # (out, k) (k, r)
-    Q2, R2 = torch.linalg.qr(A.T)  # (in, l) (l, r)
-    U, S, Vh = torch.linalg.svd(R @ R2.T, full_matrices=False)
-    return Q @ U, S, Vh @ Q2.T
-
-
-def truncate(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> Factors:
-    """A and B from the largest singular values, the square root of each in either."""
-    root = S[:rank].sqrt()
-    return root[:, None] * Vh[:rank], U[:, :rank] * root
+    values: Tensor = torch.linalg.svdvals(torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T)
+    return values
 
 
 def _concatenate(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
@@ -228,11 +206,10 @@ def _concatenate(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> 
     return torch.cat(As), torch.cat(Bs, dim=1)
 
 
-def _assemble(
-    factors: Mapping[str, Factors], config: LoRAConfig, base_model: str | None, transposed: bool,
-    fits: Sequence[Fit], left_out: tuple[str, ...] = (),
-) -> Fitted:  # fmt: skip
-    """The adapter with these factors and s = 1; a pattern for ranks unlike the commonest."""
+def _from_factors(
+    factors: Mapping[str, Factors], config: LoRAConfig
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """What an `Adapter` takes, with s = 1; a pattern for ranks unlike the commonest."""
     ranks = {module: A.shape[0] for module, (A, _) in sorted(factors.items())}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = resolve(ranks.__getitem__, tuple(ranks), rank)
@@ -242,4 +219,4 @@ def _assemble(
     for module, (A, B) in factors.items():
         tensors[PREFIX + module + SUFFIXES["lora_A"]] = A.float().contiguous()
         tensors[PREFIX + module + SUFFIXES["lora_B"]] = B.float().contiguous()
-    return Fitted(config, tensors, base_model, transposed, tuple(fits), left_out)
+    return config, tensors

@@ -24,8 +24,8 @@ class Extra(Protocol):
     adapted modules).
     """
 
-    live: dict[str, str]
-    """What trains: name on disk, without PEFT's prefix -> name in the model's state_dict."""
+    def find(self, model: nn.Module) -> dict[str, str]:
+        """What trains: name on disk, without PEFT's prefix -> name in the model's state_dict."""
 
     def start(self, model: nn.Module) -> None:
         """Let it train, and keep the base's values."""
@@ -137,7 +137,7 @@ def report(model: nn.Module, seed: int | None = None) -> InjectReport:
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     quantized = [m for m in model.modules() if not linears.is_mergeable(m)]  # not in parameters
     total = sum(p.numel() for p in parameters) + sum(math.prod(linears.shape(m)) for m in quantized)
-    also = [name for extra in (injection.extras if injection else ()) for name in extra.live]
+    also = [n for extra in (injection.extras if injection else ()) for n in extra.find(model)]
     return InjectReport(tuple(lora_layers(model)), trainable, total, tuple(also), seed)
 
 

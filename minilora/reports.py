@@ -44,22 +44,19 @@ class Rounding:
     Attributes:
         module: dotted name.
         largest: largest |merged - (W + Delta W)| of an entry.
-        relative: ||merged - (W + Delta W)|| / ||W + Delta W||.
         lost: share of the update lost to rounding: ||(merged - W) - Delta W|| / ||Delta W||.
     """
 
     module: str
     largest: float
-    relative: float
     lost: float
 
     @classmethod
     def of(cls, module: str, before: Tensor, exact: Tensor, written: Tensor) -> "Rounding":
         """From W, W + Delta W, both (out, in) in float64, and what was written."""
         error = written.to(exact.dtype) - exact  # (merged - W) - Delta W is the same difference
-        norms = (whole.norm().item() for whole in (exact, exact - before))
-        relative, lost = (error.norm().item() / (norm or 1.0) for norm in norms)
-        return cls(module, error.abs().max().item(), relative, lost)
+        lost = error.norm().item() / ((exact - before).norm().item() or 1.0)
+        return cls(module, error.abs().max().item(), lost)
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class MergeReport:
     """The rounding of each merged module. Printed: one line with the worst of them.
 
     Attributes:
-        modules: a `Rounding` each, with `module`, `largest`, `relative` and `lost`.
+        modules: a `Rounding` each, with `module`, `largest` and `lost`.
     """
 
     modules: tuple[Rounding, ...]

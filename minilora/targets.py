@@ -12,6 +12,10 @@ from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, is_named, matches
 BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
+Means = Callable[[str, str], bool]
+"""Whether an entry, the first, means a module, the second."""
+
+
 def trained_whole(config: LoRAConfig, module: str) -> str | None:
     """The module of `also_train` that this one is or lies in."""
     return next((name for name in modules.path(module) if matches(config.also_train, name)), None)
@@ -65,10 +69,7 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     return selected
 
 
-def require(
-    field: str, entries: Iterable[str], names: list[str],
-    means: Callable[[str, str], bool] = is_named,
-) -> None:  # fmt: skip
+def require(field: str, entries: Iterable[str], names: list[str], means: Means = is_named) -> None:
     """Refuse an entry that matches no module. PEFT lets a misspelt one pass."""
     if isinstance(entries, str):  # one regular expression, or "all-linear"
         entries, means = () if entries in ("", ALL_LINEAR) else (entries,), matches

@@ -19,7 +19,7 @@ Where methods belong that are not built:
   `delta`. What it prunes after a step is a function of its file, `allocate(model, step)`, which
   the training loop calls after `optimizer.step()`; it finds its layers by `inject.lora_layers`.
 - Prompt and prefix tuning wrap no layer. Each is an extra: `start` adds the parameters and a
-  forward hook, `live` names them for the files, `swap` takes them out and puts them back. Each has
+  forward hook, `find` names them for the files, `swap` takes them out and puts them back. Each has
   a configuration class of its own, for which `inject` selects no targets.
 """
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from minilora import read_adapter
-from minilora.arithmetic import svd
+from minilora.arithmetic import singular_values
 
 from ..errors import UserError
 from ..evaluation import nonsense
@@ -209,6 +209,6 @@ def _spectra(directory: Path) -> tuple[bool, tuple[Spectrum, ...]]:
     for module in adapter.modules:
         A, B = (tensor.double() for tensor in adapter.pair(module))
         scale = adapter.scale_of(module)
-        values = (abs(scale) * svd((A, B))[1]).tolist()
+        values = (abs(scale) * singular_values(A, B)).tolist()
         found.append(Spectrum(module, (B.shape[0], A.shape[1]), scale, tuple(values)))
     return adapter.config.dora, tuple(found)
