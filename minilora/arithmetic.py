@@ -4,7 +4,6 @@ An adapter holds the updates s B A of its modules. The adapters made here have s
 (alpha is the rank): the scale of each input, rsLoRA's too, is multiplied into B.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -64,12 +63,8 @@ class Fitted(Adapter):
         return 1 - lost / total if total else 1.0
 
     def __str__(self) -> str:
-        worst = max(self.fits, key=lambda fit: fit.error)
-        return (
-            f"{len(self.fits)} modules, {self.energy:.2%} of the update's energy kept; "
-            f"error at most {worst.error:.2g} of an update ({worst.module}); "
-            f"{len(self.left_out)} changed parameters left out"
-        )
+        kept = f"{len(self.fits)} modules, {self.energy:.2%} of the update's energy kept"
+        return f"{kept}; {len(self.left_out)} changed parameters left out"
 
 
 def combine(
@@ -105,15 +100,11 @@ def combine(
     if not adapters or len(adapters) != len(weights):
         count = f"{len(adapters)} adapters and {len(weights)} weights"
         raise LoRAError(f"{count}: give one weight each")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise LoRAError(f"the weights must be finite, not {list(weights)}")
     if method != "cat":
         raise LoRAError(f"method must be 'cat', not {method!r}: extract lowers the rank of a sum")
     if any(a.config.dora or a.config.lora_bias or a.extras for a in adapters):
-        raise LoRAError(
-            "only plain LoRA is a sum: DoRA's magnitudes, biases and whole modules cannot be "
-            "added up; merge such an adapter, and minilora.extract one from the merged model"
-        )
+        advice = "merge such an adapter, and minilora.extract one from the merged model"
+        raise LoRAError(f"only plain LoRA is a sum, without DoRA, biases, whole modules: {advice}")
     factors: dict[str, Factors] = {}
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
         terms = [
@@ -126,8 +117,7 @@ def combine(
     config = first.config
     if set(factors) != set(first.modules):  # what it targets is not what the sum has
         config = replace(config, targets=tuple(factors), exclude=(), layers=None, layers_pattern=())
-    agree = all(adapter.base_model == first.base_model for adapter in adapters)
-    base_model = first.base_model if agree else None
+    base_model = first.base_model if len({a.base_model for a in adapters}) == 1 else None
     return Adapter(*_from_factors(factors, config), base_model, first.fan_in_fan_out)
 
 

@@ -111,8 +111,7 @@ def select_linears(
         named = [(name, m) for name, m in all_linear(model) if _is_plain(m)]
     else:
         require("quantize: targets", targets, [name for name, _ in named_modules(model)])
-        every = [(plain_name(name), m) for name, m in model.named_modules()]
-        named = [(name, m) for name, m in every if matches(targets, name)]
+        named = [(name, m) for name, m in named_modules(model) if matches(targets, name)]
     owned = owners(model)
     found = {
         name: check_linear(name, module, others(module, owned))

@@ -37,12 +37,7 @@ IGNORED = {
     "inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config",
     "loftq_config", "eva_config",
 }  # fmt: skip
-
-MERGE = "merge it into the base with PEFT (merge_and_unload) and use that model"
-# Entries whose adapters are no fixed update of the weights.
-UNMERGEABLE = {
-    "use_qalora", "arrow_config", "alora_invocation_tokens", "monteclora_config",
-}  # fmt: skip
+ADVICE = "use it with PEFT, or merge it into the base there (merge_and_unload) if PEFT can"
 
 
 @naming(CONFIG_FILE)
@@ -58,12 +53,11 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
     """
     kind = entries.get("peft_type")
     if kind != "LORA":
-        raise LoRAError(f"peft_type is {kind!r}; minilora reads 'LORA' only: {MERGE}")
+        raise LoRAError(f"peft_type is {kind!r}; minilora reads 'LORA' only: {ADVICE}")
     known = {name for name, _ in FIELDS.values()} | IGNORED
     for key, value in entries.items():
         if key not in known and value not in (None, False, "none", [], {}):
-            advice = "use it with PEFT" if key in UNMERGEABLE else MERGE
-            raise LoRAError(f"{key} is {value!r}: minilora does not do this: {advice}")
+            raise LoRAError(f"{key} is {value!r}: minilora does not do this: {ADVICE}")
     values = {}
     for ours, (peft, default) in FIELDS.items():
         value = entries.get(peft, default)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from itertools import zip_longest
 
 from torch import Tensor
 
@@ -43,10 +42,7 @@ def expected_of(config: LoRAConfig, module: str, out: int, in_: int) -> Expected
 def compare(
     expected: Expected, held: Mapping[str, Tensor], explain: Callable[[str], str]
 ) -> list[str]:
-    """What is wrong with each key that is unexpected, missing, or of another shape or kind.
-
-    The three kinds take turns, so that the first few problems show each of them.
-    """
+    """What is wrong with each key that is unexpected, missing, or of another shape or kind."""
     unexpected = [f"unexpected key {k}{explain(k)}" for k in sorted(held.keys() - expected.keys())]
     missing = [f"missing key {key}" for key in expected if key not in held]
     wrong = []
@@ -55,8 +51,7 @@ def compare(
         if (tuple(held[key].shape), held[key].is_floating_point()) != (shape, floating):
             what = "floating point" if floating else "whole numbers"
             wrong.append(f"{key} is {describe(held[key])}, not {what} of shape {shape}")
-    turns = zip_longest(unexpected, missing, wrong)
-    return [problem for turn in turns for problem in turn if problem]
+    return unexpected + missing + wrong
 
 
 def refuse(what: str, problems: list[str], show: int = 5) -> None:
