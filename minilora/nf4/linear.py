@@ -129,8 +129,5 @@ class NF4Linear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        double = self.scales is not None
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, double={double}"
-        )
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, double={self.scales is not None}"

@@ -42,10 +42,8 @@ class QuantizeReport:
         return 8 * self.after / max(self.weights, 1)
 
     def __str__(self) -> str:
-        return (
-            f"{len(self.modules)} linears in 4 bits: {self.before / 1e6:,.1f} MB -> "
-            f"{self.after / 1e6:,.1f} MB ({self.bits:.3f} bits a weight)"
-        )
+        sizes = f"{self.before / 1e6:,.1f} MB -> {self.after / 1e6:,.1f} MB"
+        return f"{len(self.modules)} linears in 4 bits: {sizes} ({self.bits:.3f} bits a weight)"
 
 
 def quantize(

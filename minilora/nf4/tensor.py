@@ -214,7 +214,9 @@ def _to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     blocks, half = -(-size // BLOCK), BLOCK // 2
     codes = torch.empty(blocks * half, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(blocks, device=weight.device)
-    for rows in _chunks(blocks, weight.device):
+    step = CHUNK if weight.device.type == "cpu" else max(blocks, 1)
+    for start in range(0, blocks, step):
+        rows = slice(start, min(start + step, blocks))
         block = flat[rows.start * BLOCK : rows.stop * BLOCK].float()
         block = F.pad(block, (0, -block.numel() % BLOCK)).view(-1, BLOCK)
         torch.amax(block.abs(), dim=1, out=absmax[rows])
@@ -260,8 +262,3 @@ def _unpack_scales(codes8: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
     values = F.pad(values, (0, scales.numel() * SCALES_BLOCK - values.numel()))
     values = values.view(-1, SCALES_BLOCK) * scales[:, None] + offset
     return values.view(-1)[: codes8.numel()]
-
-
-def _chunks(blocks: int, device: torch.device) -> list[slice]:
-    step = CHUNK if device.type == "cpu" else max(blocks, 1)
-    return [slice(i, min(i + step, blocks)) for i in range(0, blocks, step)]

@@ -111,10 +111,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     swapped = held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
     if not swapped:
         if wrapped is not model:  # data-parallel copies would never learn of the new parameters
-            raise LoRAError(
-                "load an adapter of other shapes before torch.compile or DistributedDataParallel, "
-                "not after"
-            )
+            wrappers = "torch.compile or DistributedDataParallel"
+            raise LoRAError(f"load an adapter of other shapes before {wrappers}, not after")
         unload(model)
         wrap(model, selected, replace(config, init="kaiming"))  # its values are overwritten
     _fill(model, adapter, config, inference)
