@@ -81,8 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=_merge)
     report = commands.add_parser("report", help="write report.html of one run or several")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    place = "report.html if not given, in the run or for several runs here"
-    report.add_argument("--output", type=Path, metavar="FILE.html", help=place)
+    report.add_argument("--output", type=Path, metavar="FILE.html", help="default: report.html")
     report.set_defaults(run=_report)
     check = commands.add_parser("conformance", help="check a LoRA layer of anybody's")
     check.add_argument("target", metavar="FILE.py:make", help="or module:make")

@@ -17,52 +17,6 @@ from minilora.reports import InjectReport
 from minilora.targets import select
 
 
-class Extra(Protocol):
-    """Parameters outside the adapted layers that train too, such as biases.
-
-    The constructor checks, and leaves the model as it is: (model, configuration, names of the
-    adapted modules).
-    """
-
-    def find(self, model: nn.Module) -> dict[str, str]:
-        """What trains: name on disk, without PEFT's prefix -> name in the model's state_dict."""
-
-    def start(self, model: nn.Module) -> None:
-        """Let it train, and keep the base's values."""
-
-    def swap(self, model: nn.Module) -> None:
-        """Put the base's values in the place of the trained ones, or back."""
-
-
-# Plain LoRA needs none of these tables; `minilora/methods/__init__.py` fills them and says how.
-LAYERS: dict[str, type[LoRALinear]] = {}
-"""A flag of the configuration -> the layer that it asks for."""
-EXTRAS: list[Callable[[nn.Module, LoRAConfig, Collection[str]], Extra]] = []
-"""Makers of what trains outside the layers."""
-DEQUANTIZERS: list[Callable[[nn.Module], AbstractContextManager[None]]] = []
-"""Context managers that replace quantized linears by full-precision ones and round on exit."""
-
-
-@dataclass
-class Injection:
-    """State stored on the model at injection; used to undo it."""
-
-    config: LoRAConfig
-    required_grad: dict[str, bool]
-    """Which of the base's parameters trained before, by their names then."""
-    extras: list[Extra]
-    hook: RemovableHandle
-    enabled: bool = True
-    """False inside `with disabled(model)`."""
-
-    def enable(self, model: nn.Module, enabled: bool) -> None:
-        """Give the extras their trained values, or the base's if not enabled."""
-        if enabled != self.enabled:
-            for extra in self.extras:
-                extra.swap(model)
-            self.enabled = enabled
-
-
 def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> InjectReport:
     """Freeze the model and wrap every target into a LoRALinear, in place.
 
@@ -244,7 +198,56 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {plain_name(name): m for name, m in named if isinstance(m, LoRALinear)}
 
 
+# What a model remembers, and what methods other than plain LoRA add ------------------------------
+
+
+class Extra(Protocol):
+    """Parameters outside the adapted layers that train too, such as biases.
+
+    The constructor checks, and leaves the model as it is: (model, configuration, names of the
+    adapted modules).
+    """
+
+    def find(self, model: nn.Module) -> dict[str, str]:
+        """What trains: name on disk, without PEFT's prefix -> name in the model's state_dict."""
+
+    def start(self, model: nn.Module) -> None:
+        """Let it train, and keep the base's values."""
+
+    def swap(self, model: nn.Module) -> None:
+        """Put the base's values in the place of the trained ones, or back."""
+
+
+@dataclass
+class Injection:
+    """State stored on the model at injection; used to undo it."""
+
+    config: LoRAConfig
+    required_grad: dict[str, bool]
+    """Which of the base's parameters trained before, by their names then."""
+    extras: list[Extra]
+    hook: RemovableHandle
+    enabled: bool = True
+    """False inside `with disabled(model)`."""
+
+    def enable(self, model: nn.Module, enabled: bool) -> None:
+        """Give the extras their trained values, or the base's if not enabled."""
+        if enabled != self.enabled:
+            for extra in self.extras:
+                extra.swap(model)
+            self.enabled = enabled
+
+
 def injection_of(model: nn.Module) -> Injection | None:
     """What the model remembers of its injection, or None."""
     injection = getattr(model, "_minilora", None)
     return injection if isinstance(injection, Injection) else None
+
+
+# For plain LoRA these tables are empty; `minilora/methods/__init__.py` fills them and says how.
+LAYERS: dict[str, type[LoRALinear]] = {}
+"""A flag of the configuration -> the layer that it asks for."""
+EXTRAS: list[Callable[[nn.Module, LoRAConfig, Collection[str]], Extra]] = []
+"""Makers of what trains outside the layers."""
+DEQUANTIZERS: list[Callable[[nn.Module], AbstractContextManager[None]]] = []
+"""Context managers that replace quantized linears by full-precision ones and round on exit."""

@@ -71,11 +71,9 @@ class MergeReport:
 
     def __str__(self) -> str:
         worst = max(self.modules, key=lambda rounding: rounding.lost)
-        return (
-            f"{len(self.modules)} modules merged; rounding error at most "
-            f"{max(r.largest for r in self.modules):.2g} an entry; at most {worst.lost:.2g} of an "
-            f"update lost ({worst.module})"
-        )
+        lost = f"at most {worst.lost:.2g} of an update lost ({worst.module})"
+        error = f"rounding error at most {max(r.largest for r in self.modules):.2g} an entry"
+        return f"{len(self.modules)} modules merged; {error}; {lost}"
 
 
 @dataclass(frozen=True)

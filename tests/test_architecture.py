@@ -19,10 +19,10 @@ REPOSITORY = ROOT.parent
 
 # What LoRA is, in the order of reading. It imports nothing of what is around it but the leaves.
 HEART = (
-    "config", "functional", "linears", "initialization", "layer", "targets", "inject", "merge",
+    "functional", "config", "linears", "initialization", "layer", "targets", "inject", "merge",
 )  # fmt: skip
 LEAVES = ("modules", "reports", "fused")
-LIBRARY_LINES = 1379  # DESIGN: 1,300
+LIBRARY_LINES = 1300  # DESIGN: 1,300
 APART = ("nf4", "methods", "conformance", "many", "__main__")  # topics by themselves
 
 # The folders of the task. Each imports only those before it, and files of its own.

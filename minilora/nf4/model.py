@@ -165,9 +165,9 @@ def dequantized(model: nn.Module) -> Iterator[None]:
             replace_modules(model, {quantized: plain[quantized]})
         yield
         for quantized, linear in plain.items():
-            if not linear.weight.to(quantized.dtype).isfinite().all():
-                what = f"a dequantized weight does not fit {quantized.dtype}"
-                raise LoRAError(f"{what}: call model.float() before unwrap")
+            final = quantized.dtype
+            if not linear.weight.to(final).isfinite().all():
+                raise LoRAError(f"a dequantized weight does not fit {final}: try model.float()")
     except BaseException:
         for layer in unmerged:
             layer.unmerge()

@@ -48,9 +48,9 @@ def normal_quantiles() -> Tensor:
         values: Tensor = torch.special.ndtri(steps)  # the inverse of the normal's cdf
         return values
 
-    values = torch.cat([-quantiles(7), torch.zeros(1, dtype=torch.float64), quantiles(8)])
-    values = values.sort().values
-    return values.div(values.max())
+    zero = torch.zeros(1, dtype=torch.float64)
+    values = torch.cat([-quantiles(7), zero, quantiles(8)]).sort().values
+    return values / values.max()
 
 
 # The same sixteen as published (appendix E), which were computed in single precision and so are up

@@ -37,7 +37,7 @@ IGNORED = {
     "inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config",
     "loftq_config", "eva_config",
 }  # fmt: skip
-ADVICE = "use it with PEFT, or merge it into the base there (merge_and_unload) if PEFT can"
+ADVICE = "merge it into the base with PEFT (merge_and_unload) where PEFT can, else use it with PEFT"
 
 
 @naming(CONFIG_FILE)

@@ -67,9 +67,10 @@ class Adapter:
             A, B = (parameters.get(name, torch.empty(0)) for name in ("lora_A", "lora_B"))
             out, in_ = B.shape[:1].numel(), A.shape[-1:].numel()
             expected |= keys.expected_of(self.config, module, out, in_)
-        held = self.tensors
-        if self.config.bias != "none" or self.config.also_train:  # which, only a model can say
-            held = {key: t for key, t in held.items() if keys.OF_A_LAYER.fullmatch(key)}
+        held = dict(self.tensors)
+        if self.config.bias != "none" or self.config.also_train:
+            for name in self.extras:  # whether it is one of these, only a model can say
+                held.pop(keys.PREFIX + name, None)
         problems = keys.compare(expected, held, self._explain)
         for key, tensor in self.tensors.items():
             if tensor.is_floating_point() and tensor.dtype not in FLOATS:
