@@ -2,13 +2,13 @@
 
 How the fields enter the equation y = x W^T + b + s (dropout(x) A^T) B^T of `functional.py`:
 
-    rank, rank_pattern                   r, the rows of A and the columns of B
-    alpha, alpha_pattern, rslora         s = alpha / r, or alpha / sqrt(r)
-    dropout                              dropout(x)
-    init                                 the values of A and B before training
-    targets, exclude, layers, layers_pattern    which layers of the model get an A and a B
-    bias, also_train                     what of the base trains too, such as b
-    dora, lora_bias                      another equation, in `methods/`
+    rank, rank_pattern               r, the rows of A and the columns of B
+    alpha, alpha_pattern, rslora     s = alpha / r, or alpha / sqrt(r)
+    dropout                          the probability that an element of x is left out
+    init                             the values of A and B before training
+    targets, exclude, layers, ...    which layers of the model get an A and a B
+    bias, also_train                 what of the base trains too, such as b
+    dora, lora_bias                  another equation: see `methods/`
 """
 
 import re
@@ -132,10 +132,10 @@ class LoRAConfig:
         return next(alphas, self.alpha)
 
 
-# How an entry names modules, as in PEFT:
-#     a string of `targets`, `exclude`              a regular expression for the whole dotted name
-#     a sequence, each entry                        the exact name, or its end after a dot
-#     a key of `rank_pattern`, `alpha_pattern`      a regular expression for either of these two
+# How an entry means a module, as in PEFT. For "model.layers.0.q_proj":
+#     "targets" or "exclude" as one string: a regular expression for the whole name, r".*q_proj"
+#     each entry of a sequence: the exact name, or its end after a dot, "q_proj" or "0.q_proj"
+#     each key of a pattern: a regular expression for the name or such an end, r"[01]\.q_proj"
 
 
 def matches(names: str | tuple[str, ...], module: str) -> bool:
