@@ -236,11 +236,11 @@ class ReluBetween(Changed):
 
 @fault("rank", "scale", "learns", "merge")
 class FullRank(Changed):
-    """B A and its sign: an update that A and B cannot express."""
+    """B A and its absolute value: an update that A and B cannot express."""
 
     def branch(self, x: Tensor) -> Tensor:
         BA = self.B @ self.A
-        return self.scale * (self.dropout(x) @ (BA + BA.sign()).T)
+        return self.scale * (self.dropout(x) @ (BA + BA.abs()).T)
 
 
 @fault("merge")
