@@ -139,9 +139,8 @@ class Kit:
 
     def product(self, layer: nn.Module, r: int) -> Tensor:
         """B A (out, in) of the two tensors of the shapes (r, in) and (out, r), either way round."""
-        A, B = (
-            [p for p in self.adapter(layer).values() if {*p.shape} == {r, n}] for n in (IN, OUT)
-        )
+        found = self.adapter(layer).values()
+        A, B = ([p for p in found if {*p.shape} == {r, size}] for size in (IN, OUT))
         if len(A) != 1 or len(B) != 1:
             raise SkipTest("no two tensors of the shapes (r, in) and (out, r)")
         return (B[0] if B[0].shape[1] == r else B[0].T) @ (A[0] if A[0].shape[0] == r else A[0].T)
@@ -150,9 +149,8 @@ class Kit:
         """Merge or unmerge, as given or by a method of a usual name. Either may return a module."""
         if not any(own.endswith("weight") for own in self.held.values()):
             raise SkipTest("no tensor of the layer is the base's weight")
-        usual = [
-            getattr(type(module), what + e, None) for e in ("", "_adapter", "_weights", "_lora")
-        ]
+        ends = ("", "_adapter", "_weights", "_lora")
+        usual = [getattr(type(module), what + end, None) for end in ends]
         if not (does := getattr(self, what) or next(filter(None, usual), None)):
             raise SkipTest(f"no {what} was given or found")
         return _module(does(module), module)
@@ -193,7 +191,10 @@ def parameters(kit: Kit) -> Claims:
 
 
 def learns(kit: Kit) -> Claims:
-    """The loss falls to the sum of the squared singular values that rank r leaves over."""
+    """The loss falls to the sum of the squared singular values that rank r leaves over.
+
+    That is the least that rank r can reach (Eckart and Young 1936): both A and B have to move.
+    """
     values = torch.tensor([4.0, 3.0, 2.5, 1.0, 0.5])  # of a planted update of rank 5, above r
     U, V = (torch.linalg.qr(torch.randn(size, 5))[0] for size in (OUT, IN))
     target = kit.evaluate(kit.base, torch.eye(IN)) + V * values @ U.T  # (in, out)
@@ -204,7 +205,7 @@ def learns(kit: Kit) -> Claims:
         loss = kit.loss(module, torch.eye(IN), target)
         loss.backward()
         adam.step()
-    yield loss.item(), 1.05 * values[RANK:].square().sum().item(), "is the loss"  # Eckart and Young
+    yield loss.item(), 1.05 * values[RANK:].square().sum().item(), "is the loss"
 
 
 def gradients(kit: Kit, drop: float = 0.0) -> Claims:
@@ -368,7 +369,11 @@ def compiled(kit: Kit) -> Claims:
     torch.compiler.reset()
     layer = kit.build()
     fast = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    yield _apart(kit.gradient(layer, fast), kit.gradient(kit.build())), CLOSE, "off the gradients"
+    yield (
+        _apart(kit.gradient(layer, fast), kit.gradient(kit.build())),
+        CLOSE,
+        "off the gradients",
+    )  # of y squared
 
 
 INVARIANTS = {invariant.__name__.replace("_", " "): invariant for invariant in (
