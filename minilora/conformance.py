@@ -50,7 +50,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
     """||a - b|| / ||b||: 0 only if they are equal."""
     if a.shape != b.shape:
         return torch.inf
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
 
 
 def _module(result: Any, changed: nn.Module) -> nn.Module:
@@ -98,7 +98,7 @@ class Kit:
         module.eval()
         return self.run(module, x)
 
-    def loss(self, module: Any, x: Tensor = X, target: Any = 0.0) -> Tensor:
+    def loss(self, module: Any, x: Tensor = X, target: Tensor | float = 0.0) -> Tensor:
         torch.manual_seed(3)  # the same elements are dropped each time
         return (self.run(module, x) - target).square().sum()
 
@@ -108,11 +108,11 @@ class Kit:
         loss = loss + sum(0 * p.sum() for p in adapter.values())
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*adapter.values()])])
 
-    def trained(self, module: nn.Module) -> dict[str, Any]:
+    def trained(self, module: nn.Module) -> dict[str, nn.Parameter]:
         ids = {id(parameter) for parameter in self.trainable(module)}
         return {name: p for name, p in module.named_parameters() if id(p) in ids}
 
-    def adapter(self, module: nn.Module) -> dict[str, Any]:
+    def adapter(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """What trains and is not the base's."""
         return {name: p for name, p in self.trained(module).items() if name not in self.held}
 
@@ -369,11 +369,7 @@ def compiled(kit: Kit) -> Claims:
     torch.compiler.reset()
     layer = kit.build()
     fast = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    yield (
-        _apart(kit.gradient(layer, fast), kit.gradient(kit.build())),
-        CLOSE,
-        "off the gradients",
-    )  # of y squared
+    yield _apart(kit.gradient(layer, fast), kit.gradient(kit.build())), CLOSE, "off the gradients"
 
 
 INVARIANTS = {invariant.__name__.replace("_", " "): invariant for invariant in (
