@@ -31,6 +31,7 @@ Claims = Iterator[tuple[float, float, str]]
 
 IN, OUT, RANK, ALPHA = 48, 32, 3, 7.0  # none alike, and s = 7 / 3 is no power of two
 X = torch.randn(5, IN, generator=torch.Generator().manual_seed(2))  # (5, in)
+ENDS = ("", "_adapter", "_weights", "_lora")  # usual names are merge, merge_adapter, ...
 CLOSE = 1e-4  # relative; a mistake in the math is of order 1, rounding in float32 of order 1e-6
 
 
@@ -79,9 +80,9 @@ class Kit:
         if not isinstance(made, nn.Module):
             raise TypeError(f"make(linear, rank, alpha, dropout) gave a {type(made).__name__}")
         self.held = dict[str, str]()
-        for own, tensor in _tensors(self.base).items():
-            same = [name for name, t in _tensors(made).items() if _apart(t, tensor) == 0]
-            self.held |= dict.fromkeys(same[:1], own)
+        for own, b in _tensors(self.base).items():
+            same = [name for name, t in _tensors(made).items() if _apart(t, b) == 0]
+            self.held |= dict.fromkeys([n for n in same if not n.endswith(self.also)][:1], own)
 
     def build(self, random: bool = True, dtype: Any = torch.float32, **given: Any) -> nn.Module:
         """In training mode; `random` moves what trains away from its start, where B is zero."""
@@ -149,8 +150,7 @@ class Kit:
         """Merge or unmerge, as given or by a method of a usual name. Either may return a module."""
         if not any(own.endswith("weight") for own in self.held.values()):
             raise SkipTest("no tensor of the layer is the base's weight")
-        ends = ("", "_adapter", "_weights", "_lora")
-        usual = [getattr(type(module), what + end, None) for end in ends]
+        usual = [getattr(type(module), what + end, None) for end in ENDS]
         if not (does := getattr(self, what) or next(filter(None, usual), None)):
             raise SkipTest(f"no {what} was given or found")
         return _module(does(module), module)
