@@ -195,10 +195,10 @@ def learns(kit: Kit) -> Claims:
 
     That is the least that rank r can reach (Eckart and Young 1936): both A and B have to move.
     """
+    module = kit.build(random=False)  # and a fixed seed
     values = torch.tensor([4.0, 3.0, 2.5, 1.0, 0.5])  # of a planted update of rank 5, above r
     U, V = (torch.linalg.qr(torch.randn(size, 5))[0] for size in (OUT, IN))
     target = kit.evaluate(kit.base, torch.eye(IN)) + V * values @ U.T  # (in, out)
-    module = kit.build(random=False)
     adam = torch.optim.Adam(kit.adapter(module).values(), lr=0.03)
     for _ in range(600):
         adam.zero_grad()
@@ -509,7 +509,8 @@ def check_model(
     Args:
         model: the base; it is copied, never changed.
         inject: adapts a model in place, or returns the adapted one. It freezes the rest.
-        run: model -> its output, always on the same inputs; dropout of the model's own is off.
+        run: model -> its output, always on the same inputs, in the model's dtype: gradients are
+            checked in float64. Dropout of the model's own is off.
         how: as in `check`, and `parameters`, the number that should train. `merge` and `unmerge`
             take the adapted model.
 
@@ -522,7 +523,8 @@ def check_model(
         >>> config = minilora.LoRAConfig(rank=2, targets=("0", "2"))
         >>> adapt = lambda model: minilora.inject(model, config)
         >>> hooks = {"merge": minilora.merge, "unmerge": minilora.unmerge, "parameters": 56}
-        >>> check_model(model, adapt, lambda model: model(x), **hooks).named("failed")
+        >>> run = lambda model: model(x.to(next(model.parameters()).dtype))
+        >>> check_model(model, adapt, run, **hooks).named("failed")
         []
     """
 
