@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryFile
-from typing import Any
 
 
 def fork(work: Callable[[], int | None]) -> "CompletedProcess[str]":

@@ -126,6 +126,7 @@ print(sorted(name for name in sys.modules if name.startswith("minilora.")))
     assert set(loaded) == {f"minilora.{name}" for name in (*HEART, *LEAVES)}
 
 
+@pytest.mark.slow
 def test_inject_and_merge_are_functions_whatever_was_imported_first() -> None:
     code = "import minilora.merge, minilora.inject; print(minilora.merge, minilora.inject)"
     done = subprocess.run(

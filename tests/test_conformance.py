@@ -20,6 +20,7 @@ import minilora
 from minilora import LoRALinear, conformance
 from minilora.__main__ import main
 from tests.forks import fork
+from tests.marks import slow_but
 from tests.test_architecture import code_lines, imports
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -446,13 +447,11 @@ class WeightNotCopied(Subclass):
     pass
 
 
+# One for each invariant.
 FIRST = {meant: name for name, (_, meant, _) in reversed(FAULTS.items())}.values()
 
 
-@pytest.mark.parametrize(
-    "name",  # in `make quick` one for each invariant
-    [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in FAULTS],
-)
+@pytest.mark.parametrize("name", slow_but(FIRST, FAULTS))
 def test_a_planted_fault_is_found(name: str) -> None:
     kind, meant, others = FAULTS[name]
     report = conformance.check(kind)
@@ -505,7 +504,7 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("name", slow_but(["student", "fused", "dora", "fused on NF4"], RIGHT))
 def test_what_is_right_passes_all_that_applies(name: str) -> None:
     how, not_applicable = RIGHT[name]
     report = conformance.check(**how)
