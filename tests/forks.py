@@ -9,12 +9,12 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryFile
 
+import pytest
+
 
 def fork(work: Callable[[], int | None]) -> "CompletedProcess[str]":
     """The exit code of `work` and what it prints. Without `os.fork`, the test is skipped."""
     if not hasattr(os, "fork"):
-        import pytest
-
         pytest.skip("needs os.fork")
     with TemporaryFile("w+", encoding="utf-8") as out, TemporaryFile("w+", encoding="utf-8") as err:
         if (child := os.fork()) == 0:
