@@ -54,7 +54,7 @@ def compare(
     return unexpected + missing + wrong
 
 
-def refuse(what: str, problems: list[str], show: int = 4) -> None:
+def refuse(what: str, problems: list[str], show: int = 5) -> None:
     """Raise a LoRAError that names the first problems, if there are any."""
     if problems:
         more = f"; and {len(problems) - show} more" if len(problems) > show else ""
