@@ -186,7 +186,11 @@ def parameters(kit: Kit) -> Claims:
         trained = kit.trained(kit.build(rank=r))
         sizes = {name: p.numel() for name, p in trained.items() if not name.endswith(kit.also)}
         wanted = kit.parameters or r * (IN + OUT)
-        yield abs(sum(sizes.values()) - wanted), 0, f"more or fewer trainable than {wanted}: {sizes}"
+        yield (
+            abs(sum(sizes.values()) - wanted),
+            0,
+            f"more or fewer trainable than {wanted}: {sizes}",
+        )
 
 
 def learns(kit: Kit) -> Claims:

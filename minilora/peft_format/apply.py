@@ -174,7 +174,8 @@ def _check_fit(
     problems = keys.compare(expected, adapter.tensors, explain)
     for name in targeted if config.init == "loftq" else ():
         if linears.is_mergeable(named[name]):
-            problems += [f"{name} must be in 4 bits, by minilora.quantize: LoftQ started it so"]
+            why = "the adapter was initialized with LoftQ. Call minilora.quantize(model) first"
+            problems += [f"{name} must be quantized to 4 bits: {why}"]
     keys.refuse("the adapter does not fit the model", problems)
     selected = {name: named[name] for name in adapter.modules}
     check_modules(model, selected)
@@ -218,4 +219,5 @@ def _compare_base(trained_on: str | None, loaded_into: str | None) -> str | None
     """A notice if the names differ. No error: a name may be a directory of another machine."""
     if not trained_on or not loaded_into or PurePath(trained_on).name == PurePath(loaded_into).name:
         return None
-    return f"it was trained on {trained_on}, and this model is {loaded_into}"
+    text = f"the adapter was trained on {trained_on}, but this model is {loaded_into}"
+    return f"{text}: check that they have the same weights"

@@ -143,7 +143,7 @@ def _scores(evaluation: Evaluation) -> str:
         f"<p>ROUGE-1 rose on {up:,} dialogues, fell on {down:,} and stayed on {same:,}.</p>",
     ]
     if nonsense := nonsense_table(evaluation):
-        title = "Per cent of the summaries with what the dialogue lacks, or with a repeated phrase"
+        title = NONSENSE_TITLE
         parts += [f"<h3>{title}</h3>", _numbers(title, nonsense)]
     return "".join(parts)
 
