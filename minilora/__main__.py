@@ -103,16 +103,19 @@ def _conformance(parsed: argparse.Namespace) -> int:
         LoRAError: there is no such file, module or name, or it cannot be checked.
     """
     found, (place, _, name) = None, parsed.target.rpartition(":")
+    if not place or not name:
+        raise LoRAError(f"{parsed.target!r} must be FILE.py:make or module:make")
     try:
         if place.endswith(".py"):
             sys.path.insert(0, str(Path(place).parent))  # as `python FILE.py` does
             place = Path(place).stem
-        found = getattr(importlib.import_module(place or "the module"), name)
+        found = getattr(importlib.import_module(place), name)
         report = conformance.check(**found if isinstance(found, Mapping) else {"make": found})
     except Exception as error:
-        advice = "" if found else "; the argument must be FILE.py:make or module:make"
         text = f"cannot check {parsed.target!r}: {type(error).__name__}: {error}"
-        raise LoRAError(text + advice) from error
+        if found is None and isinstance(error, ImportError | AttributeError):
+            text += "; it must be FILE.py:make or module:make"
+        raise LoRAError(text) from error
     print(report)
     return int(bool(report.named("failed")))
 

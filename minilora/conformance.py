@@ -186,11 +186,7 @@ def parameters(kit: Kit) -> Claims:
         trained = kit.trained(kit.build(rank=r))
         sizes = {name: p.numel() for name, p in trained.items() if not name.endswith(kit.also)}
         wanted = kit.parameters or r * (IN + OUT)
-        yield (
-            abs(sum(sizes.values()) - wanted),
-            0,
-            f"more or fewer trainable than {wanted}: {sizes}",
-        )
+        yield abs(sum(sizes.values()) - wanted), 0, f"more or less trainable than {wanted}: {sizes}"
 
 
 def learns(kit: Kit) -> Claims:
@@ -267,11 +263,11 @@ def merge(kit: Kit) -> Claims:
         places = {name: tensor.data_ptr() for name, tensor in kit.frozen(layer).items()}
         W, b, _ = kit.affine(kit.build(dtype=kind).double(), torch.float64)
         for name, now in kit.frozen(kit.call("merge", layer)).items():
+            yield now.data_ptr() != places[name], 0, f"merging moves {name} in memory"
             wanted = {"weight": W if W.shape == now.shape else W.T, "bias": b}[name]  # Conv1D: W.T
             allowed = torch.finfo(kind).eps / 2 * wanted.abs() + 2.0**-21 * W.abs().max()
             wrong = int(((now.double() - wanted).abs() > allowed).sum())
             yield wrong, 0, f"entries of {name} in {kind} are not the exact sum rounded once"
-            yield now.data_ptr() != places[name], 0, f"merging moves {name} in memory"
 
 
 def latency(kit: Kit) -> Claims:
@@ -427,7 +423,7 @@ class Case(NamedTuple):
         row = ""
         with torch.random.fork_rng(devices=[]):  # the global random state stays as it is
             for value, bound, text in INVARIANTS[self.invariant](self.kit):
-                row = f"{value:.4g} {text}"
+                row = f"{value:.4g} {text}".rstrip()
                 if not value <= bound:  # True is a fault without a number
                     raise AssertionError(text if value is True else f"{row} (allowed: {bound:.3g})")
         return row

@@ -751,7 +751,7 @@ def test_two_checks_say_the_same_and_leave_the_random_state_alone() -> None:
 
 
 def test_make_must_give_a_module() -> None:
-    with pytest.raises(TypeError, match="make must return a torch.nn.Module, not a NoneType"):
+    with pytest.raises(TypeError, match=r"make must return a torch\.nn\.Module, not a NoneType"):
         conformance.check(lambda *_: None)  # type: ignore[arg-type, return-value]
     with pytest.raises(TypeError, match="merges"):
         conformance.check(plain, merges=plain)

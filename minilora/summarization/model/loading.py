@@ -49,7 +49,7 @@ def load_model(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if not config.is_encoder_decoder:
             raise UserError(
-                f"model {name}: {config.model_type} is no encoder-decoder; use one, such as BART or T5"
+                f"model {name}: {config.model_type} is not an encoder-decoder such as BART or T5"
             )
         _check_weights(name, Path(source))
         model, info = AutoModelForSeq2SeqLM.from_pretrained(
