@@ -136,12 +136,12 @@ def check_linear(name: str, module: nn.Module, shared_with: Sequence[str] = ()) 
     if weight is None:
         raise LoRAError(f"quantize: {name}: its weight is computed anew at every call; exclude it")
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        raise LoRAError(f"quantize: {name} is already {weight.dtype}: load the model unquantized")
+        raise LoRAError(f"quantize: {name} is quantized already ({weight.dtype}): exclude it")
     if shared_with:
         shared = ", ".join(shared_with)
         raise LoRAError(f"quantize: {name} shares its weight with {shared}; exclude it")
     if not weight.is_meta and not weight.float().isfinite().all():
-        raise LoRAError(f"quantize: {name} is not finite in float32: mend its weight or exclude it")
+        raise LoRAError(f"quantize: {name} holds values that are not finite in float32; exclude it")
     return module
 
 
