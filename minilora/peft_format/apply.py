@@ -219,5 +219,7 @@ def _compare_base(trained_on: str | None, loaded_into: str | None) -> str | None
     """A notice if the names differ. No error: a name may be a directory of another machine."""
     if not trained_on or not loaded_into or PurePath(trained_on).name == PurePath(loaded_into).name:
         return None
-    text = f"the adapter was trained on {trained_on}, but this model is {loaded_into}"
-    return f"{text}: check that they have the same weights"
+    return (
+        f"the adapter was trained on {trained_on}, but this model is {loaded_into}: check that "
+        "they have the same weights"
+    )

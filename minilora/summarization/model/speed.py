@@ -103,8 +103,8 @@ def compile_layers(model: nn.Module) -> None:
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        what = f"found no layers to compile in a {type(model).__name__}: leave the flag out"
-        raise UserError(f"--compile: {what}")
+        kind = type(model).__name__
+        raise UserError(f"--compile: found no layers to compile in a {kind}: leave the flag out")
     for layer in layers:
         layer.compile(dynamic=True)
 
