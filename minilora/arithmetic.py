@@ -102,13 +102,11 @@ def combine(
         raise LoRAError(f"{count}: give one weight each")
     if method != "cat":
         raise LoRAError(
-            f"method must be 'cat', not {method!r}. To lower the rank, merge the sum and call "
-            "minilora.extract"
+            f"method must be 'cat', not {method!r}: to lower the rank, merge and extract"
         )
     if any(a.config.dora or a.config.lora_bias or a.extras for a in adapters):
         advice = "merge each into its base, then call minilora.extract"
-        kinds = "that use DoRA, train biases or train whole modules"
-        raise LoRAError(f"cannot combine adapters {kinds}: {advice}")
+        raise LoRAError(f"cannot combine DoRA, trained biases or trained whole modules: {advice}")
     factors: dict[str, Factors] = {}
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
         terms = [
