@@ -221,9 +221,9 @@ def beside_peft(
     least = min(share for name, share in changed.items() if name.startswith("PEFT"))
     shares = (changed["minilora"], changed["PEFT"], least)
     return [
-        ["", "minilora", "PEFT + Trainer", "the same at its best"],
+        ["", "minilora", "PEFT + Trainer", "PEFT + Trainer, tuned"],
         [
-            "training BART-base's dimensions, tokens a second",
+            "training a model of BART-base's size, tokens a second",
             *(f"{row['tokens_per_second']:,.0f}" for row in trained),
         ],
         ["peak memory of training", *(f"{row['peak_bytes'] / 2**30:.2f} GiB" for row in trained)],

@@ -5,7 +5,7 @@
     inspect ADAPTER           layers, ranks, scales, norms and singular values, as a table
     merge ADAPTER OUT         a checkpoint that plain transformers loads
     report RUN                report.html of a run
-    conformance FILE.py:make  is this LoRA layer right? docs/conformance.md
+    conformance FILE.py:make  test whether a LoRA layer is correct (docs/conformance.md)
 
 ADAPTER is the directory of an adapter or of a run, or an adapter's name on the hub.
 """
@@ -76,16 +76,18 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="write a merged checkpoint")
     merge.add_argument("adapter", metavar="ADAPTER")
     merge.add_argument("out", type=Path, metavar="OUT", help="a directory that is new or empty")
-    merge.add_argument("--dtype", choices=DTYPES, help="of the weights written; the base's if not")
-    merge.add_argument("--model", help="the base model; the one that the adapter names if not")
+    merge.add_argument(
+        "--dtype", choices=DTYPES, help="of the merged weights (default: the base's)"
+    )
+    merge.add_argument("--model", help="base model (default: the one named in the adapter)")
     merge.set_defaults(run=_merge)
     report = commands.add_parser("report", help="write report.html of a run")
     report.add_argument("directory", type=Path, metavar="RUN")
     report.add_argument(
-        "--output", type=Path, metavar="FILE.html", help="report.html in the run if not given"
+        "--output", type=Path, metavar="FILE.html", help="default: report.html in the run"
     )
     report.set_defaults(run=_report)
-    check = commands.add_parser("conformance", help="check a LoRA layer of anybody's")
+    check = commands.add_parser("conformance", help="check any LoRA layer, including your own")
     check.add_argument("target", metavar="FILE.py:make", help="or module:make")
     check.set_defaults(run=_conformance)
     return parser
@@ -100,7 +102,9 @@ def _conformance(parsed: argparse.Namespace) -> int:
     Raises:
         LoRAError: there is no such file, module or name, or it cannot be checked.
     """
-    place, _, name = parsed.target.rpartition(":")
+    found, (place, _, name) = None, parsed.target.rpartition(":")
+    if not place or not name:
+        raise LoRAError(f"{parsed.target!r} must be FILE.py:make or module:make")
     try:
         if place.endswith(".py"):
             sys.path.insert(0, str(Path(place).parent))  # as `python FILE.py` does
@@ -109,7 +113,9 @@ def _conformance(parsed: argparse.Namespace) -> int:
         report = conformance.check(**found if isinstance(found, Mapping) else {"make": found})
     except Exception as error:
         text = f"cannot check {parsed.target!r}: {type(error).__name__}: {error}"
-        raise LoRAError(f"{text}; it should be FILE.py:make or module:make") from error
+        if found is None and isinstance(error, ImportError | AttributeError):
+            text += "; it must be FILE.py:make or module:make"
+        raise LoRAError(text) from error
     print(report)
     return int(bool(report.named("failed")))
 
@@ -164,7 +170,7 @@ def inspection(adapter: Adapter) -> str:
     ]
     if adapter.extras:
         names = fold_names(tuple(adapter.extras))
-        lines += ["trained besides:", *(f"  {name}" for name in names)]
+        lines += ["also trained:", *(f"  {name}" for name in names)]
     return "\n".join(lines)
 
 

@@ -101,10 +101,12 @@ def combine(
         count = f"{len(adapters)} adapters and {len(weights)} weights"
         raise LoRAError(f"{count}: give one weight each")
     if method != "cat":
-        raise LoRAError(f"method must be 'cat', not {method!r}: extract lowers the rank of a sum")
+        raise LoRAError(
+            f"method must be 'cat', not {method!r}: to lower the rank, merge and extract"
+        )
     if any(a.config.dora or a.config.lora_bias or a.extras for a in adapters):
-        advice = "merge such an adapter, and minilora.extract one from the merged model"
-        raise LoRAError(f"only plain LoRA is a sum, without DoRA, biases, whole modules: {advice}")
+        advice = "merge each into its base, then call minilora.extract"
+        raise LoRAError(f"cannot combine DoRA, trained biases or trained whole modules: {advice}")
     factors: dict[str, Factors] = {}
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
         terms = [

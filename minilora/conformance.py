@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Claims = Iterator[tuple[float, float, str]]
-"""What an invariant yields: a number, the bound that it must not exceed, and what is so many."""
+"""What an invariant yields: a number, the bound that it must not exceed, and what is measured."""
 
 IN, OUT, RANK, ALPHA = 48, 32, 3, 7.0  # none alike, and s = 7 / 3 is no power of two
 X = torch.randn(5, IN, generator=torch.Generator().manual_seed(2))  # (5, in)
@@ -49,9 +49,8 @@ def _changed(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> int:
 
 def _apart(a: Tensor, b: Tensor) -> float:
     """||a - b|| / ||b||: 0 only if they are equal."""
-    if a.shape != b.shape:
-        return torch.inf
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30)) if a.shape == b.shape else torch.inf
 
 
 def _module(result: Any, changed: nn.Module) -> nn.Module:
@@ -78,7 +77,7 @@ class Kit:
         """Find the base's tensors in what make gives, by their values: name there -> name here."""
         made = self.make(copy.deepcopy(self.base), RANK, ALPHA, 0.0)
         if not isinstance(made, nn.Module):
-            raise TypeError(f"make(linear, rank, alpha, dropout) gave a {type(made).__name__}")
+            raise TypeError(f"make must return a torch.nn.Module, not a {type(made).__name__}")
         self.held = dict[str, str]()
         for own, b in _tensors(self.base).items():
             same = [name for name, t in _tensors(made).items() if _apart(t, b) == 0]
@@ -135,7 +134,7 @@ class Kit:
         """The update (out, in) that the forward pass adds to W."""
         W, _, nonlinear = self.affine(layer)
         if nonlinear > CLOSE or not self.low_rank:
-            raise SkipTest("the weight is not W + s B A: it was declared so, or see rank")
+            raise SkipTest("not a low-rank update: low_rank=False was given, or `rank` failed")
         return W - self.affine(self.base)[0]
 
     def product(self, layer: nn.Module, r: int) -> Tensor:
@@ -152,7 +151,7 @@ class Kit:
             raise SkipTest("no tensor of the layer is the base's weight")
         usual = [getattr(type(module), what + end, None) for end in ENDS]
         if not (does := getattr(self, what) or next(filter(None, usual), None)):
-            raise SkipTest(f"no {what} was given or found")
+            raise SkipTest(f"the layer has no {what} method, and none was passed as {what}=...")
         return _module(does(module), module)
 
 
@@ -162,9 +161,9 @@ class Kit:
 def start(kit: Kit) -> Claims:
     """B A = 0 at the start, but not A: y = W x + b, bit for bit, in training and evaluation."""
     module, wanted = kit.build(random=False), kit.evaluate(kit.base)
-    yield int(not kit.gradient(module).any()), 0, "if no gradient arrives: A and B are both zero"
+    yield not kit.gradient(module).any(), 0, "no gradient arrives: A and B are both zero"
     for y in (kit.run(module, X), kit.evaluate(module)):
-        yield _apart(y, wanted), 0 if kit.low_rank else 1e-6, "off the base's output"
+        yield _apart(y, wanted), 0 if kit.low_rank else 1e-6, "relative error of the initial output"
 
 
 def frozen(kit: Kit) -> Claims:
@@ -177,17 +176,17 @@ def frozen(kit: Kit) -> Claims:
             kit.loss(module).backward()  # gradients add up, which is no matter here
             optimizer.step()
         asks = [name for name, t in base.items() if t.requires_grad or t.grad is not None]
-        yield len(asks), 0, f"tensors of the base ask for a gradient {asks or ''}"
-        yield _changed(kit.frozen(module), before), 0, "entries of the base are moved by optimizers"
+        yield len(asks), 0, f"base tensors with requires_grad or a gradient {asks or ''}"
+        yield _changed(kit.frozen(module), before), 0, "base weights changed by the optimizer"
 
 
 def parameters(kit: Kit) -> Claims:
-    """A and B train, r (in + out) numbers, and what was declared besides."""
+    """Exactly r (in + out) numbers train, those of A and B; what `also` names is not counted."""
     for r in (2 * RANK, RANK):
         trained = kit.trained(kit.build(rank=r))
         sizes = {name: p.numel() for name, p in trained.items() if not name.endswith(kit.also)}
         wanted = kit.parameters or r * (IN + OUT)
-        yield abs(sum(sizes.values()) - wanted), 0, f"off {wanted}, the numbers that train: {sizes}"
+        yield abs(sum(sizes.values()) - wanted), 0, f"more or less trainable than {wanted}: {sizes}"
 
 
 def learns(kit: Kit) -> Claims:
@@ -205,7 +204,7 @@ def learns(kit: Kit) -> Claims:
         loss = kit.loss(module, torch.eye(IN), target)
         loss.backward()
         adam.step()
-    yield loss.item(), 1.05 * values[RANK:].square().sum().item(), "is the loss"
+    yield loss.item(), 1.05 * values[RANK:].square().sum().item(), "is the loss; at best 1.25"
 
 
 def gradients(kit: Kit, drop: float = 0.0) -> Claims:
@@ -213,7 +212,7 @@ def gradients(kit: Kit, drop: float = 0.0) -> Claims:
     module, x = kit.build(dropout=drop).double(), X.double().requires_grad_()
     asked = [p for n, p in kit.adapter(module).items() if kit.low_rank or n.endswith(kit.also)]
     torch.autograd.gradcheck(lambda *_: kit.loss(module, x), [x, *asked], fast_mode=True)
-    yield 0, 0, "gradients are off finite differences"
+    yield 0, 0, "gradients differ from finite differences"
 
 
 def scale(kit: Kit) -> Claims:
@@ -224,50 +223,51 @@ def scale(kit: Kit) -> Claims:
         delta, BA = kit.delta(layer), kit.product(layer, r)
         s = ((delta * BA).sum() / BA.square().sum()).item()
         found.append((round(s, 3), abs(s * r / alpha - 1), abs(s * r**0.5 / alpha - 1)))
-        yield _apart(s * BA, delta), CLOSE, "off s B A for the best s: the update"
+        yield _apart(s * BA, delta), CLOSE, "relative difference of the update and s B A, best s"
         if says := kit.update or getattr(type(layer), "delta", None):
-            yield _apart(says(layer), delta), CLOSE, "off what forward adds: the update it reports"
+            yield _apart(says(layer), delta), CLOSE, "relative error of the reported update"
     seen, plain, root = zip(*found, strict=True)
-    text = f"off alpha / r, or alpha / sqrt(r): s = {[*seen]} at r 3, 3, 6 and alpha 7, 14, 7"
-    yield min(max(plain), max(root)), CLOSE, text
+    text = "relative error of the scale against alpha / r (or alpha / sqrt(r))"
+    shown = f"{text}; s = {[*seen]} for r 3, 3, 6 and alpha 7, 14, 7"
+    yield min(max(plain), max(root)), CLOSE, shown
 
 
 def rank(kit: Kit) -> Claims:
     """The update is linear in x, with at most r singular values."""
     layer = kit.build()
-    yield kit.affine(layer)[2], CLOSE, "off a layer that is linear in x"
+    yield kit.affine(layer)[2], CLOSE, "relative deviation from a function linear in x"
     values = torch.linalg.svdvals(kit.delta(layer))
-    yield (values[RANK] / values[0]).item(), CLOSE, "of the first is singular value r + 1"
+    yield (values[RANK] / values[0]).item(), CLOSE, "is singular value r + 1 divided by the first"
 
 
 def dropout(kit: Kit) -> Claims:
     """In training E[y] is the y of evaluation, and W x is never dropped."""
     layer = kit.build(random=False, dropout=0.5)  # B A = 0: no branch
-    yield _apart(kit.run(layer, X), kit.evaluate(layer)), 1e-6, "off W x + b, which is dropped"
+    yield _apart(kit.run(layer, X), kit.evaluate(layer)), 1e-6, "change of W x + b due to dropout"
     layer, wanted = kit.build(dropout=0.5), kit.evaluate(kit.build())
     outputs = torch.stack([kit.run(layer, X).detach() for _ in range(400)])  # (400, 5, out)
-    yield _apart(kit.evaluate(layer), wanted), 1e-6, "off dropout 0 in evaluation mode"
+    yield _apart(kit.evaluate(layer), wanted), 1e-6, "relative change by dropout in evaluation mode"
     error = outputs.std(0) / 20  # of the mean: sqrt(400) = 20
-    yield int(error.max() < 1e-6), 0, "if nothing is dropped in training mode"
-    yield ((outputs.mean(0) - wanted) / error).abs().max().item(), 6, "standard errors off"
+    yield bool(error.max() < 1e-6), 0, "nothing is dropped in training mode"
+    yield ((outputs.mean(0) - wanted) / error).abs().max().item(), 6, "standard errors of the mean"
     yield from gradients(kit, drop=0.5)
 
 
 def merge(kit: Kit) -> Claims:
     """W' = round(W + s B A), once, in the same storage; b' = b."""
     y, adapted, merged = map(kit.evaluate, [kit.base, kit.build(), kit.call("merge", kit.build())])
-    yield _apart(merged - y, adapted - y), 1e-3, "off the unmerged change of the output"
+    yield _apart(merged - y, adapted - y), 1e-3, "relative error of the merged output"
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for kind in dtypes if "weight" in kit.held.values() else ():  # else it is a model
         layer = kit.build(dtype=kind)
         places = {name: tensor.data_ptr() for name, tensor in kit.frozen(layer).items()}
         W, b, _ = kit.affine(kit.build(dtype=kind).double(), torch.float64)
         for name, now in kit.frozen(kit.call("merge", layer)).items():
+            yield now.data_ptr() != places[name], 0, f"merging moves {name} in memory"
             wanted = {"weight": W if W.shape == now.shape else W.T, "bias": b}[name]  # Conv1D: W.T
             allowed = torch.finfo(kind).eps / 2 * wanted.abs() + 2.0**-21 * W.abs().max()
             wrong = int(((now.double() - wanted).abs() > allowed).sum())
-            yield wrong, 0, f"entries of {name} in {kind} are not W + s B A rounded once"
-            yield int(now.data_ptr() != places[name]), 0, f"if {name} is moved in memory"
+            yield wrong, 0, f"entries of {name} in {kind} are not the exact sum rounded once"
 
 
 def latency(kit: Kit) -> Claims:
@@ -285,7 +285,7 @@ def latency(kit: Kit) -> Claims:
         with Operations():  # type: ignore[no-untyped-call]
             kit.evaluate(module)
     other = [*((runs[0] - runs[1]) + (runs[1] - runs[0])).elements()]
-    yield len(other), 0, f"operations are not the base's {other or ''}"
+    yield len(other), 0, f"operations differ from the base's {other or ''}"
 
 
 def unmerge(kit: Kit) -> Claims:
@@ -316,31 +316,31 @@ def train_merged(kit: Kit) -> Claims:
     with contextlib.suppress(Exception):  # refusing is right too
         module.train()
         got = kit.gradient(module)
-    yield _apart(got, wanted), 1e-3, "off the right gradients, and nothing is refused"
+    yield _apart(got, wanted), 1e-3, "relative error of the gradients (0 if training is refused)"
 
 
 def state_dict(kit: Kit) -> Claims:
     """Loaded into a fresh layer, it gives the same output."""
     module, other = kit.build(), kit.build(random=False)
     other.load_state_dict(copy.deepcopy(module.state_dict()))
-    yield _apart(kit.evaluate(other), kit.evaluate(module)), 0, "off the output, saved and loaded"
+    yield _apart(kit.evaluate(other), kit.evaluate(module)), 0, "relative error, saved and loaded"
 
 
 def deep_copy(kit: Kit) -> Claims:
     """It computes the same, and shares nothing."""
     module = kit.build()
     other = copy.deepcopy(module)
-    yield _apart(kit.evaluate(other), kit.evaluate(module)), 0, "off the original's output"
+    yield _apart(kit.evaluate(other), kit.evaluate(module)), 0, "relative error of a copy's output"
     mine, its = ({t.data_ptr() for t in _tensors(m).values()} for m in (module, other))
-    yield len(mine & its), 0, "tensors are the original's"
+    yield len(mine & its), 0, "tensors shared with the original"
 
 
 def dtype(kit: Kit) -> Claims:
     """`.to(dtype)` moves all of it."""
     for kind, bound in ((torch.float64, 1e-5), (torch.bfloat16, 0.05)):
         y = kit.evaluate(kit.build().to(kind), X.to(kind))
-        yield int(y.dtype != kind), 0, f"if .to({kind}) gives an output of {y.dtype}"
-        yield _apart(y, kit.evaluate(kit.build())), bound, f"off float32's output in {kind}"
+        yield y.dtype != kind, 0, f"after .to({kind}) the output is {y.dtype}"
+        yield _apart(y, kit.evaluate(kit.build())), bound, f"relative error of the output in {kind}"
 
 
 def autocast(kit: Kit) -> Claims:
@@ -348,8 +348,8 @@ def autocast(kit: Kit) -> Claims:
     module = kit.build()
     with torch.autocast("cpu", torch.bfloat16):
         y, base, gradient = kit.run(module, X), kit.run(kit.base, X), kit.gradient(module)
-    yield int(y.dtype != base.dtype), 0, f"if the output is {y.dtype}, the base's {base.dtype}"
-    yield _apart(gradient, kit.gradient(kit.build())), 0.1, "off float32's gradients in bfloat16"
+    yield y.dtype != base.dtype, 0, f"the output is {y.dtype}, the base's is {base.dtype}"
+    yield _apart(gradient, kit.gradient(kit.build())), 0.1, "relative error of bfloat16 gradients"
 
 
 def inputs(kit: Kit) -> Claims:
@@ -358,10 +358,10 @@ def inputs(kit: Kit) -> Claims:
     for x in (rows[0], rows.expand(2, 3, 5, IN), rows.T.contiguous().T, rows[:0]):
         kept, what = x.clone(), f"x {tuple(x.shape)} with strides {x.stride()}"
         wanted = layer(x.reshape(-1, IN).clone()).reshape(*x.shape[:-1], OUT)
-        yield _apart(layer(x), wanted), CLOSE, f"off the output for {what}"
-        yield int(not torch.equal(x, kept)), 0, f"times overwritten: {what}"
+        yield _apart(layer(x), wanted), CLOSE, f"relative error of the output for {what}"
+        yield not torch.equal(x, kept), 0, f"the input is overwritten: {what}"
     gradient = kit.gradient(layer, lambda x: layer(x).mul_(1))
-    yield _apart(gradient, kit.gradient(kit.build())), CLOSE, "off the gradients if y is written to"
+    yield _apart(gradient, kit.gradient(kit.build())), CLOSE, "gradient error when y is overwritten"
 
 
 def compiled(kit: Kit) -> Claims:
@@ -369,7 +369,7 @@ def compiled(kit: Kit) -> Claims:
     torch.compiler.reset()
     layer = kit.build()
     fast = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    yield _apart(kit.gradient(layer, fast), kit.gradient(kit.build())), CLOSE, "off the gradients"
+    yield _apart(kit.gradient(layer, fast), kit.gradient(kit.build())), CLOSE, "gradient error"
 
 
 INVARIANTS = {invariant.__name__.replace("_", " "): invariant for invariant in (
@@ -420,13 +420,13 @@ class Case(NamedTuple):
 
     def __call__(self) -> str:
         """What was measured last. It raises AssertionError, or SkipTest if it is not applicable."""
-        detail = ""
+        row = ""
         with torch.random.fork_rng(devices=[]):  # the global random state stays as it is
             for value, bound, text in INVARIANTS[self.invariant](self.kit):
-                detail = f"{value:.4g} {text}".rstrip()
-                if not value <= bound:
-                    raise AssertionError(f"{detail} (allowed: {bound:.3g})")
-        return detail
+                row = f"{value:.4g} {text}".rstrip()
+                if not value <= bound:  # True is a fault without a number
+                    raise AssertionError(text if value is True else f"{row} (allowed: {bound:.3g})")
+        return row
 
     def result(self) -> Result:
         """What came of it."""
@@ -475,12 +475,12 @@ def check(make: Callable[..., nn.Module], **how: Any) -> Report:
         make: (linear, rank, alpha, dropout) -> the layer, a module that holds linear or a copy of
             it. It may raise unittest.SkipTest, if it cannot do that, such as dropout.
         how: what the kit cannot find itself, by name:
-            linear: (in, out) -> the layer that make is given; `torch.nn.Linear` if not given.
-            merge, unmerge: functions of the layer; a method of that name if not given. Either may
+            linear: (in, out) -> the layer that make is given; default `torch.nn.Linear`.
+            merge, unmerge: functions of the layer (default: its method of that name). Either may
                 return another module.
-            trainable: layer -> the parameters that train; those that require a gradient if not.
-            update: layer -> s B A (out, in) as the layer itself reports it; its method `delta`.
-            also: names of the parameters that train besides A and B, or the ends of them.
+            trainable: layer -> the parameters that train (default: those that require a gradient).
+            update: layer -> s B A (out, in) as the layer reports it (default: its method `delta`).
+            also: names, or ends of names, of parameters that train in addition to A and B.
             low_rank: False says that the weight is not W + s B A, as in DoRA.
 
     Returns:

@@ -221,7 +221,9 @@ def test_what_differs_is_named_once() -> None:
 def test_a_directory_is_one_runs_and_free_again_after_it(tmp_path: Path) -> None:
     with lock(tmp_path):
         with (
-            pytest.raises(UserError, match=f"process {os.getpid()} is training into it"),
+            pytest.raises(
+                UserError, match=f"process {os.getpid()} is already training in this directory"
+            ),
             lock(tmp_path),
         ):
             pytest.fail("two at once")
@@ -261,5 +263,7 @@ def test_two_runs_into_one_directory(folder: Path, tmp_path: Path, capfd: Any) -
     with lock(run):
         capfd.readouterr()
         assert train_main(["--resume", str(run)]) == 2
-        assert f"process {os.getpid()} is training into it" in capfd.readouterr().err
+        assert (
+            f"process {os.getpid()} is already training in this directory" in capfd.readouterr().err
+        )
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before

@@ -55,5 +55,5 @@ def test_scoring_and_hub_data_end_in_one_line_and_a_text_is_summarized(
     assert evaluate_main([str(tmp_path / "run"), "--text", str(text)]) == 0
     assert "fine-tuned  " in capfd.readouterr().out
     assert train_main(["--data", "someone/chats", "--output", str(tmp_path / "other")]) == 2
-    message = "train.py: someone/chats: data sets of the hub need the package datasets\n"
+    message = "train.py: someone/chats: hub data needs a package: pip install datasets\n"
     assert capfd.readouterr() == ("", message)

@@ -213,14 +213,14 @@ def test_no_encoder_decoder(tmp_path: Path, kind: str) -> None:
         else BertModel(BertConfig(**sizes))
     )
     model.save_pretrained(tmp_path)
-    refused(tmp_path, f"a {kind} model, which is not an encoder-decoder")
+    refused(tmp_path, f"{kind} is not an encoder-decoder such as BART or T5")
 
 
 def test_a_directory_without_a_tokenizer(copy: Path) -> None:
     """Transformers 5 makes one that knows five special tokens and no word."""
     for path in copy.glob("*token*"):
         path.unlink()
-    refused(copy, "there is no tokenizer beside it", load=load_tokenizer)
+    refused(copy, "there is no tokenizer: add its files", load=load_tokenizer)
 
 
 def test_a_damaged_tokenizer(copy: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_tokenizer_without_padding(copy: Path) -> None:
     tokenizer = byte_level_bpe()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(copy)
-    refused(copy, "no padding token", load=load_tokenizer)
+    refused(copy, "no pad token: set pad_token", load=load_tokenizer)
 
 
 def test_a_tokenizer_of_another_model() -> None:

@@ -98,7 +98,7 @@ def test_an_adapter_that_loftq_started_says_that_its_base_is_another(tmp_path: P
     assert entries["init_lora_weights"] == "loftq"  # PEFT makes the 4-bit base again by it
     assert entries["loftq_config"] == {"loftq_bits": 4, "loftq_iter": 1}
     other = tiny_bart(d_model=32)
-    with pytest.raises(LoRAError, match=r"q_proj must be in 4 bits.*LoftQ"):
+    with pytest.raises(LoRAError, match=r"q_proj must be quantized to 4 bits.*LoftQ"):
         minilora.load_adapter(other, tmp_path)
     minilora.quantize(other)
     minilora.load_adapter(other, tmp_path)

@@ -238,7 +238,7 @@ def test_what_does_not_fit_the_dtype_leaves_the_model_as_it_was() -> None:
         for layer in (model.model.decoder.layers[0].fc1, model.model.encoder.layers[0].fc1):
             layer.lora_B[:], layer.lora_A[:] = 1e3, 1e3
     before = State.of(model)
-    with pytest.raises(LoRAError, match=r"does not fit torch\.float16.*model\.float"):
+    with pytest.raises(LoRAError, match=r"overflows torch\.float16.*model\.float"):
         minilora.unwrap(model, dequantize=True)
     before.check(model)
     minilora.unwrap(model.float(), dequantize=True)

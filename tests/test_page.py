@@ -179,11 +179,11 @@ def test_an_unfinished_run_says_so_and_how_to_go_on(tmp_path: Path) -> None:
 DAMAGE: dict[str, tuple[str, bytes | None, str]] = {
     "no config": ("config.json", None, "is not a run: it has no config.json"),
     "half a config": ("config.json", b'{"rank"', "config.json: cannot be read as JSON"),
-    "a list for a config": ("config.json", b"[]", "config.json: holds no object"),
+    "a list for a config": ("config.json", b"[]", "config.json: does not contain a JSON object"),
     "bytes for a config": ("config.json", b"\xff\xfe\x00", "config.json: cannot be read as JSON"),
     "nested too deep": ("config.json", b"[" * 99_999, "config.json: cannot be read as JSON"),
     "a bad line": ("log.jsonl", b'{"kind": "start"\n{}\n', "log.jsonl line 1: cannot be read"),
-    "no record": ("log.jsonl", b"3\n", "log.jsonl line 1: is not a record"),
+    "no record": ("log.jsonl", b"3\n", "log.jsonl line 1: is not a JSON object with a kind"),
     "no total": ("log.jsonl", b'{"kind": "start", "trainable": 1}\n', "line 1: has no total"),
     "a text for a number": (
         "log.jsonl",
@@ -199,7 +199,7 @@ DAMAGE: dict[str, tuple[str, bytes | None, str]] = {
     "an example without a text": (
         "evaluation.json",
         b'{"examples": [{"id": "a", "dialogue": 3}]}',
-        "examples[0]: dialogue is not a text",
+        "examples[0]: dialogue is not a string",
     ),
 }
 

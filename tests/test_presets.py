@@ -121,7 +121,7 @@ def test_config_json_of_an_older_version_takes_the_defaults() -> None:
     ids=str,
 )
 def test_config_json_of_another_type_is_named(entry: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=f"^{next(iter(entry))} is .*, not of type "):
+    with pytest.raises(UserError, match=f"^{next(iter(entry))} is .*, not (of type|one of) "):
         RunConfig.from_dict(entry)
     assert RunConfig.from_dict({"alpha": 8, "learning_rate": None}).adapter.alpha == 8
 

@@ -330,7 +330,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
         "list, not text",
     ),
     "wrapped": ("a.json", as_json({"data": [GOOD]}), "line 1: no column 'dialogue'"),
-    "a lone text": ("a.json", b'"dialogue"', "line 1: str where"),
+    "a lone text": ("a.json", b'"dialogue"', "line 1: expected an object with columns, found str"),
     # csv
     "no header": ("a.csv", b"Ann: hi,They greet.\nBob: x,y\n", "line 2: no column 'dialogue'"),
     "semicolons": ("a.csv", b"dialogue;summary\na;b\n", "columns found: dialogue;summary"),

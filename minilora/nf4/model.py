@@ -117,7 +117,7 @@ def select_linears(
         if not matches(exclude, name)
     }
     if not found:
-        raise LoRAError("quantize: the model has no torch.nn.Linear that is targeted")
+        raise LoRAError("quantize: no torch.nn.Linear is targeted: change targets or exclude")
     return found
 
 
@@ -136,12 +136,12 @@ def check_linear(name: str, module: nn.Module, shared_with: Sequence[str] = ()) 
     if weight is None:
         raise LoRAError(f"quantize: {name}: its weight is computed anew at every call; exclude it")
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        raise LoRAError(f"quantize: {name} is quantized already: its weight is {weight.dtype}")
+        raise LoRAError(f"quantize: {name} is quantized already ({weight.dtype}): exclude it")
     if shared_with:
         shared = ", ".join(shared_with)
         raise LoRAError(f"quantize: {name} shares its weight with {shared}; exclude it")
     if not weight.is_meta and not weight.float().isfinite().all():
-        raise LoRAError(f"quantize: {name} holds values that are not finite in float32")
+        raise LoRAError(f"quantize: {name} holds values that are not finite in float32; exclude it")
     return module
 
 
@@ -167,7 +167,8 @@ def dequantized(model: nn.Module) -> Iterator[None]:
         for quantized, linear in plain.items():
             final = quantized.dtype
             if not linear.weight.to(final).isfinite().all():
-                raise LoRAError(f"a dequantized weight does not fit {final}: try model.float()")
+                name = next(plain_name(n) for n, m in model.named_modules() if m is linear)
+                raise LoRAError(f"{name} overflows {final} when dequantized: try model.float()")
     except BaseException:
         for layer in unmerged:
             layer.unmerge()

@@ -174,7 +174,7 @@ def _check_fit(
     problems = keys.compare(expected, adapter.tensors, explain)
     for name in targeted if config.init == "loftq" else ():
         if linears.is_mergeable(named[name]):
-            problems += [f"{name} must be in 4 bits, by minilora.quantize: LoftQ started it so"]
+            problems += [f"{name} must be quantized to 4 bits for LoftQ: call minilora.quantize"]
     keys.refuse("the adapter does not fit the model", problems)
     selected = {name: named[name] for name in adapter.modules}
     check_modules(model, selected)
@@ -214,8 +214,10 @@ def _base_model_name(model: nn.Module) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def _compare_base(trained_on: str | None, loaded_into: str | None) -> str | None:
+def _compare_base(trained: str | None, loaded: str | None) -> str | None:
     """A notice if the names differ. No error: a name may be a directory of another machine."""
-    if not trained_on or not loaded_into or PurePath(trained_on).name == PurePath(loaded_into).name:
+    if not trained or not loaded or PurePath(trained).name == PurePath(loaded).name:
         return None
-    return f"it was trained on {trained_on}, and this model is {loaded_into}"
+    return (
+        f"the adapter was trained on {trained}, but this model is {loaded}: compare their weights"
+    )

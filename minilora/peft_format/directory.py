@@ -146,9 +146,9 @@ def read_adapter(directory: str | Path) -> Adapter:
             tensors = _without_repeats(tensors)
         base_model = entries.get("base_model_name_or_path")
         if not isinstance(base_model, str | None):
-            raise LoRAError(f"{CONFIG_FILE}: base_model_name_or_path is {base_model!r}")
+            raise LoRAError(f"{CONFIG_FILE}: base_model_name_or_path is not a string or null")
         if _read_json(directory / CONFIG_FILE) != entries:
-            raise LoRAError("another process wrote it meanwhile: read it again")
+            raise LoRAError("the adapter changed while it was being read: try again")
         return Adapter(config, tensors, base_model, entries.get("fan_in_fan_out") is True)
 
 

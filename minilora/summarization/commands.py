@@ -75,8 +75,8 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
         outcome = fit(session, output)
     except OSError as error:
         raise UserError(
-            f"{output} cannot be written ({error.strerror}); what was written before is complete: "
-            f"make space or give permission, then resume: {_command('train.py')} --resume {again}"
+            f"cannot write to {output} ({error.strerror}). Earlier checkpoints are intact. Free "
+            f"some space or fix the permissions, then run: {_command('train.py')} --resume {again}"
         ) from None
     if outcome.interrupted:
         _write_report(run, output)

@@ -26,7 +26,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no object")
+        raise UserError(f"{path}: does not contain a JSON object")
     return content
 
 

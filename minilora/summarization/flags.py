@@ -110,8 +110,8 @@ def _require_same(before: dict[str, Any], run: RunConfig) -> None:
     if changed and not (options.accept_changes and "output" not in changed):
         what = ", ".join(f"{spelt(k)} (was {before[k]!r}, is {now[k]!r})" for k in changed)
         raise UserError(
-            f"--resume {options.resume}: settings differ from those the run began with: {what}; "
-            "--accept-changes resumes with the new ones"
+            f"--resume {options.resume}: these settings differ from the original run: {what}. "
+            "Restore them, or add --accept-changes to use the new ones"
         )
 
 
@@ -167,7 +167,7 @@ def evaluation_parser() -> Parser:
     parser = Parser("evaluate.py", what)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run, an adapter, or its hub name")
-    add("--data", help="other data than the run's")
+    add("--data", help="data to use instead of the run's own")
     add("--split", help="train, validation or test (default: test)")
     add("--limit", type=int, default=0, help="only the first N dialogues; 0: all (default: 0)")
     add("--text", help="summarize this file; - is standard input")

@@ -170,8 +170,8 @@ def require_same(facts: Mapping[str, Any]) -> None:
     for other, theirs in enumerate(everyone):
         if different := [name for name in theirs if theirs[name] != everyone[0][name]]:
             raise UserError(
-                f"process {other} of {world_size()} has {different[0]} unlike process 0: all must "
-                "read the same files, with the same settings"
+                f"process {other} of {world_size()} has other {different[0]} than process 0: all "
+                "processes need the same files and settings"
             )
 
 
@@ -213,7 +213,8 @@ def join() -> Iterator[None]:
             raise SystemExit(exit_code(error)) from None
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             what = f"process {number} of {count} lost contact with a peer"
-            raise LostPeer(f"{what} ({one_line(error)[:200]})") from None
+            advice = "see the other processes' messages, then --resume"
+            raise LostPeer(f"{what} ({one_line(error)[:200]}): {advice}") from None
         raise
     dist.destroy_process_group()
 

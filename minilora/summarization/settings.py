@@ -38,7 +38,7 @@ class ModelOptions:
     method: Literal["lora", "qlora", "full"] = _flag("lora", "what trains; qlora: base in 4 bits")
     device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag("auto", "auto: the fastest here")
-    seed: int = _flag(0, "seed of the adapter's start, the order of the batches and dropout")
+    seed: int = _flag(0, "random seed of the adapter's initialization, batch order and dropout")
 
 
 @dataclass
@@ -69,7 +69,7 @@ class AdapterOptions:
     targets: list[str] = _flag(["q_proj", "v_proj"], "names, a regular expression, or all-linear")
     exclude: list[str] = _flag([], "names among the targets to leave alone")
     rslora: bool = _flag(False, "scale s = alpha / sqrt(r) (Kalajdzievski 2023)")
-    init: Literal["kaiming", "gaussian", "loftq"] = _flag("kaiming", "how A starts (LoftQ: and B)")
+    init: Literal["kaiming", "gaussian", "loftq"] = _flag("kaiming", "of A (loftq: of A and B)")
 
 
 @dataclass
@@ -77,16 +77,16 @@ class TrainingOptions:
     _argument_group_name = "training"
 
     epochs: int = _flag(2, "passes over the training split")
-    max_steps: int = _flag(0, "stop after so many optimizer steps; 0: no limit")
+    max_steps: int = _flag(0, "stop after this many optimizer steps; 0: no limit")
     learning_rate: float | None = _flag(None, "peak of the schedule; default: the preset's")
     warmup: float = _flag(0.06, "share of the steps over which the learning rate rises")
     weight_decay: float = _flag(0.0, "decoupled weight decay (AdamW)")
-    batch_size: int = _flag(8, "dialogues in a batch, over all processes")
-    accumulate: int = _flag(1, "batches in an optimizer step")
+    batch_size: int = _flag(8, "batch size, summed over all processes")
+    accumulate: int = _flag(1, "batches whose gradients are accumulated in an optimizer step")
     compile: bool = _flag(False, "torch.compile the layers: slow to start, then faster")
     checkpoint_activations: bool = _flag(False, "compute layers twice to save memory")
     clip: float = _flag(1.0, "largest norm of the gradient; 0: no clipping")
-    validation_beams: int = _flag(1, "beams when the best epoch is chosen; 1 is greedy")
+    validation_beams: int = _flag(1, "beams used in validation; 1 is greedy search")
     validation_limit: int = _flag(0, "validation dialogues summarized per epoch; 0: all")
 
 
@@ -96,11 +96,11 @@ class GenerationOptions:
 
     _argument_group_name = "decoding"
 
-    beams: int = _flag(4, "beams of the search; 1 is greedy")
+    beams: int = _flag(4, "beams of the search; 1 is greedy search")
     min_length: int = _flag(5, "fewest tokens of a summary")
     max_length: int = _flag(60, "most tokens of a summary")
     length_penalty: float = _flag(1.0, "above 1 prefers longer beams, below 1 shorter ones")
-    no_repeat_ngram: int = _flag(3, "no n-gram of this size occurs twice; 0: no such rule")
+    no_repeat_ngram: int = _flag(3, "never repeat an n-gram of this size; 0: off")
     evaluation_batch_size: int = _flag(32, "dialogues a process summarizes at once")
 
 
@@ -112,8 +112,8 @@ class OutputOptions:
     resume: str | None = _flag(None, "run directory to resume")
     accept_changes: bool = _flag(False, "resume although settings, data or base model changed")
     checkpoint_minutes: float = _flag(10.0, "minutes between two checkpoints within an epoch")
-    checkpoint_steps: int = _flag(0, "steps between two checkpoints, besides the minutes; 0: none")
-    keep_checkpoints: int = _flag(2, "newest checkpoints to keep, besides the best")
+    checkpoint_steps: int = _flag(0, "also save a checkpoint every so many steps; 0: by time only")
+    keep_checkpoints: int = _flag(2, "recent checkpoints to keep, in addition to the best")
     evaluate: bool = _flag(True, "compare base and fine-tuned model on the test split at the end")
     report: bool = _flag(True, "write report.html at the end")
 
@@ -152,8 +152,10 @@ class RunConfig:
         for name, value in flat.items():
             if not _is_of(value, known[name]):
                 kind = known[name]
-                wanted = kind.__name__ if type(kind) is type else str(kind).removeprefix("typing.")
-                raise UserError(f"{name} is {value!r}, not of type {wanted}")
+                wanted = kind.__name__ if type(kind) is type else kind
+                choices = get_args(kind) if get_origin(kind) is Literal else ()
+                text = f"one of {', '.join(choices)}" if choices else f"of type {wanted}"
+                raise UserError(f"{name} is {value!r}, not {text}")
         groups = {
             group: kind(**{f.name: flat[f.name] for f in fields(kind) if f.name in flat})
             for group, kind in GROUPS.items()

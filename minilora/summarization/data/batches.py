@@ -96,7 +96,8 @@ def _limited(
     opening = tokenize(["x"], return_special_tokens_mask=True)["special_tokens_mask"][0].index(0)
     ending = tokenize([after])["input_ids"][0][opening:]  # the prompt's end, then </s>
     if (used := len(tokenize([before + after])["input_ids"][0])) >= limit:
-        raise UserError(f"--max-{side}-length {limit}: prompt and special tokens alone take {used}")
+        what = f"prompt and special tokens alone take {used}: raise it or shorten the prompt"
+        raise UserError(f"--max-{side}-length {limit}: {what}")
     rows, cut = list[list[int]](), 0
     for start in range(0, len(texts), 512):  # not all at once: the tokenizer keeps 120 B a token
         chunk = [before + text + after for text in texts[start : start + 512]]

@@ -105,7 +105,7 @@ def _hub(name: str) -> dict[str, Source]:
     try:
         import datasets  # here, since local files need neither it nor the second it takes
     except ImportError:
-        raise UserError(f"{name}: data sets of the hub need the package datasets") from None
+        raise UserError(f"{name}: hub data needs a package: pip install datasets") from None
 
     def rows(split: Iterable[object]) -> Rows:
         with _one_line(name):
@@ -286,7 +286,7 @@ def _example(row: object, place: str, options: DataOptions) -> Example:
     if isinstance(row, _BadRow):
         raise row
     if not isinstance(row, dict):
-        raise _BadRow(f"{_kind(row)} where an object with columns belongs")
+        raise _BadRow(f"expected an object with columns, found {_kind(row)}")
     dialogue = _column(row, options.dialogue_column, "--dialogue-column")
     if not dialogue:
         raise _EmptyDialogue("empty dialogue")

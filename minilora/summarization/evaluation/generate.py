@@ -93,11 +93,11 @@ def generate_arguments(model: PreTrainedModel, options: GenerationOptions) -> di
     """
     positions = getattr(model.config, "max_position_embeddings", None) or options.max_length
     if min(options.beams, options.evaluation_batch_size) < 1:
-        raise UserError("beams and evaluation_batch_size must be at least 1")
+        raise UserError("--beams and --evaluation-batch-size must be at least 1")
     if not 0 <= options.min_length <= options.max_length <= positions:
         raise UserError(
-            f"min_length {options.min_length} and max_length {options.max_length} must rise from "
-            f"0 to at most {positions}, the positions of the model"
+            f"need 0 <= --min-length <= --max-length <= {positions} (the model's positions), not "
+            f"{options.min_length} and {options.max_length}"
         )
     settings: dict[str, Any] = {
         "num_beams": options.beams,

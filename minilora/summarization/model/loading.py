@@ -49,7 +49,7 @@ def load_model(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if not config.is_encoder_decoder:
             raise UserError(
-                f"model {name}: a {config.model_type} model, which is not an encoder-decoder"
+                f"model {name}: {config.model_type} is not an encoder-decoder such as BART or T5"
             )
         _check_weights(name, Path(source))
         model, info = AutoModelForSeq2SeqLM.from_pretrained(
@@ -104,9 +104,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     # Where the files are missing, transformers 5 makes a tokenizer without words.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise UserError(f"model {name}: there is no tokenizer beside it, such as tokenizer.json")
+        raise UserError(f"model {name}: there is no tokenizer: add its files (tokenizer.json, ...)")
     if tokenizer.pad_token_id is None:
-        raise UserError(f"model {name}: its tokenizer has no padding token")
+        raise UserError(f"model {name}: its tokenizer has no pad token: set pad_token and save it")
     return tokenizer
 
 

@@ -86,7 +86,8 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         UserError: the model does not support it.
     """
     if not model.supports_gradient_checkpointing:
-        raise UserError(f"--checkpoint-activations: not supported by {model.config.model_type}")
+        what = f"not supported by {model.config.model_type}: leave the flag out"
+        raise UserError(f"--checkpoint-activations: {what}")
     # Reentrant checkpoints cut the graph where no input requires a gradient: behind frozen
     # embeddings the adapters would not train.
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -102,7 +103,8 @@ def compile_layers(model: nn.Module) -> None:
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise UserError(f"--compile: found no layers to compile in a {type(model).__name__}")
+        kind = type(model).__name__
+        raise UserError(f"--compile: found no layers to compile in a {kind}: leave the flag out")
     for layer in layers:
         layer.compile(dynamic=True)
 

@@ -23,6 +23,7 @@ from .markup import escape, html_table
 from .page_charts import curves
 from .page_dialogues import cards
 from .runs import Run, read_report
+from .terminal import NONSENSE_TITLE
 
 
 def write_report(directory: Path, path: Path) -> None:
@@ -143,8 +144,7 @@ def _scores(evaluation: Evaluation) -> str:
         f"<p>ROUGE-1 rose on {up:,} dialogues, fell on {down:,} and stayed on {same:,}.</p>",
     ]
     if nonsense := nonsense_table(evaluation):
-        title = "Per cent of the summaries with what the dialogue lacks, or with a repeated phrase"
-        parts += [f"<h3>{title}</h3>", _numbers(title, nonsense)]
+        parts += [f"<h3>{NONSENSE_TITLE}</h3>", _numbers(NONSENSE_TITLE, nonsense)]
     return "".join(parts)
 
 

@@ -90,7 +90,7 @@ def _log(path: Path) -> dict[str, list[Record]]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: cannot be read as JSON: {error}") from None
         if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-            raise UserError(f"{where}: is not a record")
+            raise UserError(f"{where}: is not a JSON object with a kind")
         for key in LOG_KEYS.get(record["kind"], "").split():
             name = key.strip("()")
             if record.get(name) is not None or name == key:
@@ -140,12 +140,12 @@ def _evaluation(path: Path) -> Evaluation | None:
 
 def _compared(example: Any, where: str) -> Compared:
     if not isinstance(example, dict):
-        raise UserError(f"{where} is not an object")
+        raise UserError(f"{where} is not a JSON object")
     for field in fields(Compared):
         if field.type is float:
             _number(example, where, field.name)
         elif not isinstance(example.get(field.name), str):
-            raise UserError(f"{where}: {field.name} is not a text")
+            raise UserError(f"{where}: {field.name} is not a string")
     return Compared(**{field.name: example[field.name] for field in fields(Compared)})
 
 

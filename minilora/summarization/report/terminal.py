@@ -15,8 +15,8 @@ from ..training.trainer import Outcome
 from .figures import Table, duration, nonsense_table, score_table
 
 NONSENSE_TITLE = """\
-Per cent of the summaries with a name or number that the dialogue lacks, with a word that neither it
-nor a word list has, with a repeated phrase:"""
+Percentage of summaries with: a name or a number that is not in the dialogue; a word that is in
+neither the dialogue nor a word list; a repeated phrase"""
 
 
 def first(evaluation: Evaluation, k: int = 3) -> list[int]:

@@ -193,7 +193,8 @@ def _restore(
     trained = _trained(model)
     stored = {key: t.shape for key, t in tensors.items() if key.startswith("parameter.")}
     if stored != {f"parameter.{name}": p.shape for name, p in trained.items()}:
-        raise UserError(f"{path} holds other parameters than this run trains")
+        advice = "use the settings and the model that it was written with"
+        raise UserError(f"{path} holds other parameters than this run trains: {advice}")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(tensors[f"parameter.{name}"])

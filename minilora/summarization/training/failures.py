@@ -66,5 +66,7 @@ def step_memory(
     return out_of_memory(
         f"in step {step} on a batch of {len(batch)} dialogues of up to {source} tokens, summaries "
         f"of up to {target} ({', '.join(row.id for row in batch)})",
-        f"{same} comes to the same" if size > 1 else "lower --max-source-length",
+        f"use {same}: the same update with less memory"
+        if size > 1
+        else "lower --max-source-length",
     )

@@ -28,8 +28,8 @@ def lock(directory: Path) -> Iterator[None]:
     except Timeout:
         pid = path.read_text() or "?"
         raise UserError(
-            f"{directory}: process {pid} is training into it: wait until it ends, stop it "
-            f"(kill {pid}), or name another directory"
+            f"{directory}: process {pid} is already training in this directory: wait for it to "
+            f"finish, stop it (kill {pid}), or choose another --output"
         ) from None
     with held:
         try:

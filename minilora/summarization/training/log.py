@@ -46,7 +46,8 @@ def open_log(path: Path, keep_bytes: int) -> Iterator[Log]:
     if processes.rank() == 0:
         content = path.read_bytes()[:keep_bytes] if path.exists() else b""
         if missing := keep_bytes - len(content):
-            print(f"note: {path} lacks {missing:,} bytes that were written", file=sys.stderr)
+            what = f"lost {missing:,} bytes; training goes on, the report lacks those steps"
+            print(f"note: {path} {what}", file=sys.stderr)
         write_file(path, content)
     with (path if processes.rank() == 0 else Path(os.devnull)).open("ab") as file:
         yield Log(file)
