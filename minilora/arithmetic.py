@@ -101,9 +101,7 @@ def combine(
         count = f"{len(adapters)} adapters and {len(weights)} weights"
         raise LoRAError(f"{count}: give one weight each")
     if method != "cat":
-        raise LoRAError(
-            f"method must be 'cat', not {method!r}: to lower the rank, merge and extract"
-        )
+        raise LoRAError(f"method must be 'cat', not {method!r}; for a lower rank: minilora.extract")
     if any(a.config.dora or a.config.lora_bias or a.extras for a in adapters):
         advice = "merge each into its base, then call minilora.extract"
         raise LoRAError(f"cannot combine DoRA, trained biases or trained whole modules: {advice}")

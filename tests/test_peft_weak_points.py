@@ -156,9 +156,7 @@ def test_7a_a_wrong_prefix_leaves_the_base_model(tmp_path: Path) -> None:
     rename(tmp_path, lambda key: key.replace("base_model.model.", "base_model.model.module."))
     model = tiny_bart()
     state = State.of(model)
-    with pytest.raises(
-        LoRAError, match=r"model\.module\.model\.decoder.*no such module"
-    ):
+    with pytest.raises(LoRAError, match=r"model\.module\.model\.decoder.*no such module"):
         minilora.load_adapter(model, tmp_path)
     state.check(model)
     try:

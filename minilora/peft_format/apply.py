@@ -218,6 +218,4 @@ def _compare_base(trained: str | None, loaded: str | None) -> str | None:
     """A notice if the names differ. No error: a name may be a directory of another machine."""
     if not trained or not loaded or PurePath(trained).name == PurePath(loaded).name:
         return None
-    return (
-        f"the adapter was trained on {trained}, but this model is {loaded}: compare their weights"
-    )
+    return f"the adapter was trained on {trained}, but this model is {loaded}: compare the weights"
