@@ -69,7 +69,9 @@ class AdapterOptions:
     targets: list[str] = _flag(["q_proj", "v_proj"], "names, a regular expression, or all-linear")
     exclude: list[str] = _flag([], "names among the targets to leave alone")
     rslora: bool = _flag(False, "scale s = alpha / sqrt(r) (Kalajdzievski 2023)")
-    init: Literal["kaiming", "gaussian", "loftq"] = _flag("kaiming", "of A (loftq: of A and B)")
+    init: Literal["kaiming", "gaussian", "loftq"] = _flag(
+        "kaiming", "initial values of A (loftq: of A and B)"
+    )
 
 
 @dataclass
