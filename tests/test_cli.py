@@ -118,7 +118,10 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "a seed too large": (["--seed", str(2**64)], ["--seed", "2^63"]),
     "a negative decay": (["--weight-decay", "-1"], ["--weight-decay"]),
     "a negative limit": (["--validation-limit", "-1"], ["--validation-limit"]),
-    "lengths that contradict": (["--min-length", "13"], ["min_length 13", "max_length 12"]),
+    "lengths that contradict": (
+        ["--min-length", "13"],
+        ["--min-length <= --max-length", "not 13 and 12"],
+    ),
     "a limit below the special tokens": (["--max-source-length", "2"], ["--max-source-length 2"]),
     "no such device": (["--device", "cuda:77"], ["--device cuda:77"]),
     "no such method": (["--method", "lroa"], ["--method", "'lroa'"]),

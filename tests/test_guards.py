@@ -195,7 +195,7 @@ def test_changed_settings_are_refused_or_kept(folder: Path, tmp_path: Path, capf
     assert train_main(flags(folder, "--output", run, "--epochs", 1)) == 0
     more = ["--resume", str(run), "--epochs", "2"]
     assert train_main(more) == 2
-    assert "--epochs (was 1, is 2); --accept-changes" in capfd.readouterr().err
+    assert "--epochs (was 1, is 2). Restore them, or add --accept-changes" in capfd.readouterr().err
     assert train_main([*more, "--accept-changes"]) == 0
     assert [r["epoch"] for r in records(run) if r["kind"] == "validation"] == [1, 2]
     config = json.loads((run / "config.json").read_text())
@@ -247,7 +247,10 @@ def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"process {process.pid} is training"), lock(tmp_path):
+        with (
+            pytest.raises(UserError, match=f"process {process.pid} is already training"),
+            lock(tmp_path),
+        ):
             pytest.fail("two at once")
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -143,7 +143,7 @@ def test_merge_refuses_in_one_line_and_leaves_nothing(
         ([tmp_path / "nothing", tmp_path / "out"], "no such directory"),
         ([nameless, tmp_path / "out"], "say --model"),
         ([nowhere, tmp_path / "out"], "no such directory"),
-        ([adapter, tmp_path / "out", "--model", unfit], "has no such module"),
+        ([adapter, tmp_path / "out", "--model", unfit], "no such module"),
         ([adapter, tmp_path / "out", "--model", incomplete], "its weights lack 1 tensors"),
         ([adapter, tmp_path / "out", "--model", damaged], "damaged"),
         (["~nobody-at-all/adapter", tmp_path / "out"], "no such directory"),

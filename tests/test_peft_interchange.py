@@ -515,7 +515,7 @@ def test_another_base_is_a_notice_and_no_error(tmp_path: Path) -> None:
         other.name_or_path = name
         report = minilora.load_adapter(other, tmp_path)
         assert (report.notice is not None) == noticed
-        assert ("trained on facebook/bart-base, and this model is" in str(report)) == noticed
+        assert ("trained on facebook/bart-base, but this model is" in str(report)) == noticed
 
 
 @pytest.mark.parametrize(
