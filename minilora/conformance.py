@@ -176,7 +176,7 @@ def frozen(kit: Kit) -> Claims:
             kit.loss(module).backward()  # gradients add up, which is no matter here
             optimizer.step()
         asks = [name for name, t in base.items() if t.requires_grad or t.grad is not None]
-        yield len(asks), 0, f"base tensors with requires_grad or a gradient {asks or ''}"
+        yield len(asks), 0, f"base tensors with requires_grad or a gradient: {asks}"
         yield _changed(kit.frozen(module), before), 0, "base weights changed by the optimizer"
 
 
@@ -204,7 +204,7 @@ def learns(kit: Kit) -> Claims:
         loss = kit.loss(module, torch.eye(IN), target)
         loss.backward()
         adam.step()
-    yield loss.item(), 1.05 * values[RANK:].square().sum().item(), "is the loss; at best 1.25"
+    yield loss.item(), 1.05 * values[RANK:].square().sum().item(), "loss, at best 1.25"
 
 
 def gradients(kit: Kit, drop: float = 0.0) -> Claims:
@@ -227,9 +227,9 @@ def scale(kit: Kit) -> Claims:
         if says := kit.update or getattr(type(layer), "delta", None):
             yield _apart(says(layer), delta), CLOSE, "relative error of the reported update"
     seen, plain, root = zip(*found, strict=True)
-    text = "relative error of the scale against alpha / r (or alpha / sqrt(r))"
-    shown = f"{text}; s = {[*seen]} for r 3, 3, 6 and alpha 7, 14, 7"
-    yield min(max(plain), max(root)), CLOSE, shown
+    shown = f"s = {[*seen]} for r 3, 3, 6 and alpha 7, 14, 7"
+    error = min(max(plain), max(root))
+    yield error, CLOSE, f"{shown}; relative error against alpha / r or alpha / sqrt(r)"
 
 
 def rank(kit: Kit) -> Claims:
@@ -237,7 +237,7 @@ def rank(kit: Kit) -> Claims:
     layer = kit.build()
     yield kit.affine(layer)[2], CLOSE, "relative deviation from a function linear in x"
     values = torch.linalg.svdvals(kit.delta(layer))
-    yield (values[RANK] / values[0]).item(), CLOSE, "is singular value r + 1 divided by the first"
+    yield (values[RANK] / values[0]).item(), CLOSE, "singular value r + 1 divided by the first"
 
 
 def dropout(kit: Kit) -> Claims:
@@ -285,7 +285,7 @@ def latency(kit: Kit) -> Claims:
         with Operations():  # type: ignore[no-untyped-call]
             kit.evaluate(module)
     other = [*((runs[0] - runs[1]) + (runs[1] - runs[0])).elements()]
-    yield len(other), 0, f"operations differ from the base's {other or ''}"
+    yield len(other), 0, f"operations differ from the base's: {other}"
 
 
 def unmerge(kit: Kit) -> Claims:
@@ -423,7 +423,7 @@ class Case(NamedTuple):
         row = ""
         with torch.random.fork_rng(devices=[]):  # the global random state stays as it is
             for value, bound, text in INVARIANTS[self.invariant](self.kit):
-                row = f"{value:.4g} {text}".rstrip()
+                row = f"{value} {text}" if isinstance(value, int) else f"{text}: {value:.4g}"
                 if not value <= bound:  # True is a fault without a number
                     raise AssertionError(text if value is True else f"{row} (allowed: {bound:.3g})")
         return row
