@@ -152,6 +152,7 @@ def names(trained: dict[str, Any]) -> list[str]:
     return [name for name in trained if name != "data"]
 
 
+@pytest.mark.slow
 def test_all_start_alike(trained: dict[str, Any]) -> None:
     """The adapters' tensors are compared by `fine_tune` itself, before the first step."""
     losses = [trained[name]["start"]["validation_loss"] for name in names(trained)]
@@ -162,6 +163,7 @@ def test_all_start_alike(trained: dict[str, Any]) -> None:
     }
 
 
+@pytest.mark.slow
 def test_all_see_the_same_examples_and_tokens(trained: dict[str, Any]) -> None:
     for name in names(trained):
         windows = trained[name]["windows"]
@@ -172,12 +174,14 @@ def test_all_see_the_same_examples_and_tokens(trained: dict[str, Any]) -> None:
             assert sum(window[f"{side}_tokens"] for window in windows) == wanted, name
 
 
+@pytest.mark.slow
 def test_padding_is_counted(trained: dict[str, Any]) -> None:
     positions = {n: sum(w["positions"] for w in trained[n]["windows"]) for n in names(trained)}
     assert positions["PEFT + Trainer, fixed length"] == TRAIN * (64 + 64)
     assert positions["minilora"] < positions["PEFT + Trainer, fixed length"]
 
 
+@pytest.mark.slow
 def test_all_really_train(trained: dict[str, Any]) -> None:
     for name in names(trained):
         start, end = trained[name]["start"], trained[name]["end"]
@@ -186,6 +190,7 @@ def test_all_really_train(trained: dict[str, Any]) -> None:
         assert end["peak_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_figures_and_ratios(trained: dict[str, Any]) -> None:
     training = script("training")
     rows = {name: trained[name] for name in names(trained)}

@@ -510,7 +510,7 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(["fused", "dora on NF4"], RIGHT))
+@pytest.mark.parametrize("name", slow_but(["fused"], RIGHT))
 def test_what_is_right_passes_all_that_applies(name: str) -> None:
     how, not_applicable = RIGHT[name]
     report = conformance.check(**how)
@@ -599,6 +599,7 @@ def test_by_hand_loralib_rounds_the_update_before_the_sum() -> None:
     assert (layer.weight != exact.to(torch.bfloat16)).float().mean() > 0.1
 
 
+@pytest.mark.slow
 def test_loralib_fails_where_it_is_said_to() -> None:
     pytest.importorskip("loralib")
     report = conformance.check(**example("loralib_layer").layer)
@@ -716,6 +717,7 @@ def test_a_layer_of_an_unknown_author_needs_five_lines(
     assert set(report.named("failed")) == failed, f"\n{report}"
 
 
+@pytest.mark.slow
 def test_a_make_may_say_that_it_has_no_dropout() -> None:
     def make(linear: nn.Linear, rank: int, alpha: float, dropout: float) -> nn.Module:
         if dropout:
@@ -728,6 +730,7 @@ def test_a_make_may_say_that_it_has_no_dropout() -> None:
     assert results["gradients"].outcome == "passed"
 
 
+@pytest.mark.slow
 def test_a_layer_may_report_its_update() -> None:
     right = conformance.check(wrapper, update=lambda m: m.gain * m.up.weight @ m.down.weight)
     wrong = conformance.check(wrapper, update=lambda m: m.up.weight @ m.down.weight)
@@ -748,6 +751,7 @@ def test_the_report_prints_every_invariant_and_the_counts() -> None:
     assert "s = [0.333, 0.333, 0.167] for r 3, 3, 6 and alpha 7, 14, 7" in scale
 
 
+@pytest.mark.slow
 def test_two_checks_say_the_same_and_leave_the_random_state_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -762,6 +766,7 @@ def test_make_must_give_a_module() -> None:
         conformance.check(plain, merges=plain)
 
 
+@pytest.mark.slow
 def test_pytest_runs_the_cases_in_three_lines(tmp_path: Path) -> None:
     (tmp_path / "test_lora.py").write_text(
         "import pytest, sys\n"

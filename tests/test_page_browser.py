@@ -15,6 +15,7 @@ from minilora.summarization.report.page import write_report
 from tests.test_page import HOSTILE, save_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `browser`")
+pytestmark = pytest.mark.slow  # a browser starts; test_page.py has the quick tests
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = [
