@@ -108,8 +108,12 @@ def _conformance(parsed: argparse.Namespace) -> int:
     try:
         if place.endswith(".py"):
             sys.path.insert(0, str(Path(place).parent))  # as `python FILE.py` does
-            place = Path(place).stem
-        found = getattr(importlib.import_module(place), name)
+            module = importlib.import_module(Path(place).stem)
+            if Path(getattr(module, "__file__", None) or "").resolve() != Path(place).resolve():
+                raise ImportError(f"{module.__name__} is another module: name an existing FILE.py")
+        else:
+            module = importlib.import_module(place)
+        found = getattr(module, name)
         report = conformance.check(**found if isinstance(found, Mapping) else {"make": found})
     except Exception as error:
         text = f"cannot check {parsed.target!r}: {type(error).__name__}: {error}"
@@ -257,7 +261,7 @@ def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":
 @torch.no_grad()
 def _logits(model: Any) -> torch.Tensor:
     """(2, 16, ...) on the first token ids, the same for every model of one vocabulary."""
-    ids = torch.arange(32).view(2, 16)
+    ids = torch.arange(32).view(2, 16) % model.get_input_embeddings().weight.shape[0]
     inputs = {"input_ids": ids}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(0)

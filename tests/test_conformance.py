@@ -805,6 +805,7 @@ def test_the_command_prints_a_table_and_fails_with_the_layer(
         "student.py",
         f"{EXAMPLES / 'student.py'}:nothing",
         "no.such:make",
+        "nowhere/json.py:loads",  # not the module of this name
     ],
 )
 def test_a_target_that_cannot_be_checked_ends_in_one_line(
