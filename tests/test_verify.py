@@ -242,7 +242,7 @@ def test_a_bart_of_minilora_or_of_peft_is_right_and_a_tied_weight_counts_once(wh
 
 
 def test_accelerate_s_optimizer_and_a_wrapped_model_are_looked_through() -> None:
-    from accelerate import Accelerator
+    from accelerate import Accelerator  # type: ignore[import-untyped]
 
     model = injected()
     optimizer = Accelerator(cpu=True).prepare(adamw(model))

@@ -68,9 +68,11 @@ class Adapter:
             out, in_ = B.shape[:1].numel(), A.shape[-1:].numel()
             expected |= keys.expected_of(self.config, module, out, in_)
         held = dict(self.tensors)
-        if self.config.bias != "none" or self.config.also_train:
-            for name in self.extras:  # whether it is one of these, only a model can say
-                held.pop(keys.PREFIX + name, None)
+        config = self.config
+        some = config.bias != "none" or config.also_train or config.token_rows
+        for name in self.extras:  # whether it is one of these, only a model can say
+            if some or name.endswith(".weight"):  # PEFT saves embeddings without naming them
+                del held[keys.PREFIX + name]
         problems = keys.compare(expected, held, self._explain)
         for key, tensor in self.tensors.items():
             if tensor.is_floating_point() and tensor.dtype not in FLOATS:
