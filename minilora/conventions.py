@@ -45,8 +45,8 @@ def refuse_wrapped(model: nn.Module) -> None:
     """
     sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     if sharded or plain_model(model) is not model:
-        what = "torch.compile, DistributedDataParallel or fully_shard"
-        raise LoRAError(f"inject, or load an adapter of other shapes, before {what}, not after")
+        when = "before torch.compile or DistributedDataParallel or fully_shard, not after"
+        raise LoRAError(f"inject {when}; an adapter of other shapes is injected anew")
     marks = ("base_layer", "disable_adapters")  # of a layer of PEFT's, whatever its method
     if any(all(hasattr(module, mark) for mark in marks) for module in model.modules()):
         raise LoRAError(
