@@ -58,9 +58,11 @@ def completed(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """The configuration with what it leaves to the model: names of projections, a task's head.
 
     Raises:
-        LoRAError: as in `refuse_wrapped`, or no name of a projection is known.
+        LoRAError: as in `refuse_wrapped`; it carries an adapter of minilora; or no name of a projection is known.
     """
     refuse_wrapped(model)
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise LoRAError("the model carries an adapter already: minilora.unwrap(model) first")
     ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     targets = config.targets
     if targets == ATTENTION:

@@ -46,8 +46,6 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Inj
             target that matches nothing or is no linear layer, a rank above a layer's smaller side.
     """
     config = completed(model, config)
-    if config_of(model) is not None or lora_layers(model):
-        raise LoRAError("the model carries an adapter already: minilora.unwrap(model) first")
     selected = select(model, config)
     for name, module in selected.items():
         if (rank := config.rank_of(name)) > (side := min(linears.shape(module))):

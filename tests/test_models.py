@@ -87,10 +87,9 @@ def bert2bert() -> Any:
 
 def t5gemma() -> Any:
     side = small("T5GemmaModule" if hasattr(transformers, "T5GemmaModuleConfig") else "Gemma2")
-    return transformers.T5GemmaConfig(
-        encoder=side.to_dict(), decoder=side.to_dict(), vocab_size=60, pad_token_id=1,
-        bos_token_id=0, eos_token_id=2,
-    )  # fmt: skip
+    ends: dict[str, Any] = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    sides: dict[str, Any] = {"encoder": side.to_dict(), "decoder": side.to_dict()}
+    return transformers.T5GemmaConfig(vocab_size=60, **sides, **ends)
 
 
 SPEECH = torch.randn(2, 8, 128, generator=torch.Generator().manual_seed(0))

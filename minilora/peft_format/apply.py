@@ -32,7 +32,9 @@ def adapter_of(model: nn.Module) -> Adapter:
         raise LoRAError("the model carries no adapter: minilora.inject or load_adapter first")
     if not injection.enabled and any(extra.find(model) for extra in injection.extras):
         raise LoRAError("cannot save inside `with minilora.disabled(model)`: save after it")
-    copies = {key: tensor.detach().cpu().clone() for key, tensor in _held(model).items()}
+    held = {key: tensor.detach() for key, tensor in _held(model).items()}
+    # After fully_shard a tensor is a part of one: to gather it takes every process.
+    copies = {k: getattr(t, "full_tensor", t.clone)().cpu() for k, t in held.items()}
     transposed = any(linears.is_conv1d(layer.base) for layer in layers.values())
     config = _as_written(injection.config, _base_modules(model, layers))
     return Adapter(config, copies, _base_model_name(model), transposed)
@@ -43,6 +45,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 
     Args:
         model: carries an adapter, from `inject` or `load_adapter`.
+            After fully_shard all processes must call it: they gather the tensors.
         directory: made if it is not there; gets adapter_config.json and
             adapter_model.safetensors, replaced whole or not at all.
 
