@@ -37,14 +37,18 @@ def embeddings(model: nn.Module) -> list[Any]:
     return [module if isinstance(module, nn.Module) else None for module in found]
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether fully_shard left each process a part of the parameters."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
 def refuse_wrapped(model: nn.Module) -> None:
     """Refuse a model whose modules must stay as they are.
 
     Raises:
         LoRAError: another library has wrapped it, or put its adapter into it.
     """
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    if sharded or plain_model(model) is not model:
+    if is_sharded(model) or plain_model(model) is not model:
         when = "before torch.compile or DistributedDataParallel or fully_shard, not after"
         raise LoRAError(f"inject {when}; an adapter of other shapes is injected anew")
     marks = ("base_layer", "disable_adapters")  # of a layer of PEFT's, whatever its method
@@ -58,7 +62,8 @@ def completed(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """The configuration with what it leaves to the model: names of projections, a task's head.
 
     Raises:
-        LoRAError: as in `refuse_wrapped`; it carries an adapter of minilora; or no name of a projection is known.
+        LoRAError: as in `refuse_wrapped`; the model carries an adapter of minilora; or it has no
+            projection of a known name.
     """
     refuse_wrapped(model)
     if any(hasattr(module, "lora_A") for module in model.modules()):

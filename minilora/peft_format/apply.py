@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from minilora import linears, trained_whole
 from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches
-from minilora.conventions import embeddings, refuse_wrapped
+from minilora.conventions import embeddings, is_sharded, refuse_wrapped
 from minilora.inject import EXTRAS, Extra, injection_of, lora_layers, report, unload, wrap
 from minilora.layer import LoRALinear
 from minilora.modules import naming, nearest, plain_model, plain_name
@@ -114,7 +114,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     unnamed = trained_whole.Embeddings(_embeddings(model, adapter, config))
     selected = _check_fit(model, adapter, config, named, unnamed)
     held = {key: tensor.shape for key, tensor in _held(model).items()}
-    swapped = held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
+    same = held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
+    swapped = same and not is_sharded(model)  # which is refused below
     if not swapped:
         refuse_wrapped(wrapped)  # data-parallel copies would never learn of the new parameters
         unload(model)

@@ -71,8 +71,9 @@ class Adapter:
         config = self.config
         some = config.bias != "none" or config.also_train or config.token_rows
         for name in self.extras:  # whether it is one of these, only a model can say
-            if some or name.endswith(".weight"):  # PEFT saves embeddings without naming them
-                del held[keys.PREFIX + name]
+            unnamed = name.endswith(".weight") and ".lora_" not in name  # PEFT's embeddings
+            if some or unnamed:
+                held.pop(keys.PREFIX + name, None)
         problems = keys.compare(expected, held, self._explain)
         for key, tensor in self.tensors.items():
             if tensor.is_floating_point() and tensor.dtype not in FLOATS:
