@@ -261,7 +261,7 @@ def _sample(model: Any) -> dict[str, torch.Tensor] | None:
     config, draw = model.config, torch.Generator().manual_seed(0)
     try:
         ids = torch.randint(config.get_text_config().vocab_size, (1, 8), generator=draw)
-        if isinstance(eos := config.eos_token_id, int):
+        if isinstance(eos := config.eos_token_id, int) and eos < config.vocab_size:
             ids[0, -1] = eos  # by which BART classifies
         shape: tuple[int, ...] = ()
         if model.main_input_name == "pixel_values":

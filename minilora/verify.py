@@ -119,9 +119,8 @@ def verify_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the model that count: a tied one once, no buffers of what trains whole."""
-    live = {
-        id(t) for e in getattr(injection_of(model), "extras", ()) for t in e.find(model).values()
-    }
+    extras = getattr(injection_of(model), "extras", ())
+    live = {id(tensor) for extra in extras for tensor in extra.find(model).values()}
     held = {id(t): (name, t) for name, t in tensors(model).items() if isinstance(t, Tensor)}
     return {name: t for name, t in held.values() if id(t) not in live or t.requires_grad}
 
