@@ -9,9 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minilora import linears
+from minilora import conventions, linears
 from minilora.config import LoRAConfig, LoRAError
-from minilora.conventions import completed
 from minilora.layer import LoRALinear, refuse_merged
 from minilora.modules import naming, plain_model, plain_name, replace_modules, require_grad, seeded
 from minilora.reports import InjectReport
@@ -45,7 +44,7 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Inj
         LoRAError: the model carries an adapter already, or the configuration does not fit it: a
             target that matches nothing or is no linear layer, a rank above a layer's smaller side.
     """
-    config = completed(model, config)
+    config = conventions.completed(model, config)
     selected = select(model, config)
     for name, module in selected.items():
         if (rank := config.rank_of(name)) > (side := min(linears.shape(module))):
