@@ -49,8 +49,8 @@ def refuse_wrapped(model: nn.Module) -> None:
         LoRAError: another library has wrapped it, or put its adapter into it.
     """
     if is_sharded(model) or plain_model(model) is not model:
-        when = "before torch.compile or DistributedDataParallel or fully_shard, not after"
-        raise LoRAError(f"inject {when}; an adapter of other shapes is injected anew")
+        first = "inject before torch.compile or DistributedDataParallel or fully_shard, not after"
+        raise LoRAError(first)
     marks = ("base_layer", "disable_adapters")  # of a layer of PEFT's, whatever its method
     if any(all(hasattr(module, mark) for mark in marks) for module in model.modules()):
         raise LoRAError(

@@ -70,6 +70,9 @@ def verify_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
         model: with an adapter of minilora, or any model of which a part trains.
         optimizer: that of the loop.
 
+    Returns:
+        A context manager; the report it gives is filled when the block ends.
+
     Raises:
         LoRAError: nothing in the model trains.
 
