@@ -128,14 +128,13 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in held.values() if id(t) not in live or t.requires_grad}
 
 
-@torch.no_grad()
 def checksum(tensor: Tensor) -> int:
     """The sum over the entries' bits, each times an odd number of its own, modulo 2^64.
 
     An odd number has an inverse modulo 2^64, so that a change of one entry always changes the sum;
     a change of several goes unseen with a chance of at most 2^-32. No copy: a chunk at a time.
     """
-    bits = tensor.flatten().view(BITS.get(tensor.element_size(), torch.int32))
+    bits = tensor.detach().flatten().view(BITS.get(tensor.element_size(), torch.int32))
     draw = torch.Generator().manual_seed(0)
     odd = torch.randint(-(2**62), 2**62, (2**18,), generator=draw).to(bits.device) * 2 + 1
     chunks = enumerate(bits.split(len(odd)))
