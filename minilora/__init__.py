@@ -6,11 +6,12 @@ and B train (Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3).
     one layer, to study     LoRALinear
     a whole model           LoRAConfig, inject, trainable_parameters, config_of, unwrap, unload
     base and adapter        merge, unmerge, disabled
+    does training work      verify_training, around the first steps
     PEFT's files            save_adapter, load_adapter
     adapters as values      read_adapter, write_adapter, Adapter, combine, extract, Fitted
     a base in four bits     quantize, NF4Linear; inject afterwards is QLoRA
     is this LoRA right      conformance, a module: check, check_model, cases
-    what was done           InjectReport, MergeReport, LoadReport, QuantizeReport; all of them print
+    what was done           InjectReport, MergeReport, LoadReport, QuantizeReport, TrainingReport
     what was wrong          LoRAError, a ValueError: one line with what, where and what to do
 
 Models are changed in place and return a report; nothing is changed when an error is raised.
@@ -43,12 +44,14 @@ from minilora.nf4.model import QuantizeReport, quantize
 from minilora.peft_format.apply import load_adapter, save_adapter
 from minilora.peft_format.directory import Adapter, read_adapter, write_adapter
 from minilora.reports import InjectReport, LoadReport, MergeReport
+from minilora.verify import TrainingReport, verify_training
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter", "Fitted", "InjectReport", "LoRAConfig", "LoRAError", "LoRALinear", "LoadReport",
-    "MergeReport", "NF4Linear", "QuantizeReport", "combine", "config_of", "disabled", "extract",
-    "inject", "load_adapter", "merge", "quantize", "read_adapter", "save_adapter",
-    "trainable_parameters", "unload", "unmerge", "unwrap", "write_adapter",
+    "MergeReport", "NF4Linear", "QuantizeReport", "TrainingReport", "combine", "config_of",
+    "disabled", "extract", "inject", "load_adapter", "merge", "quantize", "read_adapter",
+    "save_adapter", "trainable_parameters", "unload", "unmerge", "unwrap", "verify_training",
+    "write_adapter",
 ]  # fmt: skip

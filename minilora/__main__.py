@@ -203,7 +203,8 @@ def _merge(parsed: argparse.Namespace) -> None:
     if four_bits := settings.get("method") == "qlora" or adapter.config.init == "loftq":
         print(minilora.quantize(model))
     print(apply_adapter(model, adapter, inference=True))
-    before = _logits(model)
+    sample = _sample(model)
+    before = _outputs(model, sample) if sample else None
     if not four_bits:
         print(minilora.merge(model))
     minilora.unwrap(model, dequantize=four_bits)
@@ -218,11 +219,12 @@ def _merge(parsed: argparse.Namespace) -> None:
             load_tokenizer(name).save_pretrained(new)
         except UserError:
             print(f"note: {name} has no tokenizer to write beside the model", file=sys.stderr)
-        after = _logits(_load(str(new))[0])  # what whoever loads it will get
-        apart = (after - before).abs().max().item()
-        print(f"logits on sample tokens, unmerged and from the checkpoint: {apart:.2g} apart")
-        if dtype == torch.float32 and apart > 1e-3 * before.abs().max().item():
-            raise LoRAError(f"the merged logits differ by {apart:.2g}: nothing is written")
+        written = _load(str(new))[0]  # what whoever loads it will get
+        if sample and before is not None:
+            apart = (_outputs(written, sample) - before).abs().max().item()
+            print(f"outputs on a sample, unmerged and from the checkpoint: {apart:.2g} apart")
+            if dtype == torch.float32 and apart > 1e-3 * before.abs().max().item():
+                raise LoRAError(f"the merged outputs differ by {apart:.2g}: nothing is written")
         if out.exists():
             out.rmdir()
         new.replace(out)
@@ -258,15 +260,39 @@ def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":
     return model.eval(), stored
 
 
-@torch.no_grad()
-def _logits(model: Any) -> torch.Tensor:
-    """(2, 16, ...) on the first token ids, the same for every model of one vocabulary."""
-    ids = torch.arange(32).view(2, 16) % model.get_input_embeddings().weight.shape[0]
-    inputs = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids.flip(0)
-    logits: torch.Tensor = model(**inputs).logits.float()
-    return logits
+def _sample(model: Any) -> dict[str, torch.Tensor] | None:
+    """Random inputs, the same for every model of one shape; None if this model takes others."""
+    config, draw = model.config, torch.Generator().manual_seed(0)
+    try:
+        ids = torch.randint(config.get_text_config().vocab_size, (1, 8), generator=draw)
+        if isinstance(eos := config.eos_token_id, int) and eos < config.vocab_size:
+            ids[0, -1] = eos  # by which BART classifies
+        shape: tuple[int, ...] = ()
+        if model.main_input_name == "pixel_values":
+            shape = (config.num_channels, config.image_size, config.image_size)
+        elif model.main_input_name == "input_features":  # Whisper's, 30 seconds
+            shape = (config.num_mel_bins, 2 * config.max_source_positions)
+        inputs = {model.main_input_name: torch.randn(1, *shape, generator=draw) if shape else ids}
+        if config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = ids.flip(1)
+        _outputs(model, inputs)
+    except (
+        Exception
+    ) as error:  # whatever the code of a model raises on inputs that it does not take
+        name, reason = type(model).__name__, f"{error}".partition("\n")[0]
+        print(
+            f"note: no sample input is known for {name}, so that outputs are not compared: {reason}"
+        )
+        return None
+    return inputs
+
+
+def _outputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The logits one after another; of a model without a head its hidden states."""
+    with torch.no_grad():
+        found = {name: t for name, t in model(**inputs).items() if isinstance(t, torch.Tensor)}
+    logits = [tensor for name, tensor in found.items() if name.endswith("logits")]
+    return torch.cat([tensor.flatten().float() for tensor in logits or found.values()])
 
 
 if __name__ == "__main__":

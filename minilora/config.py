@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 Init = Literal["kaiming", "gaussian", "random", "loftq"]
 Bias = Literal["none", "lora_only", "all"]
 ALL_LINEAR = "all-linear"
+ATTENTION = "attention"
 
 
 class LoRAError(ValueError):
@@ -50,8 +51,9 @@ class LoRAConfig:
         alpha: numerator of the scale, above 0.
         dropout: dropout probability, in [0, 1), on the elements of x that A reads.
         targets: which linear modules. A sequence of names (the exact dotted name or its end after
-            a dot), one string (a regular expression that matches the whole name), or "all-linear"
-            (every linear but the output head).
+            a dot), one string (a regular expression that matches the whole name), "all-linear"
+            (every linear but the output head), or "attention" (the linears of query and value, by
+            the names that `conventions.py` knows; inject puts those of the model in its place).
         exclude: modules to leave alone among the targets; names or a regular expression.
         layers: only the layers with these indices: the first `.name.<index>.` of the dotted name.
             In an encoder-decoder that reaches both sides. Goes with a list of targets only.
@@ -66,6 +68,9 @@ class LoRAConfig:
         lora_bias: give B a bias of its own. Not with `dora`.
         also_train: modules that train whole, such as a new "classifier"; names as in `targets`.
             Neither they nor the modules inside them are adapted.
+            With a `task_type` that needs a new head, inject adds it, as PEFT does.
+        token_rows: rows of the input embeddings, and of the output head if that is tied to them,
+            that train: those of new tokens. PEFT's trainable_token_indices.
         init: "kaiming" (A Kaiming-uniform, B zero), "gaussian" (A normal, B zero), "random"
             (both Kaiming-uniform: the model's output changes at once; for tests), or "loftq" (the
             base is quantized to NF4, and s B A starts as an approximation of the error).
@@ -83,7 +88,7 @@ class LoRAConfig:
     rank: int = 8
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: str | tuple[str, ...] = ("q_proj", "v_proj")
+    targets: str | tuple[str, ...] = ATTENTION
     exclude: str | tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
@@ -94,13 +99,14 @@ class LoRAConfig:
     bias: Bias = "none"
     lora_bias: bool = False
     also_train: tuple[str, ...] = ()
+    token_rows: tuple[int, ...] = ()
     init: Init = "kaiming"
     task_type: str | None = None
 
     def __post_init__(self) -> None:
         for name in RULES:
             check(name, getattr(self, name))
-        for name in ("targets", "exclude", "layers", "layers_pattern", "also_train"):
+        for name in ("targets", "exclude", "layers", "layers_pattern", "also_train", "token_rows"):
             self._set(name, _as_tuple(name, getattr(self, name)))
         for pattern in self.layers_pattern:
             check_regex("layers_pattern", pattern, "({})")
@@ -111,7 +117,7 @@ class LoRAConfig:
                 check(f"{name}[{key!r}]", value, rule)
         if not self.targets:
             raise LoRAError("targets is empty: name at least one module, such as 'q_proj'")
-        if self.layers is not None and isinstance(self.targets, str):
+        if self.layers is not None and isinstance(self.targets, str) and self.targets != ATTENTION:
             raise LoRAError("layers needs targets as a list of names, not as one string")
         if self.layers is None and self.layers_pattern:
             raise LoRAError("layers_pattern has no effect without layers: give layers too")
@@ -202,16 +208,17 @@ def _all_are(type_: Any, value: Any) -> bool:
 Rule = tuple[Callable[[Any], bool], str]
 _NAMES: Rule = (lambda v: _all_are(str, v), "a string or a sequence of strings")
 _MAPPING: Rule = (lambda v: isinstance(v, Mapping) and _all_are(str, v), "{regex: number}")
+_NUMBERS: Rule = (lambda v: _is(int | None, v) or _all_are(int, v), "a list of whole numbers")
 _FLAG: Rule = (lambda v: isinstance(v, bool), "True or False")
 RULES: dict[str, Rule] = {
     "rank": (lambda v: _is(int, v) and v >= 1, "a whole number of at least 1"),
     "alpha": (lambda v: _is(int | float, v) and 0 < v < 1e308, "a finite number above 0"),
     "dropout": (lambda v: _is(int | float, v) and 0 <= v < 1, "in [0, 1)"),
-    "layers": (lambda v: _is(int | None, v) or _all_are(int, v), "a sequence of whole numbers"),
     "init": (lambda v: v in get_args(Init), f"one of {', '.join(get_args(Init))}"),
     "bias": (lambda v: v in get_args(Bias), f"one of {', '.join(get_args(Bias))}"),
     "task_type": (lambda v: isinstance(v, str | None), "a string"),
     **dict.fromkeys(("targets", "exclude", "layers_pattern", "also_train"), _NAMES),
+    **dict.fromkeys(("layers", "token_rows"), _NUMBERS),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), _MAPPING),
     **dict.fromkeys(("rslora", "dora", "lora_bias"), _FLAG),
 }

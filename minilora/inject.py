@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minilora import linears
+from minilora import conventions, linears
 from minilora.config import LoRAConfig, LoRAError
 from minilora.layer import LoRALinear, refuse_merged
 from minilora.modules import naming, plain_model, plain_name, replace_modules, require_grad, seeded
@@ -21,6 +21,7 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Inj
     """Freeze the model and wrap every target into a LoRALinear, in place.
 
     Only the adapter trains afterwards: `lora_A`, `lora_B` and what the configuration adds to them.
+    `config_of` is the configuration with the names that the model has for "attention" and a head.
     Nothing is changed when an error is raised. Freezing all but A and B is Hu et al. 2021, section
     4.1 (https://arxiv.org/abs/2106.09685).
 
@@ -43,10 +44,7 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Inj
         LoRAError: the model carries an adapter already, or the configuration does not fit it: a
             target that matches nothing or is no linear layer, a rank above a layer's smaller side.
     """
-    if plain_model(model) is not model:
-        raise LoRAError("inject before torch.compile or DistributedDataParallel, not after")
-    if config_of(model) is not None or lora_layers(model):
-        raise LoRAError("the model carries an adapter already: minilora.unwrap(model) first")
+    config = conventions.completed(model, config)
     selected = select(model, config)
     for name, module in selected.items():
         if (rank := config.rank_of(name)) > (side := min(linears.shape(module))):
@@ -160,6 +158,8 @@ def _put_back(model: nn.Module) -> nn.Module:
     injection = injection_of(model)
     replace_modules(model, {layer: layer.base for layer in lora_layers(model).values()})
     if injection is not None:
+        for extra in injection.extras:
+            extra.stop(model)
         require_grad(model, injection.required_grad)
         injection.hook.remove()
         del model._minilora
@@ -210,14 +210,17 @@ class Extra(Protocol):
     `find` returns {} and the others do nothing.
     """
 
-    def find(self, model: nn.Module) -> dict[str, str]:
-        """What trains: name on disk, without PEFT's prefix -> name in the model's state_dict."""
+    def find(self, model: nn.Module) -> dict[str, Tensor]:
+        """What trains, by name on disk without PEFT's prefix; before `start` a tensor like it."""
 
     def start(self, model: nn.Module) -> None:
         """Make it require a gradient, and keep the base's values."""
 
     def swap(self, model: nn.Module) -> None:
         """Put the base's values in the place of the trained ones, or back."""
+
+    def stop(self, model: nn.Module) -> None:
+        """Take out what `start` put into the model; the values are those of the moment."""
 
 
 @dataclass

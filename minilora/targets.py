@@ -4,13 +4,8 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from minilora import linears, modules
+from minilora import conventions, linears, modules
 from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, is_named, matches, matches_end
-
-# These modules read the weights of their linears without calling the linears: an adapter in there
-# gets no gradient and has no effect.
-BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-
 
 Matcher = Callable[[str, str], bool]
 """(entry, module): whether the entry selects the module."""
@@ -94,7 +89,7 @@ def check_modules(model: nn.Module, selected: dict[str, nn.Module]) -> None:
         with modules.naming(f"targets: {name}"):
             linears.adapter_placement(module)
         for around in ["", *modules.path(name)[:-1]]:
-            if isinstance(named.get(around), BYPASSING):
+            if isinstance(named.get(around), conventions.BYPASSING):
                 raise LoRAError(
                     f"targets: {name} lies in a {type(named[around]).__name__}, which reads the "
                     "weight without calling the layer: the adapter would be ignored; exclude it"

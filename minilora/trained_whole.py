@@ -53,7 +53,7 @@ class TrainedWhole:
         self.config, self.adapted = config, frozenset(adapted)
         self.values: dict[str, Tensor] = {}
 
-    def find(self, model: nn.Module) -> dict[str, str]:
+    def names(self, model: nn.Module) -> dict[str, str]:
         """What trains, in a model that is injected or not: name on disk -> in the state_dict."""
         bias, layers, found = self.config.bias, lora_layers(model), {}
         for key in tensors(model) if bias != "none" or self.config.also_train else ():
@@ -68,9 +68,15 @@ class TrainedWhole:
                 found[f"{module}.{end}" if module else end] = key
         return found
 
+    def find(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors that train, by name on disk."""
+        names = self.names(model)
+        state = tensors(model) if names else {}
+        return {name: state[key] for name, key in names.items()}
+
     def start(self, model: nn.Module) -> None:
         """Let the tensors train, and keep their values before that."""
-        live = self.find(model).values()
+        live = self.names(model).values()
         state = tensors(model) if live else {}
         # A tied bias has two names and one value.
         for name in {id(state[name]): name for name in live}.values():
@@ -86,6 +92,26 @@ class TrainedWhole:
             tensor.data = value.to(tensor)  # the model may have moved since
         if state:
             torch.clear_autocast_cache()  # its key is the tensor, whatever the values
+
+    def stop(self, model: nn.Module) -> None:
+        """Nothing was put in."""
+
+
+class Embeddings(TrainedWhole):
+    """Embeddings that a file of PEFT's holds unnamed, as it writes them once they were resized.
+
+    They are read into the weight itself: where it is tied, under all its names.
+
+    Args:
+        names: of the tensors, on disk and in the state_dict alike.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self.unnamed, self.values = tuple(names), {}
+
+    def names(self, model: nn.Module) -> dict[str, str]:
+        """The same in any model."""
+        return {name: name for name in self.unnamed}
 
 
 def require_grad(tensor: Tensor, trains: bool = True) -> None:

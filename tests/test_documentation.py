@@ -17,11 +17,12 @@ FUNCTIONS = [n for n in minilora.__all__ if inspect.isfunction(getattr(minilora,
 CLASSES = [n for n in minilora.__all__ if inspect.isclass(getattr(minilora, n))]
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Example")
 RAISES_NOTHING = {"config_of", "trainable_parameters", "unload", "LoRAError"}
-NO_EXAMPLE = {"Fitted", "LoadReport", "MergeReport"}  # made by functions that show one
+# Made by functions that show one.
+NO_EXAMPLE = {"Fitted", "LoadReport", "MergeReport", "TrainingReport"}
 # What comes from a paper.
 PAPERS = ["LoRAConfig", "LoRALinear", "NF4Linear", "inject", "unwrap", "extract", "quantize"]
 # Made by the library, never by a person.
-REPORTS = {"InjectReport", "LoadReport", "MergeReport", "QuantizeReport"}
+REPORTS = {"InjectReport", "LoadReport", "MergeReport", "QuantizeReport", "TrainingReport"}
 
 
 def sections(name: str) -> dict[str, str]:

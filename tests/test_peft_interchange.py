@@ -484,7 +484,6 @@ def test_loftq_belongs_to_a_quantized_base(tmp_path: Path) -> None:
             [1, 2],
             "minilora does not do this: merge.* else use it with PEFT",
         ),
-        ("trainable_token_indices", [3], "minilora does not do this: merge"),
         ("target_parameters", ["weight"], "minilora does not do this: merge"),
         ("layer_replication", [[0, 2]], "minilora does not do this: merge"),
         ("from_the_future", 1, "minilora does not do this"),

@@ -32,11 +32,12 @@ from minilora.initialization import STARTS
 from minilora.inject import DEQUANTIZERS, EXTRAS, LAYERS
 from minilora.methods.dora import DoRALinear
 from minilora.methods.lora_bias import LoRABiasLinear
+from minilora.methods.token_rows import TokenRows
 from minilora.nf4.loftq import loftq
 from minilora.nf4.model import dequantized
 from minilora.trained_whole import TrainedWhole
 
 LAYERS.update(dora=DoRALinear, lora_bias=LoRABiasLinear)
 STARTS.update(loftq=loftq)
-EXTRAS.append(TrainedWhole)
+EXTRAS.extend((TrainedWhole, TokenRows))
 DEQUANTIZERS.append(dequantized)

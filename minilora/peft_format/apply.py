@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from minilora import linears, trained_whole
 from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches
+from minilora.conventions import embeddings, is_sharded, refuse_wrapped
 from minilora.inject import EXTRAS, Extra, injection_of, lora_layers, report, unload, wrap
 from minilora.layer import LoRALinear
 from minilora.modules import naming, nearest, plain_model, plain_name
@@ -16,6 +17,7 @@ from minilora.peft_format import keys
 from minilora.peft_format.directory import Adapter, read_adapter, write_adapter
 from minilora.reports import LoadReport
 from minilora.targets import check_modules, is_target
+from minilora.targets import trained_whole as is_trained_whole
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -30,7 +32,9 @@ def adapter_of(model: nn.Module) -> Adapter:
         raise LoRAError("the model carries no adapter: minilora.inject or load_adapter first")
     if not injection.enabled and any(extra.find(model) for extra in injection.extras):
         raise LoRAError("cannot save inside `with minilora.disabled(model)`: save after it")
-    copies = {key: tensor.detach().cpu().clone() for key, tensor in _held(model).items()}
+    held = {key: tensor.detach() for key, tensor in _held(model).items()}
+    # After fully_shard a tensor is a part of one: to gather it takes every process.
+    copies = {k: getattr(t, "full_tensor", t.clone)().cpu() for k, t in held.items()}
     transposed = any(linears.is_conv1d(layer.base) for layer in layers.values())
     config = _as_written(injection.config, _base_modules(model, layers))
     return Adapter(config, copies, _base_model_name(model), transposed)
@@ -41,6 +45,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 
     Args:
         model: carries an adapter, from `inject` or `load_adapter`.
+            After fully_shard all processes must call it: they gather the tensors.
         directory: made if it is not there; gets adapter_config.json and
             adapter_model.safetensors, replaced whole or not at all.
 
@@ -106,15 +111,18 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
         raise LoRAError("cannot load an adapter inside `with minilora.disabled(model)`")
     named = _base_modules(model, layers)
     config = _as_read(adapter, named)
-    selected = _check_fit(model, adapter, config, named)
+    unnamed = trained_whole.Embeddings(_embeddings(model, adapter, config))
+    selected = _check_fit(model, adapter, config, named, unnamed)
     held = {key: tensor.shape for key, tensor in _held(model).items()}
-    swapped = held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
+    same = held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
+    swapped = same and not is_sharded(model)  # which is refused below
     if not swapped:
-        if wrapped is not model:  # data-parallel copies would never learn of the new parameters
-            wrappers = "torch.compile or DistributedDataParallel"
-            raise LoRAError(f"load an adapter of other shapes before {wrappers}, not after")
+        refuse_wrapped(wrapped)  # data-parallel copies would never learn of the new parameters
         unload(model)
         wrap(model, selected, replace(config, init="kaiming"))  # its values are overwritten
+        if (injection := injection_of(model)) is not None:
+            injection.extras.append(unnamed)
+            unnamed.start(model)
     _fill(model, adapter, config, inference)
     notice = _compare_base(adapter.base_model, _base_model_name(model))
     return LoadReport(report(model).modules, swapped, adapter.base_model, notice)
@@ -145,19 +153,20 @@ def _held(model: nn.Module) -> dict[str, Tensor]:
 
 def _extra_tensors(model: nn.Module, extras: Iterable[Extra]) -> dict[str, Tensor]:
     """What trains outside the layers, by its keys on disk; the model may be injected or not."""
-    live = {name: key for extra in extras for name, key in extra.find(model).items()}
-    state = trained_whole.tensors(model) if live else {}
-    return {keys.PREFIX + name: state[key] for name, key in live.items()}
+    found = (item for extra in extras for item in extra.find(model).items())
+    return {keys.PREFIX + name: tensor for name, tensor in found}
 
 
 def _check_fit(
-    model: nn.Module, adapter: Adapter, config: LoRAConfig, named: dict[str, nn.Module]
-) -> dict[str, nn.Module]:
+    model: nn.Module, adapter: Adapter, config: LoRAConfig, named: dict[str, nn.Module],
+    unnamed: Extra,
+) -> dict[str, nn.Module]:  # fmt: skip
     """The modules that the adapter's keys name, once its keys are those that the model expects."""
     known = [name for name, module in named.items() if linears.is_linear(module)]
     every = config.targets == ALL_LINEAR  # which head was left out, only the file can say
     targeted = [n for n in known if (n in adapter.modules if every else is_target(config, n))]
     extras = _extra_tensors(model, [extra(model, config, adapter.modules) for extra in EXTRAS])
+    extras |= _extra_tensors(model, [unnamed])
     expected = {key: (tuple(t.shape), t.is_floating_point()) for key, t in extras.items()}
     for name in targeted:
         expected |= keys.expected_of(config, name, *linears.shape(named[name]))
@@ -179,6 +188,13 @@ def _check_fit(
     selected = {name: named[name] for name in adapter.modules}
     check_modules(model, selected)
     return selected
+
+
+def _embeddings(model: nn.Module, adapter: Adapter, config: LoRAConfig) -> list[str]:
+    """The weights of the model's embeddings that the file holds, though also_train names none."""
+    named = [name for name, module in model.named_modules() if module in embeddings(model)]
+    weights = [f"{name}.weight" for name in named if not is_trained_whole(config, name)]
+    return [name for name in weights if name in adapter.extras]
 
 
 def _base_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, check_regex, matches_end
+from minilora.config import ALL_LINEAR, ATTENTION, LoRAConfig, LoRAError, check_regex, matches_end
 from minilora.modules import naming
 
 CONFIG_FILE = "adapter_config.json"
@@ -23,8 +23,10 @@ FIELDS: dict[str, tuple[str, Any]] = {
     "rslora": ("use_rslora", False), "dora": ("use_dora", False), "bias": ("bias", "none"),
     "lora_bias": ("lora_bias", False), "also_train": ("modules_to_save", None),
     "init": ("init_lora_weights", True), "task_type": ("task_type", None),
+    "token_rows": ("trainable_token_indices", None),
 }  # fmt: skip
-NEWER = ("exclude_modules", "lora_bias")  # older versions of PEFT do not know these
+# Older versions of PEFT do not know these.
+NEWER = ("exclude_modules", "lora_bias", "trainable_token_indices")
 INITS = {"kaiming": True, "gaussian": "gaussian", "random": False, "loftq": "loftq"}
 # PEFT quantizes the base again when it loads such a file. After one step it is NF4 of the weight.
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
@@ -64,6 +66,8 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
         if default not in (None, {}) or value not in (None, [], {}, ""):  # PEFT writes these alike
             values[ours] = value
     values["targets"] = values.get("targets") or modules
+    if isinstance(rows := values.get("token_rows"), Mapping) and len(rows) == 1:
+        (values["token_rows"],) = rows.values()  # the tensor's name says of which embedding
     values["init"] = _init_from_peft(values["init"])
     if values["init"] == "loftq" and (entries.get("loftq_config") or LOFTQ) != LOFTQ:
         raise LoRAError(f"loftq_config must be {LOFTQ}: the base is NF4 after it")
@@ -76,7 +80,7 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
 def config_to_peft(config: LoRAConfig, modules: tuple[str, ...]) -> dict[str, Any]:
     """PEFT's entries, only those that its older versions know too, unless they are needed."""
     values = {name: getattr(config, name) for name in FIELDS}
-    if config.targets == ALL_LINEAR:
+    if config.targets in (ALL_LINEAR, ATTENTION):
         values["targets"] = modules  # which linears, said outright
     values["alpha"] = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
     values["rank_pattern"] = resolve(config.rank_of, modules, config.rank)

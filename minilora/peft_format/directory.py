@@ -68,8 +68,11 @@ class Adapter:
             out, in_ = B.shape[:1].numel(), A.shape[-1:].numel()
             expected |= keys.expected_of(self.config, module, out, in_)
         held = dict(self.tensors)
-        if self.config.bias != "none" or self.config.also_train:
-            for name in self.extras:  # whether it is one of these, only a model can say
+        config = self.config
+        some = config.bias != "none" or config.also_train or config.token_rows
+        for name in self.extras:  # whether it is one of these, only a model can say
+            unnamed = name.endswith(".weight") and ".lora_" not in name  # PEFT's embeddings
+            if some or unnamed:
                 held.pop(keys.PREFIX + name, None)
         problems = keys.compare(expected, held, self._explain)
         for key, tensor in self.tensors.items():

@@ -1,0 +1,79 @@
+"""What other libraries assume of a model: names that torch, transformers and PEFT give to modules.
+
+None but torch is imported: what they are is seen by their names and attributes.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from minilora.config import ATTENTION, LoRAConfig, LoRAError
+from minilora.modules import plain_model
+
+BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""These read the weights of their linears without calling the linears: an adapter in there gets no
+gradient and has no effect."""
+
+PROJECTIONS = (
+    ("q_proj", "v_proj"), ("q", "v"), ("query", "value"), ("query_proj", "value_proj"),
+    ("q_lin", "v_lin"), ("c_attn",), ("query_key_value",), ("qkv_proj",), ("Wqkv",), ("in_proj",),
+)  # fmt: skip
+"""How model families name the linears of query and value: BART and Llama, T5, BERT, ProphetNet and
+DeBERTa, DistilBERT; GPT-2, GPT-NeoX, Phi-3, ModernBERT and the first DeBERTa have one for all."""
+
+HEADS = {
+    "SEQ_CLS": ("classifier", "score", "classification_head"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""The new layers that PEFT trains whole for a task type; and BART's, which PEFT leaves out."""
+
+
+def embeddings(model: nn.Module) -> list[Any]:
+    """The layers from token ids to vectors and from those to logits, where the model names them."""
+    names = ("get_input_embeddings", "get_output_embeddings")
+    found = [getattr(model, name, lambda: None)() for name in names]
+    return [module if isinstance(module, nn.Module) else None for module in found]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether fully_shard left each process a part of the parameters."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a model whose modules must stay as they are.
+
+    Raises:
+        LoRAError: another library has wrapped it, or put its adapter into it.
+    """
+    if is_sharded(model) or plain_model(model) is not model:
+        first = "inject before torch.compile or DistributedDataParallel or fully_shard, not after"
+        raise LoRAError(first)
+    marks = ("base_layer", "disable_adapters")  # of a layer of PEFT's, whatever its method
+    if any(all(hasattr(module, mark) for mark in marks) for module in model.modules()):
+        raise LoRAError(
+            "the model carries PEFT's adapter: take model.unload() or merge_and_unload()"
+        )
+
+
+def completed(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """The configuration with what it leaves to the model: names of projections, a task's head.
+
+    Raises:
+        LoRAError: as in `refuse_wrapped`; the model carries an adapter of minilora; or it has no
+            projection of a known name.
+    """
+    refuse_wrapped(model)
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise LoRAError("the model carries an adapter already: minilora.unwrap(model) first")
+    ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    targets = config.targets
+    if targets == ATTENTION:
+        targets = tuple(name for names in PROJECTIONS if ends.issuperset(names) for name in names)
+    if not targets:
+        raise LoRAError(f"targets: {ATTENTION!r}: no projection of a known name: name the linears")
+    head = [name for name in HEADS.get(config.task_type or "", ()) if name in ends]
+    also_train = dict.fromkeys((*config.also_train, *head))  # each once
+    return replace(config, targets=targets, also_train=tuple(also_train))

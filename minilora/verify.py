@@ -1,0 +1,142 @@
+"""Does training do what it should? A check around the first steps of anybody's loop.
+
+A wrong setup trains in silence: an adapter that is in no optimizer, one that no gradient reaches,
+steps too small for the weights' dtype, a frozen weight that weight decay still moves.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from minilora.config import LoRAError
+from minilora.inject import injection_of
+from minilora.modules import plain_model
+from minilora.reports import fold_names
+from minilora.trained_whole import tensors
+
+BITS = {1: torch.uint8, 2: torch.int16}
+"""By bytes an entry: the whole numbers in which a tensor's bits are read; of wider ones int32."""
+
+
+@dataclass
+class TrainingReport:
+    """What the steps did; filled when the block ends. Printed: one line, then a line a problem.
+
+    Attributes:
+        steps: steps that the optimizer took.
+        moved: of each trained tensor the share of its entries that changed.
+        not_in_optimizer: trained tensors that the optimizer does not have.
+        no_gradient: those whose gradient never came, or was zero in every step.
+        not_moved: those that are bit for bit what they were.
+        base_changed: frozen tensors, buffers included, that are not bit for bit what they were.
+    """
+
+    steps: int = 0
+    moved: dict[str, float] = field(default_factory=dict)
+    not_in_optimizer: tuple[str, ...] = ()
+    no_gradient: tuple[str, ...] = ()
+    not_moved: tuple[str, ...] = ()
+    base_changed: tuple[str, ...] = ()
+
+    @property
+    def problems(self) -> list[str]:
+        """Each of the four lists in words, names folded; and a block in which no step was taken."""
+        found = [] if self.steps else ["the optimizer took no step"]
+        for what in ("not_in_optimizer", "no_gradient", "not_moved", "base_changed"):
+            found += [f"{what.replace('_', ' ')}: {n}" for n in fold_names(getattr(self, what))]
+        return found
+
+    def __str__(self) -> str:
+        least = min(self.moved.values(), default=0.0)
+        text = f"{self.steps} steps: {len(self.moved)} tensors train, at least {least:.0%} of each"
+        same = "the base changed" if self.base_changed else "the base is bit for bit what it was"
+        return "\n  ".join([f"{text} moved; {same}", *self.problems])
+
+
+@contextmanager
+def verify_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[TrainingReport]:
+    """Watch the first steps of training: what did not move, got no gradient, is in no optimizer.
+
+    Two or three steps are enough. B starts at zero, so that A's gradient is zero in the first step;
+    where the learning rate also starts at zero, in the second. Trained tensors are copied; of each
+    frozen one a checksum is kept: one pass over the weights on entry and one on exit. The steps
+    themselves are not changed.
+
+    Args:
+        model: with an adapter of minilora, or any model of which a part trains.
+        optimizer: that of the loop.
+
+    Returns:
+        A context manager; the report it gives is filled when the block ends.
+
+    Raises:
+        LoRAError: nothing in the model trains.
+
+    Example:
+        >>> from minilora import LoRAConfig, inject, trainable_parameters
+        >>> model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+        >>> _ = inject(model, LoRAConfig(rank=2, targets=("q_proj",)))
+        >>> optimizer = torch.optim.SGD([model["q_proj"].lora_B], lr=0.1)  # A is forgotten
+        >>> with verify_training(model, optimizer) as report:
+        ...     for _ in range(2):
+        ...         model["q_proj"](torch.ones(8)).sum().backward()
+        ...         optimizer.step()
+        >>> print(report)
+        2 steps: 2 tensors train, at least 0% of each moved; the base is bit for bit what it was
+          not in optimizer: q_proj.lora_A
+          not moved: q_proj.lora_A
+    """
+    model = plain_model(model)
+    trained = {name: t for name, t in _tensors(model).items() if t.requires_grad}
+    if not trained:
+        raise LoRAError("nothing in the model trains: minilora.inject or load_adapter first")
+    copies = {name: tensor.detach().clone() for name, tensor in trained.items()}
+    sums = {name: checksum(t) for name, t in _tensors(model).items() if name not in trained}
+    report, reached = TrainingReport(), set[str]()
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate puts its own around it
+
+    def count(*_: object) -> None:
+        report.steps += 1
+
+    def reach(name: str, tensor: Tensor) -> None:
+        if tensor.grad is not None and tensor.grad.any():
+            reached.add(name)
+
+    with ExitStack() as hooks:
+        hooks.enter_context(optimizer.register_step_post_hook(count))
+        for name, tensor in trained.items():
+            hooks.enter_context(tensor.register_post_accumulate_grad_hook(partial(reach, name)))
+        yield report
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    now = _tensors(model)
+    report.moved = {n: (now[n] != copy).float().mean().item() for n, copy in copies.items()}
+    report.not_in_optimizer = tuple(n for n, tensor in trained.items() if id(tensor) not in held)
+    report.no_gradient = tuple(name for name in trained if name not in reached)
+    report.not_moved = tuple(name for name, share in report.moved.items() if not share)
+    report.base_changed = tuple(name for name, kept in sums.items() if checksum(now[name]) != kept)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the model that count: a tied one once, no buffers of what trains whole."""
+    extras = getattr(injection_of(model), "extras", ())
+    live = {id(tensor) for extra in extras for tensor in extra.find(model).values()}
+    held = {id(t): (name, t) for name, t in tensors(model).items() if isinstance(t, Tensor)}
+    return {name: t for name, t in held.values() if id(t) not in live or t.requires_grad}
+
+
+def checksum(tensor: Tensor) -> int:
+    """The sum over the entries' bits, each times an odd number of its own, modulo 2^64.
+
+    An odd number has an inverse modulo 2^64, so that a change of one entry always changes the sum;
+    a change of several goes unseen with a chance of at most 2^-32. No copy: a chunk at a time.
+    """
+    bits = tensor.detach().flatten().view(BITS.get(tensor.element_size(), torch.int32))
+    draw = torch.Generator().manual_seed(0)
+    odd = torch.randint(-(2**62), 2**62, (2**18,), generator=draw).to(bits.device) * 2 + 1
+    chunks = enumerate(bits.split(len(odd)))
+    total = sum(int((chunk * odd[: len(chunk)]).sum()) * (2 * i + 1) for i, chunk in chunks)
+    return total % 2**64
