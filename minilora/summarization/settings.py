@@ -129,6 +129,8 @@ class RunConfig:
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     preset: str = "pocket"
+    typed: frozenset[str] = field(default=frozenset(), compare=False)
+    """The settings that a flag or a file gave: nothing adapts them to the data."""
 
     def to_dict(self) -> dict[str, Any]:
         """Flat: one entry per flag."""
@@ -158,7 +160,12 @@ class RunConfig:
             group: kind(**{f.name: flat[f.name] for f in fields(kind) if f.name in flat})
             for group, kind in GROUPS.items()
         }
-        return cls(**cast(Any, groups), preset=flat.get("preset", "pocket"))
+        return cls(**cast(Any, groups), preset=flat.get("preset", "pocket"), typed=frozenset(flat))
+
+    def of_preset(self, *names: str) -> bool:
+        """Whether these settings are those of the preset."""
+        preset = self.from_dict(PRESETS[self.preset]).to_dict()
+        return all(self.to_dict()[name] == preset[name] for name in names)
 
     def check(self) -> None:
         """Refuse values that argparse does not.
