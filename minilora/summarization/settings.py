@@ -129,7 +129,7 @@ class RunConfig:
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     preset: str = "pocket"
-    typed: frozenset[str] = field(default=frozenset(), compare=False)
+    typed = frozenset[str]()  # no setting itself
     """The settings that a flag or a file gave: nothing adapts them to the data."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,7 +160,9 @@ class RunConfig:
             group: kind(**{f.name: flat[f.name] for f in fields(kind) if f.name in flat})
             for group, kind in GROUPS.items()
         }
-        return cls(**cast(Any, groups), preset=flat.get("preset", "pocket"), typed=frozenset(flat))
+        run = cls(**cast(Any, groups), preset=flat.get("preset", "pocket"))
+        run.typed = frozenset(flat)
+        return run
 
     def of_preset(self, *names: str) -> bool:
         """Whether these settings are those of the preset."""
