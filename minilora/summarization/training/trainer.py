@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import minilora
+from minilora.reports import fold_names
 
 from .. import processes
 from ..data.batches import Encoded
@@ -218,6 +219,11 @@ class Trainer:
         False if stopped before: an interrupted validation is discarded.
         """
         progress = self.progress
+        if not progress.epoch and (names := self.without_gradient()):
+            print(
+                f"note: no gradient reached {', '.join(names)}: unused, they do not train",
+                file=sys.stderr,
+            )
         doing = f"validating after step {progress.step}"
         instead = smaller_evaluation_batch(self.session.run.generation.evaluation_batch_size)
         try:
@@ -239,6 +245,11 @@ class Trainer:
         progress.epoch, progress.position = progress.epoch + 1, 0
         self.checkpoint()
         return True
+
+    def without_gradient(self) -> list[str]:
+        """The parameters that AdamW never stepped, such as those of a layer that is not used."""
+        named, stepped = self.session.model.named_parameters(), self.optimizer.state
+        return fold_names(tuple(n for n, p in named if p.requires_grad and p not in stepped))
 
     def save_trained(self) -> None:
         processes.on_rank0(lambda: save_trained(self.session, self.output))
