@@ -255,7 +255,7 @@ def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":
             ignore_mismatched_sizes=True,  # to be told which they are
             output_loading_info=True,
         )
-    check_complete(name, info)
+    check_complete(name, model, info)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return model.eval(), stored
 

@@ -395,3 +395,13 @@ def test_collate(rows: list[tuple[list[int], list[int]]], pad: int) -> None:
         assert batch["attention_mask"][number].tolist() == [1] * end + [0] * (width - end)
         assert batch["labels"][number].tolist() == target + [-100] * (depth - stop)
     assert {tensor.dtype for tensor in batch.values()} == {torch.long}
+
+
+def test_files_that_are_no_split_are_named(tmp_path: Path) -> None:
+    for name in ("train", "train_2", "validation", "test", "extra"):
+        write(tmp_path / f"{name}.jsonl", as_jsonl(rows(3)))
+    write(tmp_path / "README.md", b"about")
+    found, notices = load(tmp_path)
+    assert len(found["train"]) == 3
+    assert notices == f"{tmp_path}: not read: extra.jsonl, train_2.jsonl"
+    assert load("bookings")[1] == ""

@@ -27,11 +27,11 @@ from minilora.summarization.model import device
 from minilora.summarization.model.device import choose_device, choose_precision
 from minilora.summarization.model.loading import (
     check_vocabulary,
-    limit_lengths,
     load_model,
     load_tokenizer,
     save_model,
 )
+from minilora.summarization.model.requirements import limit_lengths
 from minilora.summarization.presets import PRESETS
 from minilora.summarization.settings import RunConfig
 from tests.helpers import byte_level_bpe, save_bart, small_bart

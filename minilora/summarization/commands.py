@@ -23,14 +23,14 @@ from .evaluation.compare import Evaluation
 from .evaluation.generate import evaluate, summarize
 from .evaluation.rouge import require_rouge, rouge_is_installed
 from .files import write_json
-from .model import loading, speed
+from .model import loading, requirements, speed
 from .model.device import choose_device, choose_precision
 from .model.loading import load_model
 from .presets import PRESETS
 from .report import terminal
 from .report.page import write_report
 from .settings import RunConfig
-from .training.failures import out_of_memory, smaller_evaluation_batch
+from .training.failures import out_of_memory, smaller_evaluation_batch, try_out
 from .training.lock import lock
 from .training.session import Session, Split, four_bits, open_session, trained_path, write_config
 from .training.stopping import stop_requests
@@ -134,6 +134,13 @@ class Models:
     tokenizer: PreTrainedTokenizerBase
     autocast_dtype: torch.dtype | None
 
+    def check(self, run: RunConfig) -> RunConfig:
+        """The settings as the models allow; what is set right is noted."""
+        for model in filter(None, (self.base, self.tuned)):
+            for notice in requirements.check(model, self.tokenizer, run.model.model):
+                print(f"note: {notice}", file=sys.stderr)
+        return requirements.limit_lengths(run, self.tuned)
+
     def score(self, run: RunConfig, name: str, split: Split) -> Evaluation:
         """Both models on a split of the run's data."""
         smaller = smaller_evaluation_batch(run.generation.evaluation_batch_size)
@@ -147,6 +154,8 @@ class Models:
         """Token ids; dialogues that are cut are noted as `cut` says, with `{truncation}`."""
         encoded, truncation = encode(examples, self.tokenizer, run.data)
         loading.check_vocabulary(self.tuned, encoded, run.model.model)
+        for model in filter(None, (self.base, self.tuned)):
+            try_out(model, self.tokenizer, encoded[0], run.generation, self.autocast_dtype)
         if truncation.sources:
             print(f"note: {cut.format(truncation=truncation)}", file=sys.stderr)
         return Split(examples, encoded)
@@ -164,7 +173,7 @@ def score(arguments: argparse.Namespace) -> int:
         require_rouge()
         examples, split = _examples(run, arguments)
     models = _load_trained(directory, run, device)
-    run = loading.limit_lengths(run, models.tuned)
+    run = models.check(run)
     if text is not None:
         print(_summaries_of(text, run, models))
         return 0

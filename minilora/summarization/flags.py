@@ -95,6 +95,7 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
     given = vars(training_parser().parse(argv))
     before = read_run(Path(given["resume"])).to_dict() if given.get("resume") else None
     run = RunConfig.from_dict((before or PRESETS[given.get("preset", "pocket")]) | given)
+    run.typed = frozenset(before or given)
     if before:
         _require_same(before, run)
     if run.training.learning_rate is None:

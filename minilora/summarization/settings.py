@@ -131,6 +131,8 @@ class RunConfig:
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     preset: str = "pocket"
+    typed = frozenset[str]()  # no setting itself
+    """The settings that a flag or a file gave: nothing adapts them to the data."""
 
     def to_dict(self) -> dict[str, Any]:
         """Flat: one entry per flag."""
@@ -162,7 +164,14 @@ class RunConfig:
             group: kind(**{f.name: flat[f.name] for f in fields(kind) if f.name in flat})
             for group, kind in GROUPS.items()
         }
-        return cls(**cast(Any, groups), preset=flat.get("preset", "pocket"))
+        run = cls(**cast(Any, groups), preset=flat.get("preset", "pocket"))
+        run.typed = frozenset(flat)
+        return run
+
+    def of_preset(self, *names: str) -> bool:
+        """Whether these settings are those of the preset."""
+        preset = self.from_dict(PRESETS[self.preset]).to_dict()
+        return all(self.to_dict()[name] == preset[name] for name in names)
 
     def check(self) -> None:
         """Refuse values that argparse does not.

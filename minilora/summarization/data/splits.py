@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 
 from ..errors import UserError
+from ..presets import local_path
 from ..settings import DataOptions
-from .reading import Example, find, read_source
+from .reading import FORMATS, Example, find, read_source
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.05  # share of the rows that becomes a split the data does not bring
@@ -28,6 +30,8 @@ def load(
     if unknown := [split for split in splits if split not in SPLITS]:
         raise UserError(f"no split is called {unknown[0]!r}; there are {', '.join(SPLITS)}")
     sources, notices = find(options.data), list[str]()
+    if beside := _not_read(options.data, [source.name for source in sources.values()]):
+        notices.append(f"{options.data}: not read: {', '.join(beside)}")
     absent = [split for split in SPLITS[1:] if split not in sources]
     if absent == ["test"]:
         absent, sources["test"] = [], sources["validation"]
@@ -51,6 +55,15 @@ def load(
             raise UserError(f"{options.data}: no {split} data; found: {found}")
         data[split] = read(split)
     return {split: data[split] for split in splits}, list(dict.fromkeys(notices))
+
+
+def _not_read(data: str, read: Sequence[str]) -> list[str]:
+    """Data files of a directory that are no split, such as train_2.jsonl beside train.jsonl."""
+    folder, shard = local_path(data), re.compile(r"-\d+-of-\d+.*")
+    whole = {shard.sub("", name.split(" and ")[0]) for name in read}
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    data_files = (file for file in files if file.suffix.lower() in FORMATS)
+    return [file.name for file in data_files if shard.sub("", str(file)) not in whole]
 
 
 def _hold_out(

@@ -12,7 +12,7 @@ from typing import Any
 from ..data.reading import Example
 from ..errors import UserError
 from .nonsense import shares
-from .rouge import MEASURES, Interval, bootstrap, rouge
+from .rouge import MEASURES, Interval, bootstrap, rouge, tokenizer_for
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Evaluation:
             "split": self.split,
             "n": self.n,
             **means,
+            "rouge_tokenizer": tokenizer_for([example.reference for example in self.examples]),
             "intervals": bounds,
             "generation": self.generation,
             "examples": [asdict(example) for example in self.examples],

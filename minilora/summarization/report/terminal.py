@@ -10,6 +10,7 @@ from minilora.nf4.model import quantize_report
 
 from .. import processes
 from ..evaluation.compare import Evaluation
+from ..evaluation.rouge import tokenizer_for
 from ..training.session import Session, trained_path
 from ..training.trainer import Outcome
 from .figures import Table, duration, nonsense_table, score_table
@@ -36,8 +37,8 @@ def format_comparison(evaluation: Evaluation) -> str:
         "F1 x 100, gen_len in tokens: mean [95% bootstrap interval]; the difference is paired."
     )
     lines = [textwrap.fill(printable(title), 100), *_columns(score_table(evaluation))]
-    if unseen := sum(not re.search("[a-z0-9]", e.reference.lower()) for e in evaluation.examples):
-        lines.append(f"{unseen} references score 0: rouge_score reads a-z and 0-9 only.")
+    if tokenizer_for([example.reference for example in evaluation.examples]) == "unicode":
+        lines.append("ROUGE compares Unicode words: the references are not in a-z alone.")
     if nonsense := nonsense_table(evaluation):
         lines += ["", NONSENSE_TITLE, *_columns(nonsense)]
     else:

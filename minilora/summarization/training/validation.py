@@ -1,11 +1,13 @@
 """After each epoch: the loss and ROUGE on the validation split."""
 
+import math
 from dataclasses import replace
 
 import torch
 
 from .. import processes
 from ..data.batches import by_length
+from ..errors import UserError
 from ..evaluation.generate import summarize
 from ..evaluation.rouge import METRICS, rouge, rouge_is_installed
 from .loss import summed_loss
@@ -42,6 +44,12 @@ def _summed_losses(session: Session, split: Split) -> tuple[float, int]:
         with session.autocast():
             batch = session.tensors([split.encoded[i] for i in chosen])
             summed, count = summed_loss(session.model, batch)
+        if not math.isfinite(summed.item()):
+            ids = ", ".join(split.encoded[i].id for i in chosen)
+            raise UserError(
+                f"the validation loss is {summed.item()} on the dialogues {ids}: lower "
+                "--learning-rate or use --precision fp32"
+            )
         loss, tokens = loss + summed.item(), tokens + count
     return loss, tokens
 
