@@ -36,22 +36,15 @@ class Truncation:
     total: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.sources:,} of {self.total:,} dialogues cut to --max-source-length, "
-            f"{self.targets:,} summaries to --max-target-length"
-        )
+        summaries = f", {self.targets:,} summaries to --max-target-length" * (self.targets > 0)
+        return f"{self.sources:,} of {self.total:,} dialogues cut to --max-source-length{summaries}"
 
 
 # Tokenizing ---------------------------------------------------------------------------------------
 
 
-def build_prompt(dialogue: str, options: DataOptions) -> str:
-    r"""The text the model reads. `\n` in the prompt's flags is a line break."""
-    before, after = _prompt(options)
-    return before + dialogue + after
-
-
-def _prompt(options: DataOptions) -> tuple[str, str]:
+def prompt(options: DataOptions) -> tuple[str, str]:
+    r"""The texts around every dialogue. `\n` in the prompt's flags is a line break."""
     return options.prompt_before.replace("\\n", "\n"), options.prompt_after.replace("\\n", "\n")
 
 
@@ -68,7 +61,7 @@ def encode(
     dialogues = [example.dialogue for example in examples]
     summaries = [example.summary for example in examples]
     sources, long_sources = _limited(
-        tokenizer, "source", dialogues, options.max_source_length, _prompt(options)
+        tokenizer, "source", dialogues, options.max_source_length, prompt(options)
     )
     targets, long_targets = _limited(tokenizer, "target", summaries, options.max_target_length)
     encoded = [
@@ -83,10 +76,10 @@ def _limited(
     side: Literal["source", "target"],
     texts: Sequence[str],
     limit: int,
-    prompt: tuple[str, str] = ("", ""),
+    around: tuple[str, str] = ("", ""),
 ) -> tuple[list[list[int]], int]:
     """Token ids of the texts inside the prompt, at most `limit` each, and how many were cut."""
-    before, after = prompt
+    before, after = around
 
     def tokenize(texts: Sequence[str], **more: bool) -> Any:
         arguments: dict[str, Any] = {"text" if side == "source" else "text_target": list(texts)}

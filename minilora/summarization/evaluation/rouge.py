@@ -69,8 +69,12 @@ def _is_abbreviation(word: str) -> bool:
     return initial or word.lower() in _TITLES or _DOTTED.fullmatch(word) is not None
 
 
-def rouge(predictions: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
+def rouge(
+    predictions: Sequence[str], references: Sequence[str | Sequence[str]]
+) -> list[dict[str, float]]:
     """ROUGE-1, -2, -L and -Lsum of every prediction: F1 x 100 with stemming (Lin, 2004).
+
+    Each prediction has one reference or several. Of several, each measure takes the best.
 
     rouge_score's tokenizer, with which published scores were computed, reads only a-z and 0-9: a
     text in another script scores 0. So does an empty one.
@@ -82,10 +86,11 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> list[dict[st
     from rouge_score.rouge_scorer import RougeScorer  # here: training and decoding do not need it
 
     scorer = RougeScorer(list(METRICS), use_stemmer=True)
-    scores = [
-        scorer.score(split_sentences(reference), split_sentences(prediction))
-        for prediction, reference in zip(predictions, references, strict=True)
-    ]
+    scores = []
+    for prediction, reference in zip(predictions, references, strict=True):
+        several = [reference] if isinstance(reference, str) else reference
+        targets = [split_sentences(target) for target in several]
+        scores.append(scorer.score_multi(targets, split_sentences(prediction)))
     return [{metric: 100 * score[metric].fmeasure for metric in METRICS} for score in scores]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from minilora.nf4.model import quantize_report
 
 from .. import processes
+from ..errors import counted
 from ..evaluation.compare import Evaluation
 from ..evaluation.rouge import MEASURES
 from ..training.session import Session, trained_path
@@ -31,8 +32,8 @@ def format_comparison(evaluation: Evaluation) -> str:
     scores = [("", "base", "fine-tuned", "difference")]
     scores += [(m, f"{base[m]:.2f}", f"{finetuned[m]:.2f}", f"{change[m]:+.2f}") for m in MEASURES]
     title = (
-        f"{evaluation.n} dialogues, {evaluation.split} split of {evaluation.data}. ROUGE as "
-        "F1 x 100, gen_len in tokens: mean [95% bootstrap interval]; the difference is paired."
+        f"{counted(evaluation.n, 'dialogue')}, {evaluation.split} split of {evaluation.data}. ROUGE "
+        "as F1 x 100, gen_len in tokens: mean [95% bootstrap interval]; the difference is paired."
     )
     lines = [textwrap.fill(printable(title), 100), *_columns(scores)]
     if unseen := sum(not re.search("[a-z0-9]", e.reference.lower()) for e in evaluation.examples):
@@ -97,6 +98,14 @@ def _wrap(text: str) -> list[str]:
     return textwrap.wrap(printable(text), 86)
 
 
+def format_summary(row: dict[str, str]) -> str:
+    """The summary of a chat of one's own, with the base's if that is there."""
+    said = {name: printable(text).strip() or "(empty)" for name, text in row.items()}
+    if "base" not in said:
+        return said["summary"]
+    return f"base        {said['base']}\nfine-tuned  {said['summary']}"
+
+
 def printable(text: str) -> str:
     """Without control characters, which a terminal executes, and lone surrogates, which raise."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text)
@@ -108,10 +117,13 @@ def header(session: Session, output: Path) -> str:
     count = processes.world_size()
     shared = f", {count} processes that share each batch" if count > 1 else ""
     precision = str(session.autocast_dtype or "float32").removeprefix("torch.")
-    report, sizes = session.report, f"{len(train):,} dialogues to train, {len(validation):,}"
+    report, sizes = (
+        session.report,
+        f"{counted(len(train), 'dialogue')} to train, {len(validation):,}",
+    )
     trained = f"{report.trainable:,} trainable of {report.total:,} parameters"
     lines = [
-        f"{run.model.model} on {run.data.data}: {sizes} to validate; {session.device.type}, "
+        f"{run.model.model} on {run.data.name}: {sizes} to validate; {session.device.type}, "
         f"{precision}{shared}",
         f"{run.model.method}: {report if report.modules else trained}",
     ]
@@ -141,7 +153,7 @@ def summary(
         [
             f"trainable parameters  {report.trainable:,} of {report.total:,} ({share:.4f}%)",
             f"time                  {_duration(seconds)}, of which training and validation took "
-            f"{_duration(progress.seconds)} ({progress.step:,} steps)",
+            f"{_duration(progress.seconds)} ({counted(progress.step, 'step')})",
             f"peak memory           {outcome.peak_bytes / 2**20:,.0f} MiB",
             f"saved                 {trained_path(output, session.run)}",
             *([f"report                {page}"] if page else []),

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 from ..data.batches import Encoded
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..settings import TrainingOptions
 from .schedule import Group
 
@@ -64,7 +64,7 @@ def step_memory(
     source = max((len(row.source) for row in batch), default=0)
     target = max((len(row.target) for row in batch), default=0)
     return out_of_memory(
-        f"in step {step} on a batch of {len(batch)} dialogues of up to {source} tokens, summaries "
-        f"of up to {target} ({', '.join(row.id for row in batch)})",
+        f"in step {step} on a batch of {counted(len(batch), 'dialogue')} of up to {source} tokens, "
+        f"summaries of up to {target} ({', '.join(row.id for row in batch)})",
         f"{same} comes to the same" if size > 1 else "lower --max-source-length",
     )

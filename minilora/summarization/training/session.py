@@ -17,7 +17,7 @@ from minilora.files import write_file
 from .. import processes
 from ..data.batches import Encoded, collate, encode
 from ..data.reading import Example
-from ..data.splits import SPLITS, load
+from ..data.splits import load
 from ..errors import UserError
 from ..evaluation.generate import generate_arguments
 from ..evaluation.rouge import rouge_is_installed
@@ -25,7 +25,8 @@ from ..model import speed
 from ..model.device import autocast, choose_device, choose_precision
 from ..model.four_bits import FourBits
 from ..model.loading import check_vocabulary, limit_lengths, load_model, load_tokenizer, save_model
-from ..settings import RunConfig
+from ..presets import stored
+from ..settings import PATHS, SPLITS, RunConfig
 from .fingerprint import fingerprints, of_tensors
 
 
@@ -145,6 +146,7 @@ def four_bits(run: RunConfig, start: bool = False) -> FourBits | None:
 def write_config(run: RunConfig, output: Path) -> None:
     """config.json: every setting that a resumed run takes over."""
     settings = run.to_dict() | {"resume": None, "accept_changes": False}
+    settings |= {name: stored(settings[name], output) for name in PATHS if settings[name]}
     write_file(output / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
 
 
