@@ -24,7 +24,7 @@ def main() -> None:
     run, picture = Path(sys.argv[1]), Path(sys.argv[2])
     with tempfile.TemporaryDirectory() as directory, sync_playwright() as driver:
         page_file = Path(directory) / "report.html"
-        write_report([run], page_file)
+        write_report(run, page_file)
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
         page.goto(page_file.as_uri())

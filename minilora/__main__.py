@@ -5,7 +5,7 @@
     predict RUN FILE ...      summaries of own chats: `python evaluate.py RUN --predict FILE ...`
     inspect ADAPTER           layers, ranks, scales, norms and singular values, as a table
     merge ADAPTER OUT         a checkpoint that plain transformers loads
-    report RUN ...            report.html of a run, or of several side by side
+    report RUN                report.html of a run
     conformance FILE.py:make  is this LoRA layer right? docs/conformance.md
 
 ADAPTER is the directory of an adapter or of a run, or an adapter's name on the hub.
@@ -85,13 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--dtype", choices=DTYPES, help="of the weights written; the base's if not")
     merge.add_argument("--model", help="the base model; the one that the adapter names if not")
     merge.set_defaults(run=_merge)
-    report = commands.add_parser("report", help="write report.html of one run or several")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    report = commands.add_parser("report", help="write report.html of a run")
+    report.add_argument("directory", type=Path, metavar="RUN")
     report.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE.html",
-        help="report.html in the run if not given, of several runs in the working directory",
+        "--output", type=Path, metavar="FILE.html", help="report.html in the run if not given"
     )
     report.set_defaults(run=_report)
     check = commands.add_parser("conformance", help="check a LoRA layer of anybody's")
@@ -144,11 +141,10 @@ def _directory(name: str) -> Path:
 def _report(parsed: argparse.Namespace) -> None:
     from minilora.summarization.report.page import write_report  # it imports rouge_score and NLTK
 
-    runs: list[Path] = parsed.runs
-    page = parsed.output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    page: Path = parsed.output or parsed.directory / "report.html"
     if page.is_dir():
         raise UserError(f"--output {page} is a directory: name a file in it")
-    write_report(runs, page)
+    write_report(parsed.directory, page)
     print(f"written to {page}")
 
 

@@ -419,7 +419,9 @@ def test_evaluate_decodes_the_base_and_the_adapted_model(tokenizer, encoded, mer
     assert base != finetuned
     assert (result.data, result.split, result.n) == ("chat", "validation", 9)
     assert result.generation["beams"] == 3
-    assert result.base["gen_len"] == statistics.fmean(summary.tokens for summary in base)
+    assert result.intervals["base"]["gen_len"].mean == statistics.fmean(
+        summary.tokens for summary in base
+    )
     layers = [m for m in model.modules() if isinstance(m, minilora.LoRALinear)]
     assert all(layer.merged is merged for layer in layers)
 

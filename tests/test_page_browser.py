@@ -36,20 +36,19 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of 30 dialogues with one that attacks; three runs side by side; an unfinished run."""
+    """A run of 30 dialogues with one that attacks, and an unfinished run."""
     folder = tmp_path_factory.mktemp("pages")
-    run, other = save_run(folder / "run"), save_run(folder / "other", rank=4)
+    run = save_run(folder / "run")
     unfinished = save_run(folder / "unfinished", end=False, scored=False)
     found = json.loads((run / "evaluation.json").read_text())
     found["examples"] = [
         example | {"rouge1_finetuned": example["rouge1_base"] + (7 * i) % 30 - 15 + 0.5}
         for i, example in enumerate((found["examples"] * 8)[:30])
     ]
-    for directory in (run, other):
-        (directory / "evaluation.json").write_text(json.dumps(found))
-    written = {"one": [run], "several": [run, other, unfinished], "unfinished": [unfinished]}
-    for name, directories in written.items():
-        write_report(directories, folder / f"{name}.html")
+    (run / "evaluation.json").write_text(json.dumps(found))
+    written = {"one": run, "unfinished": unfinished}
+    for name, directory in written.items():
+        write_report(directory, folder / f"{name}.html")
     return {name: folder / f"{name}.html" for name in written}
 
 
@@ -96,7 +95,7 @@ CUT = """() => [...document.querySelectorAll("svg.plot text")].filter(e => {
     }).map(e => e.textContent)"""
 
 
-@pytest.mark.parametrize("name", ["one", "several", "unfinished"])
+@pytest.mark.parametrize("name", ["one", "unfinished"])
 def test_nothing_overflows(show: Any, name: str) -> None:
     page = show(name)
     for width in (375, 1280):
@@ -203,7 +202,7 @@ CONTRAST = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_is_readable(show: Any, scheme: str) -> None:
-    ratio, where = show("several", scheme=scheme).evaluate(CONTRAST)
+    ratio, where = show("one", scheme=scheme).evaluate(CONTRAST)
     assert ratio >= 4.5, where
 
 
@@ -211,11 +210,3 @@ def test_without_a_script_everything_is_there(show: Any) -> None:
     page = show("one", java_script_enabled=False)
     assert page.locator(".card:visible").count() == 30
     assert not page.locator("#sort").is_visible()
-
-
-def test_of_several_runs_one_is_chosen_to_sort_by(show: Any) -> None:
-    page = show("several")
-    page.get_by_role("button", name="biggest gain").click()
-    page.locator("#of").select_option(label="other")
-    assert gains(page)[0] == 14.5
-    assert page.locator(".card:visible").first.locator("dt").count() == 4

@@ -44,7 +44,7 @@ def test_table(comparison) -> None:
     assert [row.split()[0] for row in rows[1:6]] == list(rouge.MEASURES)
     assert len({len(row) for row in rows[:6]}) == 1  # aligned
     assert all(len(line) <= 100 and line.isascii() for line in lines)
-    assert f"{comparison.base['rouge1']:.2f} [" in rows[1]
+    assert f"{comparison.intervals['base']['rouge1'].mean:.2f} [" in rows[1]
     assert re.search(r"\s\+22\.22 \[[+-]", rows[1])
     assert rows[6].startswith("1 references score 0")
 

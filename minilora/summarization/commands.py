@@ -107,7 +107,7 @@ def _write_report(run: RunConfig, output: Path) -> Path | None:
     page = output / "report.html"
     try:
         if run.output.report and processes.rank() == 0:
-            write_report([output], page)
+            write_report(output, page)
             return page
     except EXPECTED as error:
         print(f"note: {page} was not written: {one_line(error)}", file=sys.stderr)

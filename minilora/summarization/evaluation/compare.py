@@ -46,36 +46,25 @@ class Evaluation:
     split: str
     generation: dict[str, Any]
     intervals: dict[str, dict[str, Interval]]
-    """By side ("base", "finetuned", "difference") and measure (`MEASURES`)."""
+    """By side and measure: "base" and "finetuned" have `rouge.MEASURES` and `nonsense.MEASURES`,
+    their "difference" has the former, the "reference" the latter. Texts that are not in Latin
+    letters have no nonsense measures and no "reference"."""
     examples: list[Compared]
     """In the order of the data."""
-    nonsense: dict[str, dict[str, Interval]] | None = None
-    """Shares of the summaries in per cent, by side ("base", "finetuned", "reference") and kind
-    (`nonsense.MEASURES`). None: the texts are not in Latin letters."""
 
     @property
     def n(self) -> int:
         return len(self.examples)
 
-    @property
-    def base(self) -> dict[str, float]:
-        """The mean of each measure."""
-        return {name: interval.mean for name, interval in self.intervals["base"].items()}
-
-    @property
-    def finetuned(self) -> dict[str, float]:
-        return {name: interval.mean for name, interval in self.intervals["finetuned"].items()}
-
     def to_dict(self) -> dict[str, Any]:
         """The content of evaluation.json: [low, high], and [mean, low, high] for differences."""
-        bounds = {
-            side: {m: list(x if side == "difference" else x[1:]) for m, x in row.items()}
-            for side, row in self.intervals.items()
-        }
-        means: dict[str, dict[str, float]] = {"base": self.base, "finetuned": self.finetuned}
-        for side, row in (self.nonsense or {}).items():
-            means[side] = means.get(side, {}) | {kind: share.mean for kind, share in row.items()}
-            bounds[side] = bounds.get(side, {}) | {kind: list(x[1:]) for kind, x in row.items()}
+        means, bounds = {}, {}
+        for side, row in self.intervals.items():
+            if side == "difference":
+                bounds[side] = {name: list(interval) for name, interval in row.items()}
+            else:
+                means[side] = {name: interval.mean for name, interval in row.items()}
+                bounds[side] = {name: [x.low, x.high] for name, x in row.items()}
         return {
             "data": self.data,
             "split": self.split,
@@ -115,16 +104,15 @@ def compare(
         )
         for e, b, f, r, s in zip(examples, base, finetuned, before, after, strict=True)
     ]
-    dialogues = [example.dialogue for example in examples]
-    written = {"base": base, "finetuned": finetuned}
-    texts = {side: [summary.text for summary in found] for side, found in written.items()}
-    texts["reference"] = [example.summary for example in examples]
-    found = {side: shares(summaries, dialogues) for side, summaries in texts.items()}
-    nonsense = {side: row for side, row in found.items() if row is not None}
-    return Evaluation(
-        data, split, dict(generation or {}), intervals, compared,
-        nonsense if len(nonsense) == len(texts) else None,
-    )  # fmt: skip
+    dialogues = [e.dialogue for e in compared]
+    nonsense = {
+        side: shares([getattr(e, side) for e in compared], dialogues)
+        for side in ("base", "finetuned", "reference")
+    }
+    if None not in nonsense.values():
+        for side, row in nonsense.items():
+            intervals[side] = intervals.get(side, {}) | (row or {})
+    return Evaluation(data, split, dict(generation or {}), intervals, compared)
 
 
 def _measure(summaries: Sequence[Summary], examples: Sequence[Example]) -> list[dict[str, float]]:

@@ -1,67 +1,58 @@
-"""report.html: the result of a fine-tune on one page.
+"""report.html: a run on one page.
 
-Style, script and plots are in the file. Its content security policy forbids everything else, and
-every text from a run goes through `escape`.
+`assets/page/page.html` is its layout; style, script and charts are in the file. Its content
+security policy forbids everything else, and every text from a run goes through `escape`.
 """
 
 import base64
 import hashlib
+import json
+import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from minilora.files import write_file
 
+from ..evaluation.compare import Evaluation
 from ..presets import ASSETS
 from ..settings import GROUPS
-from .page_curves import curves
-from .page_dialogues import dialogues
-from .page_numbers import before_and_after, cost
-from .page_parts import html_table, run_name, tag
-from .page_spectra import spectra
-from .plots import escape
+from .figures import Table, duration, nonsense_table, score_table
+from .markup import escape, html_table
+from .page_charts import curves
+from .page_dialogues import cards
 from .runs import Run, read_report
 
 
-def write_report(directories: Sequence[Path], path: Path) -> None:
-    """Write the page of a run, or of several side by side.
+def write_report(directory: Path, path: Path) -> None:
+    """Write the page of a run.
 
     Raises:
-        UserError, LoRAError, OSError: as `read_report`, or the page cannot be written. An older
-            page is unchanged then.
+        UserError, OSError: as `read_report`, or the page cannot be written. An older page is
+            unchanged then.
     """
-    page = render([read_report(directory) for directory in directories])
-    write_file(path, page.encode())
+    write_file(path, render(read_report(directory)).encode())
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(run: Run) -> str:
     """The whole page."""
-    sections = [
-        ("cost", "What was trained", cost(runs)),
-        ("scores", "Before and after", before_and_after(runs)),
-        ("curves", "Training", curves(runs)),
-        ("dialogues", "Dialogues", dialogues(runs)),
-        ("spectra", "The adapter", spectra(runs)),
-        ("configuration", "Configuration", _configuration(runs)),
-    ]
-    shown = [section for section in sections if section[2]]
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in shown)
-    body = "".join(
-        f'<section id="{key}"><h2>{title}</h2>{content}</section>' for key, title, content in shown
-    )
     style, script = (_asset(name) for name in ("style.css", "script.js"))
+    scored = run.evaluation
     return Template(_asset("page.html")).substitute(
-        title=escape(" · ".join(run.name for run in runs)),
-        policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
-        "base-uri 'none'; form-action 'none'",
         style=style,
+        style_hash=_hash(style),
         script=script,
-        header=_header(runs),
-        links=links,
-        body=body,
+        script_hash=_hash(script),
+        name=escape(run.path.resolve().name),
+        title=escape(_title(run)),
+        lead=_lead(run),
+        notices=_notices(run),
+        cost=_cost(run),
+        scores=_scores(scored) if scored else "<p>Not scored yet.</p>",
+        curves=curves(run),
+        dialogues=cards(scored.examples) if scored else "<p>Not scored yet.</p>",
+        settings=_settings(run),
     )
 
 
@@ -70,106 +61,109 @@ def _asset(name: str) -> str:
 
 
 def _hash(source: str) -> str:
-    digest = hashlib.sha256(source.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 
 # Header -------------------------------------------------------------------------------------------
 
 
-def _header(runs: Sequence[Run]) -> str:
-    if len(runs) > 1:
-        names = tag("p", ", ".join(escape(run.name) for run in runs), "lead")
-        return f'<p class="kicker">minilora</p><h1>{len(runs)} runs, side by side</h1>{names}'
-    run = runs[0]
+def _title(run: Run) -> str:
     method, rank = run.config.get("method", "lora"), run.config.get("rank", "?")
     how = {"full": "every parameter fine-tuned", "qlora": f"QLoRA of rank {rank}"}
-    model = _short(run.config.get("model", "pocket-bart"))
-    title = f"{model}, {how.get(method, f'LoRA of rank {rank}')}"
-    return (
-        f'<p class="kicker">minilora · {escape(run.name)}</p><h1>{escape(title)}</h1>'
-        f'<p class="lead">{_verdict(run)}</p>{_notices(run)}'
-    )
+    return f"{run.config.get('model', 'pocket-bart')}, {how.get(method, f'LoRA of rank {rank}')}"
 
 
-def _short(model: Any) -> str:
-    """A hub name, or the last part of a path."""
-    text = str(model)
-    return text if text.count("/") <= 1 and not text.startswith((".", "/")) else Path(text).name
-
-
-def _verdict(run: Run) -> str:
-    trained = ""
-    if run.start:
-        some, total = run.start["trainable"], run.start["total"]
-        trained = f"{some:,} of {total:,} parameters trained ({100 * some / total:.2f}%)"
+def _lead(run: Run) -> str:
+    """The result in one sentence."""
     if run.evaluation is None:
-        return f"{trained or 'Not trained yet'}; not scored yet."
-    scores, evaluation = run.evaluation.intervals, run.evaluation
-    change, low, high = scores["difference"]["rouge1"]
+        trained = f"{len(run.steps):,} steps trained" if run.steps else "Not trained yet"
+        return f"{trained}; not scored yet."
+    before, after, change = (
+        run.evaluation.intervals[side]["rouge1"] for side in ("base", "finetuned", "difference")
+    )
     return (
-        f"<strong>ROUGE-1 {scores['base']['rouge1'].mean:.1f} → "
-        f"{scores['finetuned']['rouge1'].mean:.1f}</strong> ({change:+.1f}, 95% interval "
-        f"{low:+.1f} to {high:+.1f}) on {len(evaluation.examples):,} dialogues of "
-        f"{escape(_short(evaluation.data))}, {escape(evaluation.split)} split"
-        + (f", with {trained}." if trained else ".")
+        f"<strong>ROUGE-1 {before.mean:.1f} → {after.mean:.1f}</strong> ({change.mean:+.1f}, 95% "
+        f"interval {change.low:+.1f} to {change.high:+.1f}) on {run.evaluation.n:,} dialogues of "
+        f"{escape(run.evaluation.data)}, {escape(run.evaluation.split)} split."
     )
 
 
 def _notices(run: Run) -> str:
+    """What is missing, and the command that adds it."""
     found = []
     path = escape(shlex.quote(str(run.path)))
     if run.end is None:
-        step = f"{run.steps[-1]['step']:,.0f}" if run.steps else "0"
+        step = run.steps[-1]["step"] if run.steps else 0
         found.append(
-            f"<strong>Training is not finished</strong>: the log ends at step {step}. Resume with "
-            f"<code>python train.py --resume {path}</code>."
+            f"Training is not finished: the log ends at step {step:,.0f}. Resume it with "
+            f"<code>python train.py --resume {path}</code>"
         )
     if run.evaluation is None:
         scores = escape(shlex.quote(str(run.path / "evaluation.json")))
         found.append(
-            "<strong>Not scored</strong>: there is no evaluation.json. Score it with "
-            f"<code>python evaluate.py {path} --output {scores}</code>, then write "
-            f"this page again with <code>python -m minilora report {path}</code>."
+            f"Not scored: there is no evaluation.json. Score it with <code>python evaluate.py "
+            f"{path} --output {scores}</code>, then write this page again with "
+            f"<code>python -m minilora report {path}</code>"
         )
-    return "".join(tag("p", words, "notice") for words in found)
+    return "".join(f'<p class="notice">{notice}</p>' for notice in found)
 
 
-# Configuration ------------------------------------------------------------------------------------
+# Sections -----------------------------------------------------------------------------------------
 
 
-def _configuration(runs: Sequence[Run]) -> str:
-    """Every setting by group; with several runs the differences are marked."""
-    one = len(runs) == 1
-    meanings = {"preset": "a whole configuration, which the flags change"}
-    groups = {"model": ["preset"]}
-    for kind in GROUPS.values():
-        meanings |= {f.name: str(f.metadata.get("help", "")) for f in fields(kind)}
-        groups.setdefault(kind._argument_group_name, []).extend(f.name for f in fields(kind))
-    groups["other"] = sorted({key for run in runs for key in run.config} - meanings.keys())
-    head = ["value", "meaning"] if one else [run_name(r, i) for i, r in enumerate(runs)]
-    kind_of_table = "settings explained" if one else "settings"
-    parts = []
-    for title, names in groups.items():
-        body = []
-        for name in names:
-            if not any(name in run.config for run in runs):
-                continue
-            values = [_value(run.config.get(name, "–")) for run in runs]
-            cells = [f"<code>{escape(value)}</code>" for value in values]
-            if len(set(values)) > 1:
-                cells = [tag("strong", cell, "differs") for cell in cells]
-            meaning = [escape(meanings.get(name, ""))] if one else []
-            body.append([escape(name), *cells, *meaning])
-        if body:
-            table = html_table(title, ["setting", *head], body, kind_of_table)
-            parts.append(f"<h3>{escape(title)}</h3>{table}")
+def _cost(run: Run) -> str:
+    """Parameters, time and memory: a label, a value and a remark each."""
+    facts = []
+    if run.start:
+        trained, total = run.start["trainable"], run.start["total"]
+        share = f"{trained / total:.2%} of {total:,}"
+        facts.append(("trained parameters", f"{trained:,}", share))
+    count = len(run.validations)
+    epochs = f"in {count} epoch{'s' * (count != 1)}" if count else "the first epoch is not over"
+    facts.append(("steps", f"{len(run.steps):,}", epochs))
+    if run.end:
+        facts.append(("time", duration(run.end["seconds"]), "training and validation"))
+        facts.append(("peak memory", f"{run.end['peak_bytes'] / 2**20:,.0f} MiB", ""))
+    if best := run.best:
+        score = f"ROUGE-1 {best['rouge1']:.1f}"
+        facts.append(("best validation", f"epoch {best['epoch']:.0f}", score))
+    return "".join(
+        f"<div><dt>{label}</dt><dd>{value}<small>{remark}</small></dd></div>"
+        for label, value, remark in facts
+    )
+
+
+def _scores(evaluation: Evaluation) -> str:
+    """The terminal's tables, and on how many dialogues the score rose."""
+    gains = [example.gain for example in evaluation.examples]
+    up, down = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    same = len(gains) - up - down
+    parts = [
+        _numbers("ROUGE and length", score_table(evaluation)),
+        f"<p>ROUGE-1 rose on {up:,} dialogues, fell on {down:,} and stayed on {same:,}.</p>",
+    ]
+    if nonsense := nonsense_table(evaluation):
+        title = "Per cent of the summaries with what the dialogue lacks, or with a repeated phrase"
+        parts += [f"<h3>{title}</h3>", _numbers(title, nonsense)]
     return "".join(parts)
 
 
-def _value(value: Any) -> str:
-    if value is None or value == []:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _numbers(label: str, table: Table) -> str:
+    """The interval of each figure in small print."""
+    head, *rows = table
+    cells = [
+        [re.sub(r"(\[.*\])", r"<small>\1</small>", cell).replace("rouge", "ROUGE-") for cell in row]
+        for row in rows
+    ]
+    return html_table(label, head, cells)
+
+
+def _settings(run: Run) -> str:
+    """Every setting with its meaning."""
+    meanings = {f.name: f.metadata["help"] for group in GROUPS.values() for f in fields(group)}
+    rows = []
+    for name, value in run.config.items():
+        shown = value if isinstance(value, str) else json.dumps(value)
+        meaning = escape(meanings.get(name, ""))
+        rows.append([escape(name), f"<code>{escape(shown)}</code>", meaning])
+    return html_table("settings", ["setting", "value", "meaning"], rows)

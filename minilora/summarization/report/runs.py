@@ -1,20 +1,16 @@
 """The files of a run, read and checked for the report; no model is loaded.
 
-config.json is required. A run in progress has no end in its log.jsonl and no evaluation.json yet,
-and a full fine-tune has no adapter/. A file that exists and cannot be read is an error that names
-it.
+config.json is required. A run in progress has no end in its log.jsonl and no evaluation.json yet.
+A file that exists and cannot be read is an error that names it.
 """
 
 import json
-import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, cast
-
-from minilora import read_adapter
-from minilora.arithmetic import singular_values
 
 from ..errors import UserError
 from ..evaluation import nonsense
@@ -22,31 +18,7 @@ from ..evaluation.compare import Compared, Evaluation
 from ..evaluation.rouge import MEASURES, Interval
 from ..files import read_object
 
-SIDES = ("base", "finetuned", "difference")
-
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """The singular values of one module's update s B A, the largest first."""
-
-    module: str
-    shape: tuple[int, int]
-    """(out, in)."""
-    scale: float
-    values: tuple[float, ...]
-    """As many as the rank."""
-
-    @property
-    def norm(self) -> float:
-        """||s B A||, the Frobenius norm."""
-        return math.hypot(*self.values)
-
-    @property
-    def stable_rank(self) -> float:
-        """||s B A||^2 over the square of the largest singular value: from 1 to r."""
-        return (self.norm / self.values[0]) ** 2 if self.values[0] else 0.0
 
 
 @dataclass(frozen=True)
@@ -58,25 +30,12 @@ class Run:
     start: Record | None
     """trainable and total parameters."""
     steps: tuple[Record, ...]
-    """step, loss (nats per target token), seconds."""
+    """step, loss (nats per target token), learning rate."""
     validations: tuple[Record, ...]
     """step, epoch, loss, ROUGE."""
     end: Record | None
     """seconds and peak_bytes; None for a run in progress or stopped."""
-    spectra: tuple[Spectrum, ...]
-    dora: bool
     evaluation: Evaluation | None
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
-
-    @property
-    def seconds(self) -> float:
-        """Of training and validation; for a run in progress, of its steps so far."""
-        if self.end is not None:
-            return float(self.end["seconds"])
-        return math.fsum(record["seconds"] or 0 for record in self.steps)
 
     @property
     def best(self) -> Record | None:
@@ -90,7 +49,6 @@ def read_report(directory: Path) -> Run:
 
     Raises:
         UserError: it is not a run, or one of its files is damaged; the file is named.
-        LoRAError: its adapter is damaged.
         OSError: a file cannot be read.
     """
     if not directory.is_dir():
@@ -98,19 +56,14 @@ def read_report(directory: Path) -> Run:
     config = read_object(directory / "config.json")
     if config is None:
         raise UserError(f"{directory} is not a run: it has no config.json")
-    kinds: dict[str, list[Record]] = {kind: [] for kind in LOG_KEYS}
-    for record in _log(directory / "log.jsonl"):
-        kinds.get(record["kind"], []).append(record)
-    dora, spectra = _spectra(directory / "adapter")
+    log = _log(directory / "log.jsonl")
     return Run(
         path=directory,
         config=config,
-        start=next(reversed(kinds["start"]), None),
-        steps=tuple(kinds["step"]),
-        validations=tuple(kinds["validation"]),
-        end=next(reversed(kinds["end"]), None),
-        spectra=spectra,
-        dora=dora,
+        start=next(reversed(log["start"]), None),
+        steps=tuple(log["step"]),
+        validations=tuple(log["validation"]),
+        end=next(reversed(log["end"]), None),
         evaluation=_evaluation(directory / "evaluation.json"),
     )
 
@@ -118,16 +71,17 @@ def read_report(directory: Path) -> Run:
 # The keys of each kind of record. Those in parentheses may be null, which stands for NaN.
 LOG_KEYS = {
     "start": "trainable total",
-    "step": "step (loss) (seconds)",
+    "step": "step (loss) (learning_rate)",
     "validation": "step epoch (loss) (rouge1) (rouge2) (rougeL)",
     "end": "seconds peak_bytes",
 }
 
 
-def _log(path: Path) -> Iterator[Record]:
-    """The records; unknown kinds are ignored."""
+def _log(path: Path) -> dict[str, list[Record]]:
+    """The records by kind; unknown kinds are ignored."""
+    log: dict[str, list[Record]] = {kind: [] for kind in LOG_KEYS}
     if not path.exists():
-        return
+        return log
     *lines, _ = path.read_bytes().split(b"\n")  # a killed run ends in an incomplete line
     for number, line in enumerate(lines, 1):
         where = f"{path} line {number}"
@@ -140,19 +94,22 @@ def _log(path: Path) -> Iterator[Record]:
         for key in LOG_KEYS.get(record["kind"], "").split():
             name = key.strip("()")
             if record.get(name) is not None or name == key:
-                _number(record, name, where)
+                _number(record, where, name)
             record.setdefault(name, None)
-        yield record
+        log.get(record["kind"], []).append(record)
+    return log
 
 
-def _number(record: Any, key: str | int, where: str) -> float:
+def _number(content: Any, where: str, *keys: str | int) -> float:
+    """The finite number at content[key][key]..."""
+    *outer, last = keys
+    where = ": ".join([where, *map(str, outer)])
     try:
-        value = record[key]
+        value = reduce(getitem, keys, content)
     except (KeyError, IndexError, TypeError):
-        raise UserError(f"{where}: has no {key}") from None
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not abs(value) <= sys.float_info.max:  # NaN too, and an int beyond floats
-        raise UserError(f"{where}: {key} is {value!r:.40}, not a finite number")
+        raise UserError(f"{where}: has no {last}") from None
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # nor NaN
+        raise UserError(f"{where}: {last} is {value!r:.40}, not a finite number")
     return cast(float, value)
 
 
@@ -163,18 +120,22 @@ def _evaluation(path: Path) -> Evaluation | None:
     examples = content.get("examples")
     if not isinstance(examples, list) or not examples:
         raise UserError(f"{path}: has no examples")
-    compared = [_compared(e, f"{path}: examples[{i}]") for i, e in enumerate(examples)]
+    compared = [_compared(example, f"{path}: examples[{i}]") for i, example in enumerate(examples)]
+    kinds = nonsense.MEASURES if "reference" in content else ()
+    both = (*MEASURES, *kinds)
+    measures = {"base": both, "finetuned": both, "difference": MEASURES}
+    if kinds:
+        measures["reference"] = kinds
     return Evaluation(
         data=str(content.get("data", "")),
         split=str(content.get("split", "")),
         generation={},
-        intervals={s: {m: _interval(content, s, m, path) for m in MEASURES} for s in SIDES},
-        examples=compared,
-        nonsense=None if "reference" not in content else {
-            side: {kind: _interval(content, side, kind, path) for kind in nonsense.MEASURES}
-            for side in ("base", "finetuned", "reference")
+        intervals={
+            side: {name: _interval(content, side, name, str(path)) for name in names}
+            for side, names in measures.items()
         },
-    )  # fmt: skip
+        examples=compared,
+    )
 
 
 def _compared(example: Any, where: str) -> Compared:
@@ -182,33 +143,16 @@ def _compared(example: Any, where: str) -> Compared:
         raise UserError(f"{where} is not an object")
     for field in fields(Compared):
         if field.type is float:
-            _number(example, field.name, where)
+            _number(example, where, field.name)
         elif not isinstance(example.get(field.name), str):
             raise UserError(f"{where}: {field.name} is not a text")
     return Compared(**{field.name: example[field.name] for field in fields(Compared)})
 
 
-def _interval(content: Record, side: str, measure: str, path: Path) -> Interval:
-    """evaluation.json has the means of base and fine-tuned apart from their intervals."""
-    intervals = content.get("intervals")
-    row = intervals.get(side) if isinstance(intervals, dict) else None
-    found = row.get(measure) if isinstance(row, dict) else None
-    where = f"{path}: intervals, {side}, {measure}"
-    bounds = [_number(found, i, where) for i in range(3 if side == "difference" else 2)]
+def _interval(content: Record, side: str, measure: str, where: str) -> Interval:
+    """The file has [mean, low, high] for a difference, else [low, high] and the mean apart."""
+    keys = ("intervals", side, measure)
     if side == "difference":
-        return Interval(*bounds)
-    return Interval(_number(content.get(side), measure, f"{path}: {side}"), *bounds)
-
-
-def _spectra(directory: Path) -> tuple[bool, tuple[Spectrum, ...]]:
-    """Of every module of the adapter, from A and B: the product (out, in) is never computed."""
-    if not directory.exists():
-        return False, ()
-    adapter = read_adapter(directory)
-    found = []
-    for module in adapter.modules:
-        A, B = (tensor.double() for tensor in adapter.pair(module))
-        scale = adapter.scale_of(module)
-        values = (abs(scale) * singular_values((A, B))).tolist()
-        found.append(Spectrum(module, (B.shape[0], A.shape[1]), scale, tuple(values)))
-    return adapter.config.dora, tuple(found)
+        return Interval(*(_number(content, where, *keys, i) for i in range(3)))
+    mean = _number(content, where, side, measure)
+    return Interval(mean, *(_number(content, where, *keys, i) for i in range(2)))

@@ -11,9 +11,13 @@ from minilora.nf4.model import quantize_report
 from .. import processes
 from ..errors import counted
 from ..evaluation.compare import Evaluation
-from ..evaluation.rouge import MEASURES
 from ..training.session import Session, trained_path
 from ..training.trainer import Outcome
+from .figures import Table, duration, nonsense_table, score_table
+
+NONSENSE_TITLE = """\
+Per cent of the summaries with a name or number that the dialogue lacks, with a word that neither it
+nor a word list has, with a repeated phrase:"""
 
 
 def first(evaluation: Evaluation, k: int = 3) -> list[int]:
@@ -27,45 +31,30 @@ def most_changed(evaluation: Evaluation, k: int = 3) -> list[int]:
 
 
 def format_comparison(evaluation: Evaluation) -> str:
-    """The scores as a plain text table."""
-    base, finetuned, change = (evaluation.intervals[k] for k in ("base", "finetuned", "difference"))
-    scores = [("", "base", "fine-tuned", "difference")]
-    scores += [(m, f"{base[m]:.2f}", f"{finetuned[m]:.2f}", f"{change[m]:+.2f}") for m in MEASURES]
+    """The scores and the nonsense measures as plain text tables."""
     title = (
-        f"{counted(evaluation.n, 'dialogue')}, {evaluation.split} split of {evaluation.data}. ROUGE "
-        "as F1 x 100, gen_len in tokens: mean [95% bootstrap interval]; the difference is paired."
+        f"{counted(evaluation.n, 'dialogue')}, {evaluation.split} split of {evaluation.data}. "
+        "ROUGE as F1 x 100, gen_len in tokens: mean [95% bootstrap interval]; the difference is paired."
     )
-    lines = [textwrap.fill(printable(title), 100), *_columns(scores)]
+    lines = [textwrap.fill(printable(title), 100), *_columns(score_table(evaluation))]
     if unseen := sum(not re.search("[a-z0-9]", e.reference.lower()) for e in evaluation.examples):
         lines.append(f"{unseen} references score 0: rouge_score reads a-z and 0-9 only.")
-    lines += _nonsense(evaluation)
+    if nonsense := nonsense_table(evaluation):
+        lines += ["", NONSENSE_TITLE, *_columns(nonsense)]
+    else:
+        lines.append(
+            "Names, numbers and words are not checked: the texts are not in Latin letters."
+        )
     return "\n".join(lines)
 
 
-def _nonsense(evaluation: Evaluation) -> list[str]:
-    """The shares of the summaries that say what their dialogues do not."""
-    if evaluation.nonsense is None:
-        return ["Names, numbers and words are not checked: the texts are not in Latin letters."]
-    sides = ("base", "finetuned", "reference")
-    kinds = evaluation.nonsense["base"]
-    rows = [
-        (kind.replace("_", " "), *(f"{evaluation.nonsense[side][kind]:.1f}" for side in sides))
-        for kind in kinds
-    ]
-    title = "Per cent of the summaries with a name or number that the dialogue lacks, with a word"
-    title += " that neither it nor a word list has, with a repeated phrase:"
-    head = ("", "base", "fine-tuned", "reference")
-    return ["", *textwrap.wrap(title, 100), *_columns([head, *rows])]
-
-
-def _columns(table: Sequence[Sequence[str]]) -> list[str]:
+def _columns(table: Table) -> list[str]:
     """The first column to the left, the others to the right."""
-    first, *others = ([len(cell) for cell in column] for column in zip(*table, strict=True))
-    widths = [max(column) for column in others]
+    names, *others = (max(map(len, column)) for column in zip(*table, strict=True))
     lines = []
     for name, *cells in table:
-        right = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        lines.append("  ".join([f"{name:<{max(first)}}", *right]))
+        right = (f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True))
+        lines.append("  ".join([f"{name:<{names}}", *right]))
     return lines
 
 
@@ -117,10 +106,8 @@ def header(session: Session, output: Path) -> str:
     count = processes.world_size()
     shared = f", {count} processes that share each batch" if count > 1 else ""
     precision = str(session.autocast_dtype or "float32").removeprefix("torch.")
-    report, sizes = (
-        session.report,
-        f"{counted(len(train), 'dialogue')} to train, {len(validation):,}",
-    )
+    report = session.report
+    sizes = f"{counted(len(train), 'dialogue')} to train, {len(validation):,}"
     trained = f"{report.trainable:,} trainable of {report.total:,} parameters"
     lines = [
         f"{run.model.model} on {run.data.name}: {sizes} to validate; {session.device.type}, "
@@ -152,15 +139,11 @@ def summary(
     return "\n".join(
         [
             f"trainable parameters  {report.trainable:,} of {report.total:,} ({share:.4f}%)",
-            f"time                  {_duration(seconds)}, of which training and validation took "
-            f"{_duration(progress.seconds)} ({counted(progress.step, 'step')})",
+            f"time                  {duration(seconds)}, of which training and validation took "
+            f"{duration(progress.seconds)} ({counted(progress.step, 'step')})",
             f"peak memory           {outcome.peak_bytes / 2**20:,.0f} MiB",
             f"saved                 {trained_path(output, session.run)}",
             *([f"report                {page}"] if page else []),
             f"summarize a chat      {evaluate} {shlex.quote(str(output))} --text chat.txt",
         ]
     )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"

@@ -11,16 +11,15 @@
   });
 
   const list = document.getElementById("cards");
-  if (!list) return;
-  const cards = [...list.children];
+  const cards = [...list.querySelectorAll(".card")];
+  if (!cards.length) return;
   const sort = document.getElementById("sort");
   const more = document.getElementById("more");
-  const of = document.getElementById("of");
   const page = Number(list.dataset.shown);
   let shown = page;
   let key = "order";
 
-  const gain = (card) => Number(card.dataset.gain.split(" ")[of ? of.selectedIndex : 0]);
+  const gain = (card) => Number(card.dataset.gain);
   const order = (card) => Number(card.dataset.order);
   const value = {
     order: () => 0,
@@ -48,7 +47,6 @@
     shown = page;
     draw();
   });
-  if (of) of.addEventListener("change", draw);
   more.addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (!button) return;
