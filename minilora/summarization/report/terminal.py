@@ -33,8 +33,9 @@ def most_changed(evaluation: Evaluation, k: int = 3) -> list[int]:
 def format_comparison(evaluation: Evaluation) -> str:
     """The scores and the nonsense measures as plain text tables."""
     title = (
-        f"{counted(evaluation.n, 'dialogue')}, {evaluation.split} split of {evaluation.data}; ROUGE"
-        " as F1 x 100, gen_len in tokens: mean [95% bootstrap interval]; the difference is paired."
+        f"{counted(evaluation.n, 'dialogue')}, {evaluation.split} split of {evaluation.data}. "
+        "ROUGE as F1 x 100, gen_len in tokens: mean [95% bootstrap interval]; "
+        "the difference is paired."
     )
     lines = [textwrap.fill(printable(title), 100), *_columns(score_table(evaluation))]
     if unseen := sum(not re.search("[a-z0-9]", e.reference.lower()) for e in evaluation.examples):
