@@ -90,10 +90,10 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
 
 def require(field: str, entries: Iterable[str], names: list[str], rule: Rule = is_named) -> None:
     """Refuse an entry that matches no module. PEFT lets a misspelt one pass."""
+    part = "'s adapted modules" if rule is matches_end else ""
     if isinstance(entries, str):  # one regular expression, or "all-linear"
         entries, rule = () if entries in ("", ALL_LINEAR) else (entries,), matches
-        field += ", a string is a regular expression, names go into a list"
-    part = "'s adapted modules" if rule is matches_end else ""
+        part = "; a string is a regular expression, names go into a list"
     for entry in entries:
         if not any(rule(entry, name) for name in names):
             near = modules.nearest(entry, names)
