@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 
 CORE = {
-    "config.py": "`LoRAConfig`, `LoRAError`",
     "functional.py": "the equation",
+    "config.py": "`LoRAConfig`: how its fields enter the equation",
     "linears.py": "which layers can be wrapped",
     "initialization.py": "how A and B start",
     "layer.py": "`LoRALinear`: forward, delta, merge, unmerge",

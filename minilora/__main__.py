@@ -12,10 +12,8 @@ ADAPTER is the directory of an adapter or of a run, or an adapter's name on the 
 """
 
 import argparse
-import importlib.util
-import json
+import importlib
 import logging
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +31,7 @@ from minilora.peft_format.directory import Adapter
 from minilora.reports import fold_names
 from minilora.summarization import errors
 from minilora.summarization.errors import UserError
+from minilora.summarization.files import read_object
 from minilora.summarization.presets import restored
 
 if TYPE_CHECKING:
@@ -110,14 +109,8 @@ def _conformance(parsed: argparse.Namespace) -> int:
     try:
         if place.endswith(".py"):
             sys.path.insert(0, str(Path(place).parent))  # as `python FILE.py` does
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None
-            assert spec.loader is not None
-            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        found = getattr(module, name)
+            place = Path(place).stem
+        found = getattr(importlib.import_module(place), name)
         report = conformance.check(**found if isinstance(found, Mapping) else {"make": found})
     except Exception as error:
         text = f"cannot check {parsed.target!r}: {type(error).__name__}: {error}"
@@ -158,14 +151,13 @@ def inspection(adapter: Adapter) -> str:
     ]
     for module in adapter.modules:
         A, B = (tensor.double() for tensor in adapter.pair(module))
-        values = adapter.scale_of(module) * singular_values((A, B))
+        values = adapter.scale_of(module) * singular_values(A, B)
         shown = [f"{value:.3g}" for value in values.tolist()]
         if len(shown) > 8:
             shown = [*shown[:7], "..", shown[-1]]
         numbers = (adapter.scale_of(module), A.norm(), B.norm(), values.norm())
-        rows.append(
-            (module, str(A.shape[0]), *(f"{float(n):.4g}" for n in numbers), " ".join(shown))
-        )
+        cells = (f"{float(number):.4g}" for number in numbers)
+        rows.append((module, str(A.shape[0]), *cells, " ".join(shown)))
     config = adapter.config
     count = sum(tensor.numel() for tensor in adapter.tensors.values())
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in adapter.tensors.values()})
@@ -182,35 +174,29 @@ def inspection(adapter: Adapter) -> str:
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Text columns to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    last = len(widths) - 1
-    return [
-        "  ".join(
-            cell.ljust(width) if i in (0, last) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 # merge -------------------------------------------------------------------------------------------
 
 
 def _merge(parsed: argparse.Namespace) -> None:
+    from minilora.summarization.model.loading import load_tokenizer
+
     out: Path = parsed.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LoRAError(f"{out} exists and is not an empty directory: name another")
     directory = _directory(parsed.adapter)
     adapter = minilora.read_adapter(directory)
-    name = parsed.model or _setting(directory, "model") or adapter.base_model
-    if name is None:
+    settings = _settings(directory)
+    name = parsed.model or settings.get("model") or adapter.base_model
+    if not isinstance(name, str):
         raise LoRAError(f"{parsed.adapter} does not name its base model: say --model")
     model, stored = _load(name)
     # The adapter of a base in four bits belongs to what those mean, not to the weights before.
-    if four_bits := _setting(directory, "method") == "qlora" or adapter.config.init == "loftq":
+    if four_bits := settings.get("method") == "qlora" or adapter.config.init == "loftq":
         print(minilora.quantize(model))
-    before_adapter = _logits(model)
     print(apply_adapter(model, adapter, inference=True))
     before = _logits(model)
     if not four_bits:
@@ -219,39 +205,32 @@ def _merge(parsed: argparse.Namespace) -> None:
 
     dtype = DTYPES[parsed.dtype] if parsed.dtype else stored
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        new = Path(folder) / "model"
         torch.nn.Module.to(model, dtype)
-        model.save_pretrained(beside)
-        _save_tokenizer(name, beside)
-        after = _logits(_load(str(beside))[0])  # what whoever loads it will get
+        model.save_pretrained(new)
+        try:
+            load_tokenizer(name).save_pretrained(new)
+        except UserError:
+            print(f"note: {name} has no tokenizer to write beside the model", file=sys.stderr)
+        after = _logits(_load(str(new))[0])  # what whoever loads it will get
         apart = (after - before).abs().max().item()
-        print(
-            f"logits on sample tokens, unmerged against the checkpoint in {dtype}: at most "
-            f"{apart:.2g} apart; the adapter itself changes them by up to "
-            f"{(before - before_adapter).abs().max().item():.2g}"
-        )
+        print(f"logits on sample tokens, unmerged and from the checkpoint: {apart:.2g} apart")
         if dtype == torch.float32 and apart > 1e-3 * before.abs().max().item():
             raise LoRAError(f"the merged logits differ by {apart:.2g}: nothing is written")
-        beside.chmod(0o755)
         if out.exists():
             out.rmdir()
-        beside.replace(out)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+        new.replace(out)
     print(f"written to {out}")
 
 
-def _setting(run: Path, name: str) -> str | None:
-    """A value in a run's config.json, which may be asked for the adapter directory inside it."""
-    for directory in (run, run.parent) if run.name == "adapter" else (run,):
-        try:
-            value = json.loads((directory / "config.json").read_bytes())[name]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        return restored(value, directory) if isinstance(value, str) else None
-    return None
+def _settings(directory: Path) -> dict[str, Any]:
+    """The config.json of the run that the adapter is of; nothing where it is of none."""
+    run = directory.parent if directory.name == "adapter" else directory
+    settings = read_object(run / "config.json") or {}
+    if model := settings.get("model"):
+        settings["model"] = restored(str(model), run)
+    return settings
 
 
 def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":
@@ -277,29 +256,15 @@ def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":
     return model.eval(), stored
 
 
+@torch.no_grad()
 def _logits(model: Any) -> torch.Tensor:
-    """(2, 16, ...) on random token ids, the same for every model of one vocabulary."""
-    draw = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (2, 16), generator=draw)
+    """(2, 16, ...) on the first token ids, the same for every model of one vocabulary."""
+    ids = torch.arange(32).view(2, 16)
     inputs = {"input_ids": ids}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(0)
-    with torch.no_grad():
-        logits: torch.Tensor = model(**inputs).logits.float()
+    logits: torch.Tensor = model(**inputs).logits.float()
     return logits
-
-
-def _save_tokenizer(name: str, directory: Path) -> None:
-    """Beside the model, where the base has one: then the directory is complete."""
-    from minilora.summarization.model.loading import load_tokenizer
-
-    try:
-        tokenizer = load_tokenizer(name)
-    except UserError:
-        print(f"note: {name} has no tokenizer to write beside the model", file=sys.stderr)
-    else:
-        tokenizer.save_pretrained(directory)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@ An adapter holds the updates s B A of its modules. The adapters made here have s
 (alpha is the rank): the scale of each input, rsLoRA's too, is multiplied into B.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from minilora.peft_format.directory import Adapter
 from minilora.peft_format.keys import PREFIX, SUFFIXES
 from minilora.targets import select
 
-Method = Literal["linear", "cat", "svd"]
 Factors = tuple[Tensor, Tensor]
 """A (r, in) and B (out, r)."""
 
@@ -43,7 +41,7 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class Fitted(Adapter):
-    """An adapter made by arithmetic, with its approximation errors.
+    """An adapter extracted from a full fine-tune, with its approximation errors.
 
     Args:
         config: as in `Adapter`, and so are `tensors`, `base_model` and `fan_in_fan_out`.
@@ -65,37 +63,29 @@ class Fitted(Adapter):
         return 1 - lost / total if total else 1.0
 
     def __str__(self) -> str:
-        worst = max(self.fits, key=lambda fit: fit.error)
-        text = (
-            f"{len(self.fits)} modules, {self.energy:.2%} of the update's energy kept; "
-            f"error at most {worst.error:.2g} of an update ({worst.module})"
-        )
-        if self.left_out:
-            text += f"; {len(self.left_out)} changed parameters left out: {self.left_out[0]}, ..."
-        return text
+        kept = f"{len(self.fits)} modules, {self.energy:.2%} of the update's energy kept"
+        return f"{kept}; {len(self.left_out)} changed parameters left out"
 
 
 def combine(
-    adapters: Sequence[Adapter], weights: Sequence[float], method: Method = "cat",
-    rank: int | None = None,
-) -> Fitted:  # fmt: skip
+    adapters: Sequence[Adapter], weights: Sequence[float], method: Literal["cat"] = "cat"
+) -> Adapter:
     """One adapter for the weighted sum of the updates of several: Delta = sum of w_i s_i B_i A_i.
 
+    The factors are concatenated, so the ranks add up, and the sum is exact. (PEFT's "linear" adds
+    up A and B each, which adds cross terms B_i A_j. For a lower rank, `extract` at that rank.)
     Where only some of the adapters have a module, the sum is over those.
 
     Args:
         adapters: plain LoRA (no DoRA, no trained biases or modules).
         weights: one number each; any sign.
-        method: "cat" concatenates the factors: exact; the ranks add up. "svd" keeps the best `rank`
-            directions of that sum. "linear" adds up A and B each, weighted by the root of
-            |w_i s_i|, as PEFT does: it adds cross terms B_i A_j and needs equal ranks.
-        rank: the rank of the result, with "svd" only.
+        method: PEFT's name for this; there is no other.
 
     Returns:
-        An adapter with s = 1, and its error beside the exact sum.
+        An adapter with s = 1.
 
     Raises:
-        LoRAError: the arguments are wrong, or the adapters do not go with each other or the method.
+        LoRAError: the arguments are wrong, or the adapters do not go with each other.
 
     Example:
         >>> config = LoRAConfig(rank=2, alpha=8, targets=("q_proj",))
@@ -110,37 +100,25 @@ def combine(
     if not adapters or len(adapters) != len(weights):
         count = f"{len(adapters)} adapters and {len(weights)} weights"
         raise LoRAError(f"{count}: give one weight each")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise LoRAError(f"the weights must be finite, not {list(weights)}")
-    if method not in get_args(Method):
-        raise LoRAError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}")
-    if (method == "svd") != (rank is not None):
-        raise LoRAError("rank goes with method 'svd', and 'svd' needs one")
-    for adapter in adapters:
-        if adapter.config.dora or adapter.config.lora_bias or adapter.extras:
-            raise LoRAError(
-                "only plain LoRA is a sum: DoRA's magnitudes, biases and whole modules cannot be "
-                "added up; merge such an adapter, and minilora.extract one from the merged model"
-            )
+    if method != "cat":
+        raise LoRAError(f"method must be 'cat', not {method!r}: extract lowers the rank of a sum")
+    if any(a.config.dora or a.config.lora_bias or a.extras for a in adapters):
+        advice = "merge such an adapter, and minilora.extract one from the merged model"
+        raise LoRAError(f"only plain LoRA is a sum, without DoRA, biases, whole modules: {advice}")
     factors: dict[str, Factors] = {}
-    fits = []
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
         terms = [
             (weight * adapter.scale_of(module), *adapter.pair(module))
             for adapter, weight in zip(adapters, weights, strict=True)
             if module in adapter.modules
         ]
-        exact = _stack(module, terms)
-        made = exact if rank is None else truncate(exact, rank)
-        factors[module] = _add(module, terms) if method == "linear" else made
-        fits.append(_fit(module, exact, factors[module]))
+        factors[module] = _concatenate(module, terms)
     first = adapters[0]
     config = first.config
     if set(factors) != set(first.modules):  # what it targets is not what the sum has
         config = replace(config, targets=tuple(factors), exclude=(), layers=None, layers_pattern=())
-    agree = all(adapter.base_model == first.base_model for adapter in adapters)
-    base_model = first.base_model if agree else None
-    return _assemble(factors, config, base_model, first.fan_in_fan_out, fits)
+    base_model = first.base_model if len({a.base_model for a in adapters}) == 1 else None
+    return Adapter(*_from_factors(factors, config), base_model, first.fan_in_fan_out)
 
 
 def extract(
@@ -181,15 +159,15 @@ def extract(
     config = LoRAConfig(rank=rank, alpha=rank, targets=targets)  # type: ignore[arg-type]
     found = select(base, config)
     after, before = dict(finetuned.named_parameters()), dict(base.named_parameters())
-    shapes = [{name: p.shape for name, p in model.items()} for model in (after, before)]
-    if shapes[0] != shapes[1]:
+    if {name: p.shape for name, p in after.items()} != {n: p.shape for n, p in before.items()}:
         raise LoRAError("the models differ in names or shapes: these are not one model's weights")
     factors, fits = {}, []
     for module, layer in found.items():
         W = linears.dense_weight(layer).to(torch.float32)  # (out, in)
         delta = linears.dense_weight(finetuned.get_submodule(module)).to(W) - W
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-        factors[module] = _split(U, S, Vh, rank)
+        root = S[:rank].sqrt()  # in either factor
+        factors[module] = root[:, None] * Vh[:rank], U[:, :rank] * root
         norm, lost = S.norm().item(), S[rank:].norm().item()
         fits.append(Fit(module, norm, lost / norm if norm else 0.0))
     held = {f"{module}.weight" for module in found}
@@ -197,35 +175,19 @@ def extract(
     left_out = tuple(name for name in unheld if not torch.equal(before[name], after[name]))
     transposed = any(linears.is_conv1d(layer) for layer in found.values())
     name = getattr(base, "name_or_path", None) or None
-    return _assemble(factors, config, name, transposed, fits, left_out)
+    return Fitted(*_from_factors(factors, config), name, transposed, tuple(fits), left_out)
 
 
-def truncate(factors: Factors, rank: int) -> Factors:
-    """The A (rank, in) and B (out, rank) whose product is nearest to B A, without forming B A.
+def singular_values(A: Tensor, B: Tensor) -> Tensor:
+    """The singular values of B A, the largest first, without forming B A (out, in).
 
-    With B = Q R and A^T = Q' R' the singular values of B A are those of the small core R R'^T.
+    With B = Q R and A^T = Q' R' they are those of R R'^T, which is small.
     """
-    A, B = factors
-    Q, R = torch.linalg.qr(B)  # (out, k) (k, r)
-    Q2, R2 = torch.linalg.qr(A.T)  # (in, l) (l, r)
-    U, S, Vh = torch.linalg.svd(R @ R2.T, full_matrices=False)
-    return _split(Q @ U, S, Vh @ Q2.T, rank)
-
-
-def singular_values(factors: Factors) -> Tensor:
-    """The singular values of B A, the largest first, from the small core as in `truncate`."""
-    A, B = factors
     values: Tensor = torch.linalg.svdvals(torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T)
     return values
 
 
-def _split(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> Factors:
-    """A and B from the largest singular values, the square root of each in either."""
-    root = S[:rank].sqrt()
-    return root[:, None] * Vh[:rank], U[:, :rank] * root
-
-
-def _stack(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
+def _concatenate(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
     """A_1 .. A_n below each other and w_1 B_1 .. w_n B_n side by side, in float64."""
     shapes = {(B.shape[0], A.shape[1]) for _, A, B in terms}
     if len(shapes) > 1:
@@ -234,31 +196,10 @@ def _stack(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factor
     return torch.cat(As), torch.cat(Bs, dim=1)
 
 
-def _add(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
-    """(sum of +-sqrt|w_i| A_i, sum of sqrt|w_i| B_i), as PEFT's "linear" does."""
-    ranks = {A.shape[0] for _, A, _ in terms}
-    if len(ranks) > 1:
-        raise LoRAError(f"{module} has ranks {sorted(ranks)}: 'linear' needs one; try 'svd'")
-    As = [math.copysign(math.sqrt(abs(weight)), weight) * A.double() for weight, A, _ in terms]
-    Bs = [math.sqrt(abs(weight)) * B.double() for weight, _, B in terms]
-    return torch.stack(As).sum(dim=0), torch.stack(Bs).sum(dim=0)
-
-
-def _fit(module: str, exact: Factors, made: Factors) -> Fit:
-    """Both norms come from singular values; the difference is the sum with weights 1 and -1."""
-    norm = singular_values(exact).norm().item()
-    apart = 0.0
-    if made is not exact:
-        difference = _stack(module, [(1.0, *exact), (-1.0, *made)])
-        apart = singular_values(difference).norm().item()
-    return Fit(module, norm, apart / norm if norm else 0.0)
-
-
-def _assemble(
-    factors: Mapping[str, Factors], config: LoRAConfig, base_model: str | None, transposed: bool,
-    fits: Sequence[Fit], left_out: tuple[str, ...] = (),
-) -> Fitted:  # fmt: skip
-    """The adapter with these factors and s = 1; a pattern for ranks unlike the commonest."""
+def _from_factors(
+    factors: Mapping[str, Factors], config: LoRAConfig
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """What an `Adapter` takes, with s = 1; a pattern for ranks unlike the commonest."""
     ranks = {module: A.shape[0] for module, (A, _) in sorted(factors.items())}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = resolve(ranks.__getitem__, tuple(ranks), rank)
@@ -268,4 +209,4 @@ def _assemble(
     for module, (A, B) in factors.items():
         tensors[PREFIX + module + SUFFIXES["lora_A"]] = A.float().contiguous()
         tensors[PREFIX + module + SUFFIXES["lora_B"]] = B.float().contiguous()
-    return Fitted(config, tensors, base_model, transposed, tuple(fits), left_out)
+    return config, tensors

@@ -1,6 +1,16 @@
-"""LoRAConfig: what to adapt and how, in the paper's terms; the constructor validates it."""
+"""LoRAConfig: what to adapt and how, in the paper's terms.
 
-import math
+How the fields enter the equation y = x W^T + b + s (dropout(x) A^T) B^T of `functional.py`:
+
+    rank, rank_pattern               r, the rows of A and the columns of B
+    alpha, alpha_pattern, rslora     s = alpha / r, or alpha / sqrt(r)
+    dropout                          the probability that an element of x is left out
+    init                             the values of A and B before training
+    targets, exclude, layers, ...    which layers of the model get an A and a B
+    bias, also_train                 what of the base trains too, such as b
+    dora, lora_bias                  another equation: see `methods/`
+"""
+
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -91,7 +101,7 @@ class LoRAConfig:
         for name in RULES:
             check(name, getattr(self, name))
         for name in ("targets", "exclude", "layers", "layers_pattern", "also_train"):
-            self._set(name, _several(name, getattr(self, name)))
+            self._set(name, _as_tuple(name, getattr(self, name)))
         for pattern in self.layers_pattern:
             check_regex("layers_pattern", pattern, "({})")
         for name, rule in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
@@ -122,13 +132,31 @@ class LoRAConfig:
         return next(alphas, self.alpha)
 
 
-def scale(alpha: float, rank: int, rslora: bool = False) -> float:
-    """The scale s = alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r) (rsLoRA)."""
-    return alpha / math.sqrt(rank) if rslora else alpha / rank
+# How an entry means a module, as in PEFT. For "model.layers.0.q_proj":
+#     "targets" or "exclude" as one string: a regular expression for the whole name, r".*q_proj"
+#     each entry of a sequence: the exact name, or its end after a dot, "q_proj" or "0.q_proj"
+#     each key of a pattern: a regular expression for the name or such an end, r"[01]\.q_proj"
+
+
+def matches(names: str | tuple[str, ...], module: str) -> bool:
+    """Whether a regular expression, or one entry of a sequence, means the module.
+
+    Example:
+        >>> matches(("proj",), "layers.0.proj"), matches(("proj",), "layers.0.q_proj")
+        (True, False)
+    """
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(is_named(name, module) for name in names)
+
+
+def is_named(name: str, module: str) -> bool:
+    """Whether an entry of a sequence is the module's exact name, or its end after a dot."""
+    return f".{module}".endswith(f".{name}")
 
 
 def matches_end(key: str, module: str) -> bool:
-    """Whether a key of a pattern means this module: PEFT's rule, to the letter."""
+    """Whether a key of a pattern means the module."""
     return re.match(rf"(.*\.)?({key})$", module) is not None
 
 
@@ -147,7 +175,7 @@ def check_regex(name: str, value: str, used: str = "{}") -> None:
         raise LoRAError(f"{name}: {value!r} is not a regular expression: {error}") from None
 
 
-def _several(name: str, value: Any) -> Any:
+def _as_tuple(name: str, value: Any) -> Any:
     """The value as a tuple, or as the one string it is; a set is sorted: runs are reproducible."""
     if isinstance(value, str) and name in ("targets", "exclude"):
         check_regex(name, value)
@@ -159,12 +187,13 @@ def _several(name: str, value: Any) -> Any:
     return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
 
 
-def _is_a(kind: Any, value: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _is(type_: Any, value: Any) -> bool:
+    """Python counts True and False among the integers; a rank is not one of them."""
+    return isinstance(value, type_) and not isinstance(value, bool)
 
 
-def _all_are(kind: Any, value: Any) -> bool:
-    return isinstance(value, Iterable) and all(_is_a(kind, item) for item in value)
+def _all_are(type_: Any, value: Any) -> bool:
+    return isinstance(value, Iterable) and all(_is(type_, item) for item in value)
 
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -172,10 +201,10 @@ _NAMES: Rule = (lambda v: _all_are(str, v), "a string or a sequence of strings")
 _MAPPING: Rule = (lambda v: isinstance(v, Mapping) and _all_are(str, v), "{regex: number}")
 _FLAG: Rule = (lambda v: isinstance(v, bool), "True or False")
 RULES: dict[str, Rule] = {
-    "rank": (lambda v: _is_a(int, v) and v >= 1, "a whole number of at least 1"),
-    "alpha": (lambda v: _is_a(int | float, v) and 0 < v < 1e308, "a finite number above 0"),
-    "dropout": (lambda v: _is_a(int | float, v) and 0 <= v < 1, "in [0, 1)"),
-    "layers": (lambda v: _is_a(int | None, v) or _all_are(int, v), "a sequence of whole numbers"),
+    "rank": (lambda v: _is(int, v) and v >= 1, "a whole number of at least 1"),
+    "alpha": (lambda v: _is(int | float, v) and 0 < v < 1e308, "a finite number above 0"),
+    "dropout": (lambda v: _is(int | float, v) and 0 <= v < 1, "in [0, 1)"),
+    "layers": (lambda v: _is(int | None, v) or _all_are(int, v), "a sequence of whole numbers"),
     "init": (lambda v: v in get_args(Init), f"one of {', '.join(get_args(Init))}"),
     "bias": (lambda v: v in get_args(Bias), f"one of {', '.join(get_args(Bias))}"),
     "task_type": (lambda v: isinstance(v, str | None), "a string"),

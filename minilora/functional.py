@@ -1,16 +1,29 @@
-"""The equation of the adapter's branch."""
+"""The equation, from which everything else follows.
+
+A linear layer computes y = x W^T + b. LoRA freezes W (out, in) and adds the product of two narrow
+matrices A (r, in) and B (out, r), which train:
+
+    y = x W^T + b + s (x A^T) B^T        that is, W becomes W + s B A
+"""
+
+import math
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
-    """Add the branch: `y + s (dropout(x) A^T) B^T` (Hu et al. 2021, equation 3).
+def scale(alpha: float, rank: int, rslora: bool = False) -> float:
+    """The scale s = alpha / r (Hu et al. 2021, section 4.1), or alpha / sqrt(r) (rsLoRA)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
 
-    Here y = base(x) = x W^T + b. Training usually computes the same in `fused.py`.
+
+def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
+    """Add the adapter's branch: `y + s (dropout(x) A^T) B^T` (Hu et al. 2021, equation 3).
+
+    Training usually computes the same in `fused.py`.
 
     Args:
-        y: (..., out), the frozen layer's output.
+        y: (..., out), the frozen layer's output x W^T + b.
         x: (..., in), its input.
         A: (r, in). B: (out, r). Cast to x's dtype; under autocast to autocast's.
         scale: s.

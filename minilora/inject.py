@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -16,47 +15,6 @@ from minilora.layer import LoRALinear, refuse_merged
 from minilora.modules import naming, plain_model, plain_name, replace_modules, require_grad, seeded
 from minilora.reports import InjectReport
 from minilora.targets import select
-
-
-class Beside(Protocol):
-    """Something that trains beside A and B, such as biases. Made, and checked, before injection."""
-
-    live: dict[str, str]
-    """What trains: name on disk, without PEFT's prefix -> name in the model's state_dict."""
-
-    def start(self, model: nn.Module) -> None:
-        """Let it train, and keep the base's values."""
-
-    def swap(self, model: nn.Module) -> None:
-        """Put the base's values in the place of the trained ones, or back."""
-
-
-# Tables of what other methods add to LoRA; `minilora/methods/__init__.py` fills them.
-LAYERS: dict[str, type[LoRALinear]] = {}
-"""A flag of the configuration, and the layer that it asks for."""
-BESIDE: list[Callable[[nn.Module, LoRAConfig, Collection[str]], Beside]] = []
-"""Called with the model, the configuration and the names of the adapted modules."""
-DEQUANTIZERS: list[Callable[[nn.Module, torch.dtype | None], AbstractContextManager[None]]] = []
-"""Context managers that replace quantized linears by full-precision ones and round on exit."""
-
-
-@dataclass
-class Injection:
-    """State stored on the model at injection; used to undo it."""
-
-    config: LoRAConfig
-    required_grad: dict[str, bool]
-    """Which of the base's parameters trained before, by their names then."""
-    beside: list[Beside]
-    hook: RemovableHandle
-    enabled: bool = True
-    """False inside `with disabled(model)`."""
-
-    def swap(self, model: nn.Module) -> None:
-        """Exchange the values of trained biases and modules with the base's."""
-        for part in self.beside:
-            part.swap(model)
-        self.enabled = not self.enabled
 
 
 def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> InjectReport:
@@ -101,28 +59,30 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Inj
 def wrap(model: nn.Module, selected: dict[str, nn.Module], config: LoRAConfig) -> None:
     """Freeze, then replace each of the selected modules by a LoRALinear around it."""
     required_grad = {plain_name(n): p.requires_grad for n, p in model.named_parameters()}
-    beside = [part(model, config, selected) for part in BESIDE]
-    kind, layers = layer_for(config), {}
+    extras = [extra(model, config, selected) for extra in EXTRAS]
+    layer_class, layers = layer_for(config), {}
     more: Any = {"dropout": config.dropout, "rslora": config.rslora, "init": config.init}
     try:
         for name, module in selected.items():
+            rank, alpha = config.rank_of(name), config.alpha_of(name)
             with naming(name):
-                layers[module] = kind(module, config.rank_of(name), config.alpha_of(name), **more)
+                layers[module] = layer_class(module, rank, alpha, **more)
     except BaseException:  # Ctrl-C too. Each layer froze its base: the model is left as it was
         require_grad(model, required_grad)
         raise
     model.requires_grad_(False)
     model.zero_grad()  # an optimizer skips a parameter only if its gradient is None
     replace_modules(model, layers)
-    for part in beside:
-        part.start(model)
+    for extra in extras:
+        extra.start(model)
     hook = model.register_load_state_dict_pre_hook(refuse_merged)
-    model._minilora = Injection(config, required_grad, beside, hook)  # type: ignore[assignment]
+    model._minilora = Injection(config, required_grad, extras, hook)  # type: ignore[assignment]
 
 
 def layer_for(config: LoRAConfig) -> type[LoRALinear]:
     """The class of the layers that this configuration asks for."""
-    return next((kind for flag, kind in LAYERS.items() if getattr(config, flag)), LoRALinear)
+    asked = (layer for flag, layer in LAYERS.items() if getattr(config, flag))
+    return next(asked, LoRALinear)
 
 
 def report(model: nn.Module, seed: int | None = None) -> InjectReport:
@@ -131,13 +91,11 @@ def report(model: nn.Module, seed: int | None = None) -> InjectReport:
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     quantized = [m for m in model.modules() if not linears.is_mergeable(m)]  # not in parameters
     total = sum(p.numel() for p in parameters) + sum(math.prod(linears.shape(m)) for m in quantized)
-    also = [n for part in (injection.beside if injection else ()) for n in part.live]
+    also = [n for extra in (injection.extras if injection else ()) for n in extra.find(model)]
     return InjectReport(tuple(lora_layers(model)), trainable, total, tuple(also), seed)
 
 
-def unwrap(
-    model: nn.Module, dequantize: bool = False, dtype: torch.dtype | None = None
-) -> nn.Module:
+def unwrap(model: nn.Module, dequantize: bool = False) -> nn.Module:
     """Merge the adapter for good and put the original modules back under their original names.
 
     Afterwards inference costs what the base costs: the modules are the very same ones (Hu et al.
@@ -145,10 +103,9 @@ def unwrap(
 
     Args:
         model: as `inject` or `load_adapter` left it, merged or not.
-        dequantize: turn a 4-bit base into plain linears, W + s B A with the W that its codes mean.
-            What rounding that cost is logged, by `logging.getLogger("minilora")`.
-        dtype: float32 or bfloat16, to which the sum is rounded once and the rest of the model cast;
-            by default each layer's own, the model's. Only with `dequantize`.
+        dequantize: turn a 4-bit base into plain linears, W + s B A with the W that its codes mean,
+            rounded once to the model's dtype (`model.float()` before it: not rounded). What that
+            cost is logged, by `logging.getLogger("minilora")`.
 
     Returns:
         The same model, with the module types, state-dict keys and trainability it had before.
@@ -165,7 +122,7 @@ def unwrap(
     model = plain_model(model)
     with ExitStack() as stack:
         for dequantized in DEQUANTIZERS if dequantize else ():
-            stack.enter_context(dequantized(model, dtype))
+            stack.enter_context(dequantized(model))
         merge_layers(lora_layers(model))
     return _put_back(model)
 
@@ -182,6 +139,7 @@ def unload(model: nn.Module) -> nn.Module:
         The same model, with the modules, values and trainability it had before.
 
     Example:
+        >>> import torch
         >>> model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
         >>> before = model["q_proj"].weight.clone()
         >>> _ = inject(model, LoRAConfig(rank=2, targets=("q_proj",), init="random"))
@@ -191,8 +149,8 @@ def unload(model: nn.Module) -> nn.Module:
     model = plain_model(model)
     for layer in lora_layers(model).values():
         layer.unmerge()
-    if (injection := injection_of(model)) is not None and injection.enabled:
-        injection.swap(model)
+    if (injection := injection_of(model)) is not None:
+        injection.enable(model, False)
     return _put_back(model)
 
 
@@ -240,7 +198,56 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {plain_name(name): m for name, m in named if isinstance(m, LoRALinear)}
 
 
+# What a model remembers, and what methods other than plain LoRA add ------------------------------
+
+
+class Extra(Protocol):
+    """Parameters outside the adapted layers that train too, such as biases.
+
+    The constructor checks, and leaves the model as it is: (model, configuration, names of the
+    adapted modules).
+    """
+
+    def find(self, model: nn.Module) -> dict[str, str]:
+        """What trains: name on disk, without PEFT's prefix -> name in the model's state_dict."""
+
+    def start(self, model: nn.Module) -> None:
+        """Let it train, and keep the base's values."""
+
+    def swap(self, model: nn.Module) -> None:
+        """Put the base's values in the place of the trained ones, or back."""
+
+
+@dataclass
+class Injection:
+    """State stored on the model at injection; used to undo it."""
+
+    config: LoRAConfig
+    required_grad: dict[str, bool]
+    """Which of the base's parameters trained before, by their names then."""
+    extras: list[Extra]
+    hook: RemovableHandle
+    enabled: bool = True
+    """False inside `with disabled(model)`."""
+
+    def enable(self, model: nn.Module, enabled: bool) -> None:
+        """Give the extras their trained values, or the base's if not enabled."""
+        if enabled != self.enabled:
+            for extra in self.extras:
+                extra.swap(model)
+            self.enabled = enabled
+
+
 def injection_of(model: nn.Module) -> Injection | None:
     """What the model remembers of its injection, or None."""
     injection = getattr(model, "_minilora", None)
     return injection if isinstance(injection, Injection) else None
+
+
+# For plain LoRA these tables are empty; `minilora/methods/__init__.py` fills them and says how.
+LAYERS: dict[str, type[LoRALinear]] = {}
+"""A flag of the configuration -> the layer that it asks for."""
+EXTRAS: list[Callable[[nn.Module, LoRAConfig, Collection[str]], Extra]] = []
+"""Makers of what trains outside the layers."""
+DEQUANTIZERS: list[Callable[[nn.Module], AbstractContextManager[None]]] = []
+"""Context managers that replace quantized linears by full-precision ones and round on exit."""

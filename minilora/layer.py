@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora import linears
-from minilora.config import Init, LoRAError, check, scale
-from minilora.functional import low_rank
+from minilora.config import Init, LoRAError, check
+from minilora.functional import low_rank, scale
 from minilora.fused import can_fuse, fused_low_rank
 from minilora.initialization import STARTS
 

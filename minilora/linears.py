@@ -1,8 +1,7 @@
 """What a LoRALinear may wrap: any module that computes y = x W^T + b and says so.
 
-Three kinds: `torch.nn.Linear`, GPT-2's `Conv1D` (the same product with the weight stored
-transposed, known by its shape since the library does not import transformers), and modules that
-implement `LinearLike` themselves, such as a quantized linear.
+These are `torch.nn.Linear`; GPT-2's `Conv1D`, the same product with the weight stored as (in, out);
+and any module with the attributes of `LinearLike`, such as a quantized linear.
 """
 
 from typing import Protocol, runtime_checkable
@@ -27,10 +26,11 @@ class LinearLike(Protocol):
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether the module is a Conv1D of transformers: weight (in, out) and the width `nf`."""
-    weight = getattr(module, "weight", None)
-    matrix = isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1]
-    return type(module).__name__ == "Conv1D" and matrix == getattr(module, "nf", None)
+    """Whether the module is the Conv1D of transformers, which is not imported here.
+
+    A convolution of this name has no `nf`, which is transformers' name for the output width.
+    """
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -98,18 +98,17 @@ def disabled(model: nn.Module) -> Iterator[None]:
     before = [(layer, layer.enabled, layer.merged) for layer in _layers(model).values()]
     model = plain_model(model)
     injection = injection_of(model)
-    # Of nested blocks only the outermost exchanges biases and modules.
-    outermost = injection if injection is not None and injection.enabled else None
+    extras_enabled = injection is not None and injection.enabled  # not in a block inside another
     try:
         for layer, _, _ in before:
             layer.unmerge()
             layer.enabled = False
-        if outermost is not None:
-            outermost.swap(model)
+        if injection is not None:
+            injection.enable(model, False)
         yield
     finally:
-        if outermost is not None:
-            outermost.swap(model)
+        if injection is not None:
+            injection.enable(model, extras_enabled)
         for layer, enabled, merged in before:
             layer.enabled = enabled
             if merged:

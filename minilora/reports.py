@@ -1,6 +1,5 @@
 """What inject, merge and load return. Every report prints."""
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -45,22 +44,19 @@ class Rounding:
     Attributes:
         module: dotted name.
         largest: largest |merged - (W + Delta W)| of an entry.
-        relative: ||merged - (W + Delta W)|| / ||W + Delta W||.
         lost: share of the update lost to rounding: ||(merged - W) - Delta W|| / ||Delta W||.
     """
 
     module: str
     largest: float
-    relative: float
     lost: float
 
     @classmethod
     def of(cls, module: str, before: Tensor, exact: Tensor, written: Tensor) -> "Rounding":
         """From W, W + Delta W, both (out, in) in float64, and what was written."""
         error = written.to(exact.dtype) - exact  # (merged - W) - Delta W is the same difference
-        norms = (whole.norm().item() for whole in (exact, exact - before))
-        relative, lost = (error.norm().item() / (norm or 1.0) for norm in norms)
-        return cls(module, error.abs().max().item(), relative, lost)
+        lost = error.norm().item() / ((exact - before).norm().item() or 1.0)
+        return cls(module, error.abs().max().item(), lost)
 
 
 @dataclass(frozen=True)
@@ -68,20 +64,16 @@ class MergeReport:
     """The rounding of each merged module. Printed: one line with the worst of them.
 
     Attributes:
-        modules: a `Rounding` each, with `module`, `largest`, `relative` and `lost`.
+        modules: a `Rounding` each, with `module`, `largest` and `lost`.
     """
 
     modules: tuple[Rounding, ...]
 
     def __str__(self) -> str:
-        if not self.modules:
-            return "0 modules merged"
         worst = max(self.modules, key=lambda rounding: rounding.lost)
-        return (
-            f"{len(self.modules)} modules merged; rounding error at most "
-            f"{max(r.largest for r in self.modules):.2g} an entry; at most {worst.lost:.2g} of an "
-            f"update lost ({worst.module})"
-        )
+        lost = f"at most {worst.lost:.2g} of an update lost ({worst.module})"
+        error = f"rounding error at most {max(r.largest for r in self.modules):.2g} an entry"
+        return f"{len(self.modules)} modules merged; {error}; {lost}"
 
 
 @dataclass(frozen=True)
@@ -106,28 +98,24 @@ class LoadReport:
 
 
 def fold_names(names: tuple[str, ...]) -> list[str]:
-    """Names that differ in numbers only become one line.
+    """Names that differ in their first number only become one line.
 
     Example:
         >>> fold_names(("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj"))
         ['layers.{0,1}.q_proj', 'layers.0.v_proj']
     """
-    groups: dict[str, list[tuple[str, ...]]] = {}  # "layers.%s.fc": [("0",), ("1",)]
+    groups: dict[tuple[str, str], list[str]] = {}  # ("layers.", ".q_proj"): ["0", "1"]
     for name in names:
-        template = re.sub(r"\d+", "%s", name.replace("%", "%%"))
-        groups.setdefault(template, []).append(tuple(re.findall(r"\d+", name)))
-    lines = []
-    for template, numbers in groups.items():
-        columns = [sorted(set(column), key=int) for column in zip(*numbers, strict=True)]
-        if math.prod(map(len, columns)) == len(numbers):  # every combination is there
-            numbers = [tuple(map(_fold_numbers, columns))]
-        lines += [template % row for row in numbers]
-    return lines
+        ((start, number, end),) = re.findall(r"(?s)^(\D*)(\d*)(.*)", name)
+        groups.setdefault((start, end), []).append(number)
+    return [f"{start}{_fold_numbers(numbers)}{end}" for (start, end), numbers in groups.items()]
 
 
 def _fold_numbers(numbers: list[str]) -> str:
     if len(numbers) == 1:
         return numbers[0]
-    first, last = int(numbers[0]), int(numbers[-1])
-    whole = len(numbers) > 2 and last - first == len(numbers) - 1
-    return f"{{{first}-{last}}}" if whole else f"{{{','.join(numbers)}}}"
+    indices = sorted(map(int, numbers))
+    first, last = indices[0], indices[-1]
+    if len(indices) > 2 and indices == list(range(first, last + 1)):
+        return f"{{{first}-{last}}}"
+    return f"{{{','.join(map(str, indices))}}}"

@@ -1,38 +1,19 @@
 """Which modules are adapted: PEFT's rules, and an error for every entry that matches nothing."""
 
-import re
 from collections.abc import Callable, Iterable
 
 from torch import nn
 
 from minilora import linears, modules
-from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches_end
-
-Rule = Callable[[str, str], bool]  # does this entry mean this module?
+from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, is_named, matches, matches_end
 
 # These modules read the weights of their linears without calling the linears: an adapter in there
 # gets no gradient and has no effect.
 BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-def matches(names: str | tuple[str, ...], module: str) -> bool:
-    """Whether `names` mean a dotted module name: the one rule of targets, exclude and also_train.
-
-    A string is a regular expression for the whole name; in a sequence each entry is the exact name
-    or its end after a dot.
-
-    Example:
-        >>> matches(("proj",), "layers.0.proj"), matches(("proj",), "layers.0.q_proj")
-        (True, False)
-    """
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(is_named(name, module) for name in names)
-
-
-def is_named(name: str, module: str) -> bool:
-    """Whether this is the module's exact name or its end after a dot."""
-    return module == name or module.endswith(f".{name}")
+Means = Callable[[str, str], bool]
+"""Whether an entry, the first, means a module, the second."""
 
 
 def trained_whole(config: LoRAConfig, module: str) -> str | None:
@@ -75,7 +56,7 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
             raise LoRAError(f"layers: no target lies in a layer {index}")
     if config.targets == ALL_LINEAR:
         named = all_linear(model, config.task_type)
-    found: dict[nn.Module, str] = {}
+    found: dict[nn.Module, str] = {}  # by module: one that has two names is wrapped once
     for name, module in named:
         if is_target(config, name):
             found.setdefault(module, name)
@@ -88,14 +69,14 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     return selected
 
 
-def require(field: str, entries: Iterable[str], names: list[str], rule: Rule = is_named) -> None:
+def require(field: str, entries: Iterable[str], names: list[str], means: Means = is_named) -> None:
     """Refuse an entry that matches no module. PEFT lets a misspelt one pass."""
-    part = "'s adapted modules" if rule is matches_end else ""
+    part = "'s adapted modules" if means is matches_end else ""
     if isinstance(entries, str):  # one regular expression, or "all-linear"
-        entries, rule = () if entries in ("", ALL_LINEAR) else (entries,), matches
+        entries, means = () if entries in ("", ALL_LINEAR) else (entries,), matches
         part = "; a string is a regular expression, names go into a list"
     for entry in entries:
-        if not any(rule(entry, name) for name in names):
+        if not any(means(entry, name) for name in names):
             near = modules.nearest(entry, names)
             raise LoRAError(f"{field}: {entry!r}: nothing matches it in the model{part}{near}")
 

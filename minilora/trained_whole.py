@@ -1,4 +1,4 @@
-"""Biases and whole modules that train beside A and B.
+"""Biases and whole modules that train beside A and B: the `inject.Extra` of this package.
 
 They train in place, under their own names. The base's values are kept, so that `disabled` is the
 base and another adapter starts from it. A state_dict holds the trained ones, like any parameter
@@ -21,7 +21,7 @@ BASE_BIAS = ".base_layer.bias"
 
 
 class TrainedWhole:
-    """What one configuration lets train beside A and B: `inject.Beside`.
+    """What one configuration lets train beside A and B: `inject.Extra`.
 
     Args:
         model: not yet changed.
@@ -29,7 +29,6 @@ class TrainedWhole:
         adapted: the modules that this configuration adapts.
 
     Attributes:
-        live: name on disk (without PEFT's prefix) -> name in the model's state_dict.
         values: name in the state_dict -> the base's values; while swapped, the trained ones.
 
     Raises:
@@ -52,11 +51,10 @@ class TrainedWhole:
                     "leave it out of minilora.quantize, by exclude"
                 )
         self.config, self.adapted = config, frozenset(adapted)
-        self.live: dict[str, str] = {}
         self.values: dict[str, Tensor] = {}
 
     def find(self, model: nn.Module) -> dict[str, str]:
-        """`live` for this model, injected or not: {name on disk: name in the state_dict}."""
+        """What trains, in a model that is injected or not: name on disk -> in the state_dict."""
         bias, layers, found = self.config.bias, lora_layers(model), {}
         for key in tensors(model) if bias != "none" or self.config.also_train else ():
             parent, _, end = key.rpartition(".")
@@ -72,10 +70,10 @@ class TrainedWhole:
 
     def start(self, model: nn.Module) -> None:
         """Let the tensors train, and keep their values before that."""
-        self.live = self.find(model)
-        state = tensors(model) if self.live else {}
+        live = self.find(model).values()
+        state = tensors(model) if live else {}
         # A tied bias has two names and one value.
-        for name in {id(state[name]): name for name in self.live.values()}.values():
+        for name in {id(state[name]): name for name in live}.values():
             self.values[name] = state[name].detach().clone()
             require_grad(state[name])
 

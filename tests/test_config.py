@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.config import LoRAConfig, LoRAError, scale
+from minilora.config import LoRAConfig, LoRAError
+from minilora.functional import scale
 
 
 @pytest.mark.parametrize(

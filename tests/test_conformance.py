@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import unittest
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -78,13 +79,13 @@ class Changed(Student):
         return self.scale * self.B @ self.A
 
 
-@fault("learns")
+@fault("learns", "start")
 class BothZero(Changed):
     def after(self) -> None:
         self.A.zero_()
 
 
-@fault("start")
+@fault("start", "dropout")
 class BothRandom(Changed):
     def after(self) -> None:
         self.B.normal_()
@@ -178,7 +179,7 @@ class ADoesNotTrain(Changed):
         self.A.requires_grad_(False)
 
 
-@fault("learns", "gradients", "autocast")
+@fault("learns", "gradients", "dropout")
 class BranchDetached(Changed):
     """A never gets a gradient."""
 
@@ -219,7 +220,7 @@ class Scaled(torch.autograd.Function):
         return ctx.s * (G @ B) @ A, (g @ B).T @ flat, ctx.s * g.T @ (flat @ A.T), None
 
 
-@fault("gradients")
+@fault("gradients", "dropout")
 class BackwardForgetsTheScale(Changed):
     def branch(self, x: Tensor) -> Tensor:
         x, A, B = self.dropout(x), self.A, self.B
@@ -228,7 +229,7 @@ class BackwardForgetsTheScale(Changed):
         return Scaled.apply(x, A, B, self.scale)
 
 
-@fault("rank", "learns", "dropout")
+@fault("rank", "learns", "dropout", "merge")
 class ReluBetween(Changed):
     def branch(self, x: Tensor) -> Tensor:
         return self.scale * ((self.dropout(x) @ self.A.T).relu() @ self.B.T)
@@ -236,11 +237,11 @@ class ReluBetween(Changed):
 
 @fault("rank", "scale", "learns", "merge")
 class FullRank(Changed):
-    """B A and its sign: an update that A and B cannot express."""
+    """B A and its absolute value: an update that A and B cannot express."""
 
     def branch(self, x: Tensor) -> Tensor:
         BA = self.B @ self.A
-        return self.scale * (self.dropout(x) @ (BA + BA.sign()).T)
+        return self.scale * (self.dropout(x) @ (BA + BA.abs()).T)
 
 
 @fault("merge")
@@ -321,7 +322,7 @@ class MergesTwice(Changed):
         self.base.weight += self.update()
 
 
-@fault("latency", "train merged")
+@fault("latency", "train merged", "merge")
 class StillRunsTheBranch(Changed):
     """Merged, the update is added a second time."""
 
@@ -378,7 +379,7 @@ class KeepsFloat32(Changed):
         return (self.s.T * self.B @ h.unsqueeze(-1)).squeeze(-1)
 
 
-@fault("dtype", "autocast", "gradients")
+@fault("dtype", "autocast", "gradients", "dropout")
 class WidensTheOutput(Changed):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).float()
@@ -597,7 +598,7 @@ def test_loralib_fails_where_it_is_said_to() -> None:
 @pytest.mark.parametrize(
     ("name", "failed"),
     [
-        ("never_learns", ["learns"]),
+        ("never_learns", ["start", "learns"]),
         ("forgets_alpha", ["frozen", "parameters", "scale"]),
         ("parametrization", ["frozen", "merge"]),
     ],
@@ -708,7 +709,7 @@ def test_a_layer_of_an_unknown_author_needs_five_lines(
 def test_a_make_may_say_that_it_has_no_dropout() -> None:
     def make(linear: nn.Linear, rank: int, alpha: float, dropout: float) -> nn.Module:
         if dropout:
-            raise NotImplementedError("no dropout here")
+            raise unittest.SkipTest("no dropout here")
         return subclass(linear, rank, alpha, dropout)
 
     results = {result.invariant: result for result in conformance.check(make)}
@@ -765,9 +766,9 @@ def test_pytest_runs_the_cases_in_three_lines(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, str(tmp_path)], capture_output=True, text=True, check=False, cwd=ROOT
     )
-    assert "1 failed, 13 passed, 5 skipped" in done.stdout, done.stdout
+    assert "2 failed, 12 passed, 5 skipped" in done.stdout, done.stdout
     assert "test_my_lora[learns]" in done.stdout
-    assert "2 parameters do not move in two steps ['A', 'B']" in done.stdout
+    assert "1 if no gradient arrives: A and B are both zero" in done.stdout
 
 
 def test_the_command_prints_a_table_and_fails_with_the_layer(
@@ -777,7 +778,7 @@ def test_the_command_prints_a_table_and_fails_with_the_layer(
     assert main(["conformance", f"{EXAMPLES / 'student.py'}:make"]) == 0
     assert "19 passed, 0 failed" in capsys.readouterr().out
     assert main(["conformance", f"{EXAMPLES / 'never_learns.py'}:make"]) == 1
-    assert "1 failed" in capsys.readouterr().out
+    assert "2 failed" in capsys.readouterr().out
     monkeypatch.syspath_prepend(str(EXAMPLES))
     assert main(["conformance", "peft_layer:layer"]) == 1  # a mapping of the arguments
     assert "unmerge       failed" in capsys.readouterr().out
@@ -843,7 +844,7 @@ def test_a_model_adapted_by_minilora_passes(changes: dict[str, Any]) -> None:
     )  # fmt: skip
     assert report.named("failed") == [], f"\n{report}"
     assert report.named("not applicable") == []
-    assert len(report) == 13
+    assert len(report) == 12
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
@@ -882,7 +883,7 @@ def test_a_fault_of_a_model_is_found(
 # What the kit itself is ---------------------------------------------------------------------------
 
 
-KIT_LINES = 394  # the aim is 300
+KIT_LINES = 300
 
 
 def test_the_kit_is_one_file_torch_only_and_small() -> None:

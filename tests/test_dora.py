@@ -234,8 +234,7 @@ def test_the_report_of_a_merge_measures_dora_too() -> None:
         for parameter in minilora.trainable_parameters(model):
             parameter += 0.1 * torch.randn_like(parameter)
     for rounding in minilora.merge(model).modules:
-        assert 1e-4 < rounding.relative < 2**-8
-        assert rounding.relative < rounding.lost < 0.5
+        assert 2**-8 < rounding.lost < 0.5
 
 
 def test_moving_and_loading_count_the_norm_again() -> None:
@@ -286,7 +285,7 @@ def test_a_dora_file_that_says_it_is_none_is_refused(directory: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": False}))
     model = tiny_bart()
     state = State.of(model)
-    with pytest.raises(LoRAError, match=r"lora_magnitude_vector: DoRA's .* use_dora is false"):
+    with pytest.raises(LoRAError, match=r"lora_magnitude_vector: use_dora is false"):
         minilora.load_adapter(model, directory)
     state.check(model)
     with warnings.catch_warnings():

@@ -122,10 +122,9 @@ def test_the_report_is_the_rounding_measured_in_float64(dtype: torch.dtype) -> N
         # The report takes the float32 update for exact: 2^-22 of it may be missing.
         close = {"rel": 1e-4, "abs": 2.0**-22 * delta.abs().max().item()}
         assert rounding.largest == pytest.approx(error.abs().max().item(), **close)
-        assert rounding.relative == pytest.approx((error.norm() / wanted.norm()).item(), **close)
         assert rounding.lost == pytest.approx((error.norm() / delta.norm()).item(), **close)
         if dtype in (torch.bfloat16, torch.float16):
-            assert 0 < rounding.relative < torch.finfo(dtype).eps
+            assert 0 < rounding.lost * delta.norm() < torch.finfo(dtype).eps * wanted.norm()
     worst = max(report.modules, key=lambda rounding: rounding.lost)
     assert str(report).startswith(f"{len(layers)} modules merged")
     assert worst.module in str(report)

@@ -48,26 +48,22 @@ def test_loftq_leaves_an_adapter_that_learns_where_nothing_was_lost() -> None:
     assert (layer.lora_A.norm(dim=1)[1:] > 0.3).all()  # as Kaiming made them
 
 
+def test_loftq_comes_nearer_to_the_weight() -> None:
+    base = linear(64, 96)
+    A, B = torch.empty(8, 96), torch.empty(64, 8)
+    error = (base.weight - loftq(base, A, B, 0.5).dense_weight() - 0.5 * B @ A).norm()
+    assert error < 0.9 * (base.weight - NF4Linear(base).dense_weight()).norm()
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_an_empty_linear_comes_back_too(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "minilora")
     model = nn.Sequential(nn.Linear(64, 8), nn.Linear(0, 3))
     minilora.quantize(model)
     minilora.unwrap(model, dequantize=True)
-    assert caplog.messages[0].startswith("2 linears dequantized to torch.float32")
+    assert caplog.messages[0].startswith("2 linears dequantized")
     minilora.unwrap(model, dequantize=True)
-    assert caplog.messages[1:] == ["no linears in 4 bits"]
-
-
-def test_more_steps_of_loftq_come_nearer_to_the_weight() -> None:
-    base = linear(64, 96)
-    errors = []
-    for steps in (1, 5):
-        A, B = torch.empty(8, 96), torch.empty(64, 8)
-        quantized = loftq(base, A, B, 0.5, steps)
-        errors.append((base.weight - quantized.dense_weight() - 0.5 * B @ A).norm())
-    plain = (base.weight - NF4Linear(base).dense_weight()).norm()
-    assert errors[1] < errors[0] < 0.9 * plain
+    assert caplog.messages[1:] == ["0 linears dequantized; rounding error at most 0 an entry"]
 
 
 def test_loftq_brings_the_model_nearer_to_what_it_was() -> None:

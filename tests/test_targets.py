@@ -12,8 +12,9 @@ from torch import nn
 
 import minilora
 from minilora import LoRAConfig, LoRAError
+from minilora.config import matches
 from minilora.modules import layer_index, nearest
-from minilora.targets import is_target, matches, select
+from minilora.targets import is_target, select
 from tests.conftest import ARCHITECTURES, State, config_for, tiny_bart, tiny_gpt2
 
 

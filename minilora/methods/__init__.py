@@ -1,14 +1,30 @@
-"""What goes beyond plain LoRA, one file a method, and the tables by which the heart finds it.
+"""What goes beyond plain LoRA, one file a method. A method is one or more of these parts:
 
-    dora.py        DoRALinear: the length of each row trains apart from its direction
-    lora_bias.py   LoRABiasLinear: B has a bias of its own
+    part     what it provides                                           its table
+    layer    a subclass of LoRALinear: `add_parameters`, `forward`,     LAYERS, in inject.py
+             and `delta` or `merged_weight` for merging
+             names and shapes of its parameters on disk                 PARAMETERS, in
+                                                                        peft_format/keys.py
+    start    fills A and B, and may replace the base                    STARTS, in initialization.py
+    extra    an `inject.Extra`: parameters outside the layers           EXTRAS, in inject.py
+    base     a `linears.LinearLike` and its way to plain linears        DEQUANTIZERS, in inject.py
 
-A new method is a subclass of LoRALinear and an entry in LAYERS, another start an entry in STARTS.
-The files of plain LoRA (config to merge) import nothing from here.
+An entry is enough: inject, merge, disabled, unwrap, unload and the files go by these tables.
+A new field of LoRAConfig gets its name in PEFT's file in `FIELDS`, in peft_format/config.py. The
+files of plain LoRA (functional to merge) import nothing from here.
+
+Where methods belong that are not built:
+
+- AdaLoRA is a layer with one more parameter, the r singular values: it overrides `forward` and
+  `delta`. What it prunes after a step is a function of its file, `allocate(model, step)`, which
+  the training loop calls after `optimizer.step()`; it finds its layers by `inject.lora_layers`.
+- Prompt and prefix tuning wrap no layer. Each is an extra: `start` adds the parameters and a
+  forward hook, `find` names them for the files, `swap` takes them out and puts them back. Each has
+  a configuration class of its own, for which `inject` selects no targets.
 """
 
 from minilora.initialization import STARTS
-from minilora.inject import BESIDE, DEQUANTIZERS, LAYERS
+from minilora.inject import DEQUANTIZERS, EXTRAS, LAYERS
 from minilora.methods.dora import DoRALinear
 from minilora.methods.lora_bias import LoRABiasLinear
 from minilora.nf4.loftq import loftq
@@ -17,5 +33,5 @@ from minilora.trained_whole import TrainedWhole
 
 LAYERS.update(dora=DoRALinear, lora_bias=LoRABiasLinear)
 STARTS.update(loftq=loftq)
-BESIDE.append(TrainedWhole)
+EXTRAS.append(TrainedWhole)
 DEQUANTIZERS.append(dequantized)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.fused import is_transformed
-from minilora.nf4.tensor import BLOCK, NF4, SCALES_BLOCK, pack, scratch, unpack
+from minilora.nf4.tensor import BLOCK, NF4, pack, scratch, unpack
 
 
 class _Product(torch.autograd.Function):
@@ -85,8 +85,7 @@ class NF4Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype = linear.weight.dtype
         weight = linear.weight.detach() if weight is None else weight
-        packed = _empty(weight, double) if weight.is_meta else pack(weight, double)
-        for name, tensor in packed._asdict().items():
+        for name, tensor in pack(weight, double)._asdict().items():
             self.register_buffer(name, tensor)
         self.register_parameter("bias", linear.bias)
         self.train(linear.training)
@@ -130,19 +129,5 @@ class NF4Linear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        double = self.scales is not None
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, double={double}"
-        )
-
-
-def _empty(weight: Tensor, double: bool) -> NF4:
-    """State of the right shapes, where there are no values to quantize."""
-    blocks = -(-weight.numel() // BLOCK)
-    codes = weight.new_empty(-(-weight.numel() // 2), dtype=torch.uint8)
-    if not double:
-        return NF4(codes, weight.new_empty(blocks, dtype=torch.float32))
-    scales = weight.new_empty(-(-blocks // SCALES_BLOCK), dtype=torch.float32)
-    absmax = weight.new_empty(blocks, dtype=torch.uint8)
-    return NF4(codes, absmax, scales, weight.new_empty((), dtype=torch.float32))
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, double={self.scales is not None}"

@@ -12,13 +12,12 @@ from minilora.nf4.model import check_linear
 
 
 @torch.no_grad()
-def loftq(base: nn.Module, A: Tensor, B: Tensor, scale: float, steps: int = 1) -> NF4Linear:
+def loftq(base: nn.Module, A: Tensor, B: Tensor, scale: float) -> NF4Linear:
     """Quantize the base so that Q + s B A is near its W (Li et al. 2023, arXiv:2310.08659).
 
-    Algorithm 1 alternates: Q <- NF4(W - s B A), then s B A <- the best rank-r approximation of
-    W - Q, from its singular value decomposition. After one step, PEFT's default and ours, Q is
-    NF4(W) itself: `minilora.quantize` makes the adapter's base again from W. Further steps come a
-    little nearer to W, but only the same steps make their Q again.
+    One step of algorithm 1, as is PEFT's default: Q is NF4(W), and s B A the best rank-r
+    approximation of W - Q, from its singular value decomposition. So `minilora.quantize` makes the
+    adapter's base again from W. (Further steps quantize W - s B A, and come a little nearer.)
 
     Both factors get the square roots of the singular values, as in the paper. A is shorter then
     than a Kaiming start's, while Adam's steps are as long as before: a lower learning rate suits it
@@ -29,7 +28,6 @@ def loftq(base: nn.Module, A: Tensor, B: Tensor, scale: float, steps: int = 1) -
         base: holds W (out, in); not changed.
         A: (r, in), filled here. B: (out, r), filled here.
         scale: s, which PEFT leaves out: its start is right for s = 1 only.
-        steps: alternations.
 
     Returns:
         The quantized base Q.
@@ -41,17 +39,14 @@ def loftq(base: nn.Module, A: Tensor, B: Tensor, scale: float, steps: int = 1) -
     linear = check_linear("the layer", base)
     kaiming(base, A, B, scale)
     weight = linear.weight.detach().float()  # (out, in)
-    update = torch.zeros_like(weight)
     rank = min(len(A), *weight.shape)  # what is beyond it stays as it is, and counts for nothing
     B[:, rank:] = 0
-    for _ in range(steps):
-        quantized = NF4Linear(linear, weight=weight - update)
-        residual = weight - quantized.dense_weight(torch.float32)
-        U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
-        # What the decomposition gives for 0, as `matrix_rank` has it.
-        zero = S[:1] * max(weight.shape) * torch.finfo(S.dtype).eps >= S
-        root = (S.masked_fill(zero, 0)[:rank, None] / scale).sqrt()  # (r, 1)
-        A[:rank] = torch.where(root > 0, root * Vh[:rank], A[:rank])
-        B[:, :rank] = U[:, :rank] * root.T  # (out, r) * (1, r)
-        update = scale * B @ A
+    quantized = NF4Linear(linear)
+    residual = weight - quantized.dense_weight(torch.float32)
+    U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
+    # What the decomposition gives for 0, as `matrix_rank` has it.
+    zero = S[:1] * max(weight.shape) * torch.finfo(S.dtype).eps >= S
+    root = (S.masked_fill(zero, 0)[:rank, None] / scale).sqrt()  # (r, 1)
+    A[:rank] = torch.where(root > 0, root * Vh[:rank], A[:rank])
+    B[:, :rank] = U[:, :rank] * root.T  # (out, r) * (1, r)
     return quantized

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from minilora.config import ALL_LINEAR, LoRAError
+from minilora.config import ALL_LINEAR, LoRAError, matches
 from minilora.inject import lora_layers
 from minilora.modules import named_modules, others, owners, plain_name, replace_modules
 from minilora.nf4.linear import NF4Linear
-from minilora.targets import all_linear, matches, require
+from minilora.targets import all_linear, require
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,8 @@ class QuantizeReport:
         return 8 * self.after / max(self.weights, 1)
 
     def __str__(self) -> str:
-        return (
-            f"{len(self.modules)} linears in 4 bits: {self.before / 1e6:,.1f} MB -> "
-            f"{self.after / 1e6:,.1f} MB ({self.bits:.3f} bits a weight)"
-        )
+        sizes = f"{self.before / 1e6:,.1f} MB -> {self.after / 1e6:,.1f} MB"
+        return f"{len(self.modules)} linears in 4 bits: {sizes} ({self.bits:.3f} bits a weight)"
 
 
 def quantize(
@@ -111,8 +109,7 @@ def select_linears(
         named = [(name, m) for name, m in all_linear(model) if _is_plain(m)]
     else:
         require("quantize: targets", targets, [name for name, _ in named_modules(model)])
-        every = [(plain_name(name), m) for name, m in model.named_modules()]
-        named = [(name, m) for name, m in every if matches(targets, name)]
+        named = [(name, m) for name, m in named_modules(model) if matches(targets, name)]
     owned = owners(model)
     found = {
         name: check_linear(name, module, others(module, owned))
@@ -149,23 +146,17 @@ def check_linear(name: str, module: nn.Module, shared_with: Sequence[str] = ()) 
 
 
 @contextmanager
-def dequantized(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+def dequantized(model: nn.Module) -> Iterator[None]:
     """Replace every `NF4Linear` by a plain linear, in place; the block may merge into them.
 
-    Within it the weights are in float32, exactly what the codes mean. When it ends they are
-    rounded once, and what that cost is logged. What quantizing took does not come back.
-
-    Args:
-        model: a quantized model.
-        dtype: float32 or bfloat16; the whole model is cast to it. None: each weight gets the dtype
-            of its layer, the model's own.
+    Within it the weights are in float32, exactly what the codes mean. When it ends each is rounded
+    once to the dtype of its layer, and what that cost is logged. What quantizing took does not come
+    back.
 
     Raises:
-        LoRAError: another dtype, or a weight that does not fit it. On these, and on an error in
-            the block, the quantized linears are put back.
+        LoRAError: a weight does not fit its dtype. On this, and on an error in the block, the
+            quantized linears are put back.
     """
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        raise LoRAError(f"dequantize into float32 or bfloat16, not {dtype}")
     plain: dict[NF4Linear, nn.Linear] = {}
     unmerged = [layer for layer in lora_layers(model).values() if not layer.merged]
     try:
@@ -174,19 +165,17 @@ def dequantized(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[
             replace_modules(model, {quantized: plain[quantized]})
         yield
         for quantized, linear in plain.items():
-            final = dtype or quantized.dtype
+            final = quantized.dtype
             if not linear.weight.to(final).isfinite().all():
-                raise LoRAError(f"a dequantized weight does not fit {final}: say dtype")
+                raise LoRAError(f"a dequantized weight does not fit {final}: try model.float()")
     except BaseException:
         for layer in unmerged:
             layer.unmerge()
         replace_modules(model, {linear: quantized for quantized, linear in plain.items()})
         raise
-    costs = [_round(linear, dtype or quantized.dtype) for quantized, linear in plain.items()]
-    if dtype is not None:
-        nn.Module.to(model, dtype)  # a model in two dtypes would not run
-    dtypes = dict.fromkeys(str(dtype or quantized.dtype) for quantized in plain)
-    logging.getLogger("minilora").info(_cost(costs, dtypes))
+    roundings = [_round(linear, quantized.dtype) for quantized, linear in plain.items()]
+    largest = f"rounding error at most {max(roundings, default=0.0):.2g} an entry"
+    logging.getLogger("minilora").info(f"{len(roundings)} linears dequantized; {largest}")
 
 
 def _exact_linear(quantized: NF4Linear) -> nn.Linear:
@@ -196,21 +185,8 @@ def _exact_linear(quantized: NF4Linear) -> nn.Linear:
     return linear.train(quantized.training)
 
 
-def _round(linear: nn.Linear, dtype: torch.dtype) -> tuple[float, float]:
-    """Round the weight; the largest error of an entry, and ||error|| / ||weight||."""
+def _round(linear: nn.Linear, dtype: torch.dtype) -> float:
+    """Round the weight; the largest error of an entry."""
     exact = linear.weight
     linear.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
-    if exact.numel() == 0:
-        return 0.0, 0.0
-    error = linear.weight.float() - exact
-    return error.abs().max().item(), (error.norm() / exact.norm().clamp(min=1e-38)).item()
-
-
-def _cost(costs: list[tuple[float, float]], dtypes: dict[str, None]) -> str:
-    if not costs:
-        return "no linears in 4 bits"
-    entry, norm = (max(column) for column in zip(*costs, strict=True))
-    return (
-        f"{len(costs)} linears dequantized to {', '.join(dtypes)}; rounding "
-        f"error at most {entry:.2g} an entry, {norm:.2g} of a weight's norm"
-    )
+    return (linear.weight.float() - exact).abs().max().item() if exact.numel() else 0.0

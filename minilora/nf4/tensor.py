@@ -45,14 +45,12 @@ def normal_quantiles() -> Tensor:
 
     def quantiles(count: int) -> Tensor:
         steps = torch.linspace(outermost, 0.5, count + 1, dtype=torch.float64)[:-1]  # not 0.5: zero
-        values: Tensor = torch.special.ndtri(
-            steps
-        )  # the inverse of the normal's distribution function
+        values: Tensor = torch.special.ndtri(steps)  # the inverse of the normal's cdf
         return values
 
-    values = torch.cat([-quantiles(7), torch.zeros(1, dtype=torch.float64), quantiles(8)])
-    values = values.sort().values
-    return values.div(values.max())
+    zero = torch.zeros(1, dtype=torch.float64)
+    values = torch.cat([-quantiles(7), zero, quantiles(8)]).sort().values
+    return values / values.max()
 
 
 # The same sixteen as published (appendix E), which were computed in single precision and so are up
@@ -135,7 +133,7 @@ def pack(weight: Tensor, double: bool = True) -> NF4:
         LoRAError: it holds an infinity or NaN.
     """
     codes, absmax = _to_nf4(weight)
-    if not absmax.isfinite().all():
+    if not absmax.is_meta and not absmax.isfinite().all():
         raise LoRAError("cannot be quantized: it holds values that are not finite in float32")
     return _pack_scales(codes, absmax) if double else NF4(codes, absmax)
 
@@ -186,14 +184,8 @@ def unpack(
     return out.view(-1)[:size].view(shape)
 
 
-class _Lasting(threading.local):
-    """Memory that each thread keeps and overwrites."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[tuple[str, torch.dtype], Tensor] = {}
-
-
-_lasting = _Lasting()
+_kept = threading.local()
+"""Memory that each thread keeps and overwrites."""
 
 
 def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -205,12 +197,13 @@ def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> T
     of 0.92 to 1.19.
     """
     lasts = device.type == "cpu" and not (torch.compiler.is_compiling() or is_transformed())
-    found = _lasting.tensors.get((name, dtype)) if lasts else None
+    key = f"{name} {dtype}"
+    found: Tensor | None = getattr(_kept, key, None) if lasts else None
     if found is None or found.numel() < size:
         with torch.inference_mode(False):
             found = torch.empty(size, dtype=dtype, device=device)
         if lasts and type(found) is Tensor:  # not a fake tensor, which holds no values
-            _lasting.tensors[name, dtype] = found
+            setattr(_kept, key, found)
     return found[:size]
 
 
@@ -221,7 +214,9 @@ def _to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     blocks, half = -(-size // BLOCK), BLOCK // 2
     codes = torch.empty(blocks * half, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(blocks, device=weight.device)
-    for rows in _chunks(blocks, weight.device):
+    step = CHUNK if weight.device.type == "cpu" else max(blocks, 1)
+    for start in range(0, blocks, step):
+        rows = slice(start, min(start + step, blocks))
         block = flat[rows.start * BLOCK : rows.stop * BLOCK].float()
         block = F.pad(block, (0, -block.numel() % BLOCK)).view(-1, BLOCK)
         torch.amax(block.abs(), dim=1, out=absmax[rows])
@@ -267,8 +262,3 @@ def _unpack_scales(codes8: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
     values = F.pad(values, (0, scales.numel() * SCALES_BLOCK - values.numel()))
     values = values.view(-1, SCALES_BLOCK) * scales[:, None] + offset
     return values.view(-1)[: codes8.numel()]
-
-
-def _chunks(blocks: int, device: torch.device) -> list[slice]:
-    step = CHUNK if device.type == "cpu" else max(blocks, 1)
-    return [slice(i, min(i + step, blocks)) for i in range(0, blocks, step)]

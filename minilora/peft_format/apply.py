@@ -1,6 +1,6 @@
 """An adapter and a model: save the one a model carries, load one into a model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path, PurePath
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from minilora import linears, trained_whole
-from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError
-from minilora.inject import injection_of, lora_layers, report, unload, wrap
+from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches
+from minilora.inject import EXTRAS, Extra, injection_of, lora_layers, report, unload, wrap
 from minilora.layer import LoRALinear
 from minilora.modules import naming, nearest, plain_model, plain_name
 from minilora.peft_format import keys
 from minilora.peft_format.directory import Adapter, read_adapter, write_adapter
 from minilora.reports import LoadReport
-from minilora.targets import check_modules, is_target, matches
+from minilora.targets import check_modules, is_target
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -28,7 +28,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     injection, layers = injection_of(model), lora_layers(model)
     if injection is None:
         raise LoRAError("the model carries no adapter: minilora.inject or load_adapter first")
-    if any(part.live for part in injection.beside) and not injection.enabled:
+    if not injection.enabled and any(extra.find(model) for extra in injection.extras):
         raise LoRAError("cannot save inside `with minilora.disabled(model)`: save after it")
     copies = {key: tensor.detach().cpu().clone() for key, tensor in _held(model).items()}
     transposed = any(linears.is_conv1d(layer.base) for layer in layers.values())
@@ -111,10 +111,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     swapped = held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
     if not swapped:
         if wrapped is not model:  # data-parallel copies would never learn of the new parameters
-            raise LoRAError(
-                "load an adapter of other shapes before torch.compile or DistributedDataParallel, "
-                "not after"
-            )
+            wrappers = "torch.compile or DistributedDataParallel"
+            raise LoRAError(f"load an adapter of other shapes before {wrappers}, not after")
         unload(model)
         wrap(model, selected, replace(config, init="kaiming"))  # its values are overwritten
     _fill(model, adapter, config, inference)
@@ -138,14 +136,18 @@ def _fill(model: nn.Module, adapter: Adapter, config: LoRAConfig, inference: boo
 def _held(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors in a model, the model's own, by their keys on disk."""
     injection = injection_of(model)
-    beside = injection.beside if injection is not None else []
-    live = {name: key for part in beside for name, key in part.live.items()}
-    state = trained_whole.tensors(model) if live else {}
-    found = {keys.PREFIX + name: state[key] for name, key in live.items()}
+    found = _extra_tensors(model, injection.extras) if injection is not None else {}
     for module, layer in lora_layers(model).items():
         for name in keys.SUFFIXES.keys() & layer._parameters.keys():
             found[keys.PREFIX + module + keys.SUFFIXES[name]] = layer.get_parameter(name)
     return found
+
+
+def _extra_tensors(model: nn.Module, extras: Iterable[Extra]) -> dict[str, Tensor]:
+    """What trains outside the layers, by its keys on disk; the model may be injected or not."""
+    live = {name: key for extra in extras for name, key in extra.find(model).items()}
+    state = trained_whole.tensors(model) if live else {}
+    return {keys.PREFIX + name: state[key] for name, key in live.items()}
 
 
 def _check_fit(
@@ -155,16 +157,13 @@ def _check_fit(
     known = [name for name, module in named.items() if linears.is_linear(module)]
     every = config.targets == ALL_LINEAR  # which head was left out, only the file can say
     targeted = [n for n in known if (n in adapter.modules if every else is_target(config, n))]
-    live = trained_whole.TrainedWhole(model, config, adapter.modules).find(model)
-    state = trained_whole.tensors(model) if live else {}
-    expected: keys.Expected = {}
-    for name, key in live.items():
-        expected[keys.PREFIX + name] = tuple(state[key].shape), state[key].is_floating_point()
+    extras = _extra_tensors(model, [extra(model, config, adapter.modules) for extra in EXTRAS])
+    expected = {key: (tuple(t.shape), t.is_floating_point()) for key, t in extras.items()}
     for name in targeted:
         expected |= keys.expected_of(config, name, *linears.shape(named[name]))
 
     def explain(key: str) -> str:
-        for name in keys.modules_of({key: adapter.tensors[key]}):  # one, or none
+        for name in keys.modules_of([key]):  # one, or none
             if name not in named:
                 return f": the model has no such module{nearest(name, known, 1)}"
             if name not in known:

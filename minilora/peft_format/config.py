@@ -37,17 +37,7 @@ IGNORED = {
     "inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config",
     "loftq_config", "eva_config",
 }  # fmt: skip
-
-# Entries that ask for another method, and what to do about it.
-MERGE = "merge it into the base with PEFT (merge_and_unload) and use that model"
-REFUSED = {
-    "megatron_config": "sharded layers are not supported: gather and save it with PEFT",
-    "use_qalora": "QA-LoRA pools its inputs and cannot be plain LoRA; use it with PEFT",
-    "arrow_config": "Arrow routes between adapters by the input; use it with PEFT",
-    "alora_invocation_tokens": "activated LoRA depends on the input's tokens; use it with PEFT",
-    "monteclora_config": "Monte Carlo LoRA samples its weights; use it with PEFT",
-    "kasa_config": "KaSA rewrites the base's weights; use it with PEFT",
-}
+ADVICE = "merge it into the base with PEFT (merge_and_unload) where PEFT can, else use it with PEFT"
 
 
 @naming(CONFIG_FILE)
@@ -63,12 +53,11 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
     """
     kind = entries.get("peft_type")
     if kind != "LORA":
-        raise LoRAError(f"peft_type is {kind!r}; minilora reads 'LORA' only: {MERGE}")
+        raise LoRAError(f"peft_type is {kind!r}; minilora reads 'LORA' only: {ADVICE}")
     known = {name for name, _ in FIELDS.values()} | IGNORED
     for key, value in entries.items():
         if key not in known and value not in (None, False, "none", [], {}):
-            advice = REFUSED.get(key, f"minilora does not do this: {MERGE}")
-            raise LoRAError(f"{key} is {value!r}: {advice}")
+            raise LoRAError(f"{key} is {value!r}: minilora does not do this: {ADVICE}")
     values = {}
     for ours, (peft, default) in FIELDS.items():
         value = entries.get(peft, default)
@@ -104,11 +93,10 @@ def _init_from_peft(value: object) -> str:
     inits = {json.dumps(peft): ours for ours, peft in INITS.items()} | OTHER_INITS
     if (text := json.dumps(value).lower()) in inits:
         return inits[text]
-    raise LoRAError(
-        f"init_lora_weights {value!r} may have rewritten the base's weights: "
-        "convert the adapter to plain LoRA with PEFT (save_pretrained with "
-        "path_initial_model_for_weight_conversion)"
+    convert = (
+        "convert it with PEFT, by save_pretrained(path_initial_model_for_weight_conversion=...)"
     )
+    raise LoRAError(f"init_lora_weights {value!r} may have rewritten the base's weights: {convert}")
 
 
 def resolve(value_of: Callable[[str], Any], modules: tuple[str, ...], default: Any) -> Pattern:

@@ -18,12 +18,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from minilora.config import LoRAConfig, LoRAError, scale
+from minilora.config import LoRAConfig, LoRAError
 from minilora.files import write_directory
-from minilora.modules import naming, path
+from minilora.functional import scale
+from minilora.modules import naming
 from minilora.peft_format import keys
-from minilora.peft_format.config import CONFIG_FILE, config_from_peft, config_to_peft
-from minilora.trained_whole import BASE_BIAS
+from minilora.peft_format.config import CONFIG_FILE, FIELDS, config_from_peft, config_to_peft
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,8 +43,8 @@ class Adapter:
 
     Raises:
         LoRAError: the tensors do not form pairs A (r, in), B (out, r) of one rank that agree with
-            the configuration, hold a value that is not finite, or are not what `dora`, `bias`,
-            `lora_bias` and `also_train` ask for.
+            the configuration, hold a value that is not finite, or are not what the configuration
+            asks for. Which biases and whole modules it asks for, only a model can say.
 
     Example:
         >>> config = LoRAConfig(rank=2, alpha=8, targets=("q_proj",))
@@ -67,12 +67,14 @@ class Adapter:
             A, B = (parameters.get(name, torch.empty(0)) for name in ("lora_A", "lora_B"))
             out, in_ = B.shape[:1].numel(), A.shape[-1:].numel()
             expected |= keys.expected_of(self.config, module, out, in_)
-        whole = {keys.PREFIX + name for name in self.extras if self._trains_whole(name)}
-        layers = {key: t for key, t in self.tensors.items() if key not in whole}
-        problems = keys.compare(expected, layers, self._explain)
+        held = dict(self.tensors)
+        if self.config.bias != "none" or self.config.also_train:
+            for name in self.extras:  # whether it is one of these, only a model can say
+                held.pop(keys.PREFIX + name, None)
+        problems = keys.compare(expected, held, self._explain)
         for key, tensor in self.tensors.items():
             if tensor.is_floating_point() and tensor.dtype not in FLOATS:
-                problems.append(f"{key} is {keys.kind(tensor)}, which cannot be read exactly")
+                problems.append(f"{key} is {keys.describe(tensor)}, which cannot be read exactly")
             elif not tensor.isfinite().all():
                 problems.append(f"{key} holds values that are not finite")
         if not self.modules:
@@ -90,7 +92,7 @@ class Adapter:
         return {
             key.removeprefix(keys.PREFIX): tensor
             for key, tensor in self.tensors.items()
-            if not key.endswith(tuple(keys.SUFFIXES.values()))
+            if not keys.OF_A_LAYER.fullmatch(key)
         }
 
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
@@ -108,17 +110,11 @@ class Adapter:
         rank = self.pair(module)[0].shape[0]
         return scale(self.config.alpha_of(module), rank, self.config.rslora)
 
-    def _trains_whole(self, name: str) -> bool:
-        """Whether the configuration can mean it by `bias` or `also_train` (in some model)."""
-        bias = {"none": (), "lora_only": (BASE_BIAS,), "all": (".bias",)}[self.config.bias]
-        parents = path(name.rpartition(".")[0])
-        whole = any(part.endswith(self.config.also_train) for part in parents)  # PEFT's rule
-        return whole or f".{name}".endswith(bias)
-
     def _explain(self, key: str) -> str:
-        if key.endswith(keys.SUFFIXES["magnitude"]):
-            return ": DoRA's magnitudes, but use_dora is false"
-        return ": lora_bias is false" if key.endswith(keys.SUFFIXES["lora_bias"]) else ""
+        for suffix, _, field in keys.PARAMETERS.values():
+            if field is not None and key.endswith(suffix):
+                return f": {FIELDS[field][0]} is false"
+        return ""
 
 
 def read_adapter(directory: str | Path) -> Adapter:
@@ -216,16 +212,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    path = directory / WEIGHTS_FILE
-    if not path.is_file():
-        if (directory / "adapter_model.bin").exists():
-            raise LoRAError(
-                "adapter_model.bin is a pickle, which can run any code when loaded: load it with "
-                "PEFT where you trust it, and save it again as safetensors"
-            )
-        raise LoRAError(f"{WEIGHTS_FILE}: no such file")
     try:
-        return dict(safetensors.torch.load_file(path))
+        return dict(safetensors.torch.load_file(directory / WEIGHTS_FILE))
+    except FileNotFoundError:
+        raise LoRAError(
+            f"{WEIGHTS_FILE}: no such file. An adapter_model.bin is a pickle, which can run any "
+            "code: load it with PEFT where you trust it, and save it again as safetensors"
+        ) from None
     except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise LoRAError(f"{WEIGHTS_FILE} is damaged: {error}") from None
 

@@ -1,27 +1,28 @@
 """The keys of an adapter's tensors: which are expected, and what is wrong with those held."""
 
 import re
-from collections.abc import Callable, Mapping
-from itertools import zip_longest
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
 from minilora.config import LoRAConfig, LoRAError
 
 PREFIX = "base_model.model."
-# How the key of each parameter of a layer ends on disk.
-SUFFIXES = {
-    "lora_A": ".lora_A.weight",
-    "lora_B": ".lora_B.weight",
-    "magnitude": ".lora_magnitude_vector",
-    "lora_bias": ".lora_B.bias",
+PARAMETERS: dict[str, tuple[str, tuple[str, ...], str | None]] = {
+    "lora_A": (".lora_A.weight", ("r", "in"), None),
+    "lora_B": (".lora_B.weight", ("out", "r"), None),
+    "magnitude": (".lora_magnitude_vector", ("out",), "dora"),
+    "lora_bias": (".lora_B.bias", ("out",), "lora_bias"),
 }
+"""The parameters of an adapted layer: how the key ends on disk, the shape, and the field of
+LoRAConfig that asks for it."""
+SUFFIXES = {name: suffix for name, (suffix, _, _) in PARAMETERS.items()}
 OF_A_LAYER = re.compile(rf"{re.escape(PREFIX)}(.*)({'|'.join(map(re.escape, SUFFIXES.values()))})")
 
 
-def modules_of(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Dotted names of the modules that have keys among the tensors, sorted."""
-    return tuple(sorted({found[1] for found in map(OF_A_LAYER.fullmatch, tensors) if found}))
+def modules_of(keys: Iterable[str]) -> tuple[str, ...]:
+    """Dotted names of the modules that the keys are of, sorted."""
+    return tuple(sorted({found[1] for found in map(OF_A_LAYER.fullmatch, keys) if found}))
 
 
 Expected = dict[str, tuple[tuple[int, ...], bool]]
@@ -30,20 +31,18 @@ Expected = dict[str, tuple[tuple[int, ...], bool]]
 
 def expected_of(config: LoRAConfig, module: str, out: int, in_: int) -> Expected:
     """The keys of an adapted module W (out, in)."""
-    rank = config.rank_of(module)
-    shapes: dict[str, tuple[int, ...]] = {"lora_A": (rank, in_), "lora_B": (out, rank)}
-    shapes |= {"magnitude": (out,)} if config.dora else {}
-    shapes |= {"lora_bias": (out,)} if config.lora_bias else {}
-    return {PREFIX + module + SUFFIXES[name]: (shape, True) for name, shape in shapes.items()}
+    sizes = {"r": config.rank_of(module), "in": in_, "out": out}
+    return {
+        PREFIX + module + suffix: (tuple(sizes[size] for size in shape), True)
+        for suffix, shape, field in PARAMETERS.values()
+        if field is None or getattr(config, field)
+    }
 
 
 def compare(
     expected: Expected, held: Mapping[str, Tensor], explain: Callable[[str], str]
 ) -> list[str]:
-    """What is wrong with each key that is unexpected, missing, or of another shape or kind.
-
-    The three kinds take turns, so that the first few problems show each of them.
-    """
+    """What is wrong with each key that is unexpected, missing, or of another shape or kind."""
     unexpected = [f"unexpected key {k}{explain(k)}" for k in sorted(held.keys() - expected.keys())]
     missing = [f"missing key {key}" for key in expected if key not in held]
     wrong = []
@@ -51,9 +50,8 @@ def compare(
         shape, floating = expected[key]
         if (tuple(held[key].shape), held[key].is_floating_point()) != (shape, floating):
             what = "floating point" if floating else "whole numbers"
-            wrong.append(f"{key} is {kind(held[key])}, not {what} of shape {shape}")
-    turns = zip_longest(unexpected, missing, wrong)
-    return [problem for turn in turns for problem in turn if problem]
+            wrong.append(f"{key} is {describe(held[key])}, not {what} of shape {shape}")
+    return unexpected + missing + wrong
 
 
 def refuse(what: str, problems: list[str], show: int = 5) -> None:
@@ -63,6 +61,6 @@ def refuse(what: str, problems: list[str], show: int = 5) -> None:
         raise LoRAError(f"{what}: {'; '.join(problems[:show])}{more}")
 
 
-def kind(tensor: Tensor) -> str:
+def describe(tensor: Tensor) -> str:
     """'a torch.float32 tensor of shape (8, 16)', for messages."""
     return f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
