@@ -155,6 +155,7 @@ def test_the_parameters_of_a_layer_are_those_of_the_table(field: str | None) -> 
     assert found == keys.expected_of(config, "fc", 4, 6)
 
 
+@pytest.mark.slow
 def test_inject_and_merge_are_functions_whatever_was_imported_first() -> None:
     code = "import minilora.merge, minilora.inject; print(minilora.merge, minilora.inject)"
     done = subprocess.run(

@@ -307,6 +307,7 @@ def test_a_kept_run_of_other_flags_is_refused(tmp_path: Path) -> None:
         pocket.run(("base", 0), options, ["--epochs", "9"])
 
 
+@pytest.mark.slow
 def test_one_command_for_a_gpu_runs_from_a_tree_without_optional_packages(tmp_path: Path) -> None:
     """Its smallest form, where what a GPU machine may lack cannot be imported."""
     tree = tmp_path / "tree"

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import pickle
-import subprocess
 import sys
 import unittest
 from collections.abc import Callable
@@ -21,6 +20,8 @@ from torch.nn.utils import parametrize
 import minilora
 from minilora import LoRALinear, conformance
 from minilora.__main__ import main
+from tests.forks import fork
+from tests.marks import slow_but
 from tests.test_architecture import code_lines, imports
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -447,7 +448,11 @@ class WeightNotCopied(Subclass):
     pass
 
 
-@pytest.mark.parametrize("name", FAULTS)
+# One for each invariant.
+FIRST = {meant: name for name, (_, meant, _) in reversed(FAULTS.items())}.values()
+
+
+@pytest.mark.parametrize("name", slow_but(FIRST, FAULTS))
 def test_a_planted_fault_is_found(name: str) -> None:
     kind, meant, others = FAULTS[name]
     report = conformance.check(kind)
@@ -500,7 +505,7 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("name", slow_but(["student", "fused", "dora", "fused on NF4"], RIGHT))
 def test_what_is_right_passes_all_that_applies(name: str) -> None:
     how, not_applicable = RIGHT[name]
     report = conformance.check(**how)
@@ -762,10 +767,8 @@ def test_pytest_runs_the_cases_in_three_lines(tmp_path: Path) -> None:
         "def test_my_lora(case):\n"
         "    case()\n"
     )
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=line", "-rA"]
-    done = subprocess.run(
-        [*command, str(tmp_path)], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    flags = ["-p", "no:cacheprovider", "-p", "no:xdist", "-q", "--tb=line", "-rA"]
+    done = fork(lambda: pytest.main([*flags, str(tmp_path)]))
     assert "2 failed, 12 passed, 5 skipped" in done.stdout, done.stdout
     assert "test_my_lora[learns]" in done.stdout
     assert "1 if no gradient arrives: A and B are both zero" in done.stdout

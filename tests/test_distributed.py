@@ -29,6 +29,7 @@ from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.errors import UserError
 from minilora.summarization.training import ddp, trainer, validation
 from tests.helpers import as_jsonl, dialogues, records, save_bart, save_data, write
+from tests.marks import slow_but
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(
@@ -190,16 +191,24 @@ def signalled_at(step: int, who: int, number: int = signal.SIGTERM) -> Callable[
     return before
 
 
+class Runs(dict[int, Path]):
+    """The same run with so many processes, trained when a test first asks for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __missing__(self, count: int) -> Path:
+        run = self[count] = self.folder / f"run-{count}"
+        if count == 1:
+            assert train_main([*flags(self.folder), "--output", str(run)]) == 0
+        else:
+            assert train(count, flags(self.folder), run, counting) == [0] * count, printed(run)
+        return run
+
+
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> dict[int, Path]:
-    """The same run with one, two and four processes."""
-    found = {count: folder / f"run-{count}" for count in (1, 2, 4)}
-    assert train_main([*flags(folder), "--output", str(found[1])]) == 0
-    for count in (2, 4):
-        assert train(count, flags(folder), found[count], counting) == [0] * count, printed(
-            found[count]
-        )
-    return found
+def runs(folder: Path) -> Runs:
+    return Runs(folder)
 
 
 def by_step(run: Path, name: str = "loss") -> list[float]:
@@ -209,7 +218,7 @@ def by_step(run: Path, name: str = "loss") -> list[float]:
 # The same result ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", slow_but([2], [2, 4]))
 def test_losses_are_those_of_one_process(runs: dict[int, Path], count: int) -> None:
     """float32 sums in another order: 1e-5 in 30 steps, while the loss falls by more than 0.5."""
     one, several = by_step(runs[1]), by_step(runs[count])
@@ -222,7 +231,7 @@ def test_losses_are_those_of_one_process(runs: dict[int, Path], count: int) -> N
         torch.testing.assert_close(trained(runs[count])[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", slow_but([2], [2, 4]))
 def test_a_step_sends_the_adapters_gradients_and_nothing_else(
     runs: dict[int, Path], count: int
 ) -> None:
@@ -232,7 +241,7 @@ def test_a_step_sends_the_adapters_gradients_and_nothing_else(
     assert "sent_bytes" not in records(runs[1])[1]
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", slow_but([2], [2, 4]))
 def test_evaluation_is_split_and_put_together_in_order(runs: dict[int, Path], count: int) -> None:
     """Five dialogues in three batches: with four processes one has none."""
     one, several = (json.loads((runs[i] / "evaluation.json").read_bytes()) for i in (1, count))
@@ -246,7 +255,7 @@ def test_evaluation_is_split_and_put_together_in_order(runs: dict[int, Path], co
     assert theirs == pytest.approx(ours, abs=1e-5)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", slow_but([2], [2, 4]))
 def test_only_one_process_prints_and_logs(runs: dict[int, Path], count: int) -> None:
     main, *others = printed(runs[count])
     assert "trainable parameters" in main
@@ -256,6 +265,7 @@ def test_only_one_process_prints_and_logs(runs: dict[int, Path], count: int) -> 
     )
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_as_well(folder: Path) -> None:
     argv = flags(folder, "--method", "full", "--no-evaluate", "--learning-rate", 1e-3, data="short")
     one, two = folder / "full-1", folder / "full-2"
@@ -267,6 +277,7 @@ def test_full_fine_tuning_as_well(folder: Path) -> None:
     assert set(by_step(two, "sent_bytes")) == {4 * trainable}
 
 
+@pytest.mark.slow
 def test_layers_that_each_process_drops_by_itself(folder: Path) -> None:
     """LayerDrop: nobody waits for the gradients of a layer that nobody else left out."""
     save_bart(folder / "layers", encoder_layers=2, encoder_layerdrop=0.5)
@@ -317,6 +328,7 @@ def test_with_the_same_number_of_processes_the_end_is_the_same_bit_for_bit(
     assert scores[0] == scores[1]
 
 
+@pytest.mark.slow
 def test_a_stop_while_summaries_are_written_stops_all(folder: Path) -> None:
     def before(rank: int) -> None:
         original = validation._summed_losses
@@ -388,6 +400,7 @@ def test_a_process_that_dies_ends_the_job_and_is_named(folder: Path, tmp_path: P
     assert "[rank0]" not in said  # no traceback of those who are left over
 
 
+@pytest.mark.slow
 def test_the_main_process_may_die_as_well(folder: Path) -> None:
     run = folder / "beheaded"
     codes = train(4, flags(folder, data="short"), run, signalled_at(2, 0, signal.SIGKILL))

@@ -11,6 +11,7 @@ from minilora.summarization.evaluation.nonsense import (
     repeats,
 )
 from minilora.summarization.presets import ASSETS
+from tests.marks import slow_but
 
 SPLITS = ("train", "validation", "test")
 SIZES = {
@@ -55,7 +56,7 @@ def test_bookings_parts_no_conversation() -> None:
     assert len(set(found)) == len(found) == 1550
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", slow_but(["validation", "test"], SPLITS))
 def test_what_bookings_summaries_say_is_in_the_chat(split: str) -> None:
     """By rule made, they can be held to it: names and numbers all, repeats in few."""
     found = rows("bookings", split)

@@ -1,16 +1,14 @@
 """The programs in examples/ run, use public names only, stay short, and do what they print."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import minilora
+from tests.forks import run_script
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PATHS = sorted(EXAMPLES.glob("*.py"))
@@ -19,11 +17,7 @@ each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 def run(name: str, folder: Path) -> str:
     """What an example prints when it is run in an empty folder."""
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_script(EXAMPLES / f"{name}.py", folder=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -23,6 +23,7 @@ from minilora.summarization.model.four_bits import FourBits
 from minilora.summarization.presets import PRESETS
 from minilora.summarization.training.trainer import Trainer
 from tests.helpers import SMALL, records, save_bart, save_data
+from tests.marks import slow_but
 
 CPU = torch.device("cpu")
 
@@ -44,7 +45,9 @@ def test_a_model_read_into_four_bits_is_the_one_quantized_afterwards() -> None:
     assert read.lm_head.weight is read.model.shared.weight
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"])
+@pytest.mark.parametrize(
+    "targets", slow_but([("q_proj", "v_proj")], [("q_proj", "v_proj"), "all-linear"])
+)
 def test_what_loftq_quantizes_later_is_read_whole(targets: str | tuple[str, ...]) -> None:
     config = LoRAConfig(rank=4, targets=targets, init="loftq")
     read = loading.load_model("pocket-bart", CPU, FourBits(config))

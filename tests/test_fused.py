@@ -18,6 +18,7 @@ from minilora import LoRALinear
 from minilora.functional import low_rank
 from minilora.fused import fused_low_rank, keep_mask
 from minilora.methods.dora import DoRALinear
+from tests.marks import slow_but
 from tests.test_functional import SCALE, operands
 
 NODE = "LowRankBackward"
@@ -564,7 +565,7 @@ def outcome(function: Used, base: str, fused: bool, dtype: torch.dtype | None) -
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("name", slow_but(USES.keys() - {"compiled"}, USES))
 def test_whatever_works_on_the_eager_line_works_fused(
     name: str, base: str, dtype: torch.dtype | None
 ) -> None:
@@ -643,7 +644,7 @@ def test_a_model_on_the_meta_device_trains_in_shapes(dropout: float, quantized: 
     assert all(p.grad.shape == p.shape for p in trained)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", slow_but([0.0], [0.0, 0.1]))
 def test_the_compiler_takes_it_whole(dropout: float) -> None:
     """`fullgraph`: a graph break would raise. What Inductor makes of the graph is its affair."""
     network, x = model(dropout, True), torch.randn(2, 3, 24)

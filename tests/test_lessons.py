@@ -5,14 +5,13 @@ import base64
 import json
 import re
 import runpy
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import torch
+
+from tests.forks import fork
 
 LESSONS = Path(__file__).resolve().parents[1] / "lessons"
 PATHS = sorted(LESSONS.glob("[0-9]_*.py"))
@@ -26,10 +25,7 @@ def classroom(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(LESSONS))
     plt = pytest.importorskip("matplotlib.pyplot", reason="lessons need the extra `plot`")
     plt.switch_backend("Agg")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
     yield
-    torch.set_num_threads(threads)
     plt.close("all")
 
 
@@ -83,13 +79,8 @@ def test_the_notebook_is_this_lesson_with_its_outputs(path: Path) -> None:
 def exercise_outcomes(tmp_path: Path, *flags: str) -> dict[str, str]:
     """What pytest says of each exercise's test: `passed`, or the first line of the failure."""
     report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *flags]
-    subprocess.run(
-        [*command, f"--junitxml={report}", str(LESSONS / "exercises")],
-        cwd=LESSONS.parent,
-        capture_output=True,
-        check=False,
-    )
+    flags = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", *flags)
+    fork(lambda: pytest.main([*flags, f"--junitxml={report}", str(LESSONS / "exercises")]))
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         problem = next(iter(case), None)

@@ -10,6 +10,7 @@ import minilora
 from minilora import LoRAError
 from minilora.inject import lora_layers
 from tests.conftest import ARCHITECTURES, State, adapted, equal, inputs, logits, tiny_bart, weights
+from tests.marks import slow_but
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -18,7 +19,7 @@ def states(model: nn.Module) -> list[tuple[bool, bool]]:
     return [(layer.enabled, layer.merged) for layer in lora_layers(model).values()]
 
 
-@pytest.mark.parametrize("cycles", [1, 100])
+@pytest.mark.parametrize("cycles", slow_but([1], [1, 100]))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("architecture", ["bart", "gpt2"])
 def test_unmerging_restores_every_weight_of_the_model(

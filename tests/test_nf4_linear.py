@@ -16,6 +16,7 @@ from minilora.methods.dora import DoRALinear
 from minilora.methods.lora_bias import LoRABiasLinear
 from tests.conftest import logits, tiny_t5
 from tests.four_bits import linear, weight
+from tests.marks import slow_but
 
 # The layer ----------------------------------------------------------------------------------------
 
@@ -85,8 +86,8 @@ def test_one_row_of_input_is_enough() -> None:
     assert torch.allclose(xs[0].grad, xs[1].grad, rtol=0, atol=1e-6)  # another order of sums
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16], [torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize("wrapped", slow_but([True], [False, True]))
 def test_a_compiler_sees_the_same_numbers(dtype: torch.dtype, wrapped: bool) -> None:
     layer: nn.Module = NF4Linear(linear(24, 80)).to(dtype)
     if wrapped:

@@ -35,6 +35,7 @@ from tests.conftest import (
     tiny_llama,
     tiny_t5,
 )
+from tests.marks import slow_but
 
 EFFECT = 1000  # the adapter must matter this many times more than the tolerance allows to differ
 FLOAT32 = 2e-6  # what float32 rounds away in a tiny model, relative to its largest logit
@@ -149,7 +150,19 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+# Those that meet every code path: `make quick` runs all tests on them, some tests on all cases.
+SPREAD = [
+    CASES[name]
+    for name in (
+        "all-linear", "rank pattern", "rslora with rank pattern", "dora with trained biases",
+        "all biases, some tied", "lora bias with trained biases", "also train, nested",
+        "bfloat16 file", "named adapter", "Conv1D with dora", "T5", "Llama",
+    )
+]  # fmt: skip
+every = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+@pytest.fixture(params=slow_but(SPREAD, CASES.values()), ids=CASES.keys())
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
@@ -223,6 +236,7 @@ def check_close(left: Tensor, right: Tensor, base: Tensor, relative: float = 1e-
     assert (right - base).abs().max() >= EFFECT * max(relative, FLOAT32) * size
 
 
+@every
 def test_what_peft_wrote_runs_here(case: Case, tmp_path: Path) -> None:
     directory = peft_directory(case, tmp_path / "peft")
     theirs = load_in_peft(case, directory)

@@ -5,18 +5,20 @@ import importlib.util
 import json
 import lzma
 import re
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BartForConditionalGeneration
 
 import minilora
+from tests.forks import run_script
 
 pytest.importorskip("tokenizers")
 FOLDER = Path(__file__).parent.parent / "pretraining"
@@ -351,23 +353,31 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pretrain(data: Path, out: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
+def pretrain(data: Path, out: Path, *flags: str) -> "CompletedProcess[str]":
     """Pre-train a tiny model; a flag given twice counts as it comes last."""
     fixed = (
-        f"--data {data} --out {out} --tokenizer {ASSETS / 'tokenizer.json'} --minutes 0.05 "
+        f"--data {data} --out {out} --tokenizer {ASSETS / 'tokenizer.json'} --minutes 0.02 "
         "--layers 1 --decoder-layers 1 --width 16 --heads 2 --threads 1 --batch 0.02 --workers 0"
     )
-    command = [sys.executable, str(FOLDER / "train.py"), *fixed.split(), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return run_script(FOLDER / "train.py", *fixed.split(), *flags)
 
 
-def test_pretraining_writes_weights_and_goes_on(tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_pretraining_writes_weights_and_goes_on(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = BartForConditionalGeneration.generate
+    monkeypatch.setattr(  # the samples: 80 tokens of them take most of the time
+        BartForConditionalGeneration,
+        "generate",
+        lambda self, **options: written(self, **{**options, "max_new_tokens": 4}),
+    )
     keep = ("--checkpoint", str(tmp_path / "state.safetensors"))
     done = pretrain(tiny_data, tmp_path / "run", *keep)
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert last["done"]
-    assert 2.9 < last["seconds"] < 10  # 0.05 minutes, and the step that was being done
+    assert 1.1 < last["seconds"] < 10  # 0.02 minutes, and the step that was being done
     assert np.isfinite(last["narrative_right"])
     assert "MODEL" in (tmp_path / "run" / "samples.txt").read_text()
 
@@ -375,14 +385,15 @@ def test_pretraining_writes_weights_and_goes_on(tiny_data: Path, tmp_path: Path)
     assert refused.returncode == 1
     assert "minutes are done: give more --minutes" in refused.stderr
     assert "Traceback" not in refused.stderr
-    again = pretrain(tiny_data, tmp_path / "run", *keep, "--minutes", "0.08")
+    longer = ("--minutes", str(last["seconds"] / 60 + 0.02))
+    again = pretrain(tiny_data, tmp_path / "run", *keep, *longer)
     assert again.returncode == 0, again.stderr
     more = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert more["tokens"] > last["tokens"]
 
     places = ("--run", "run", "--tokenizer", str(ASSETS / "tokenizer.json"), "--out", "model")
-    command = [sys.executable, str(FOLDER / "export.py"), *places]
-    subprocess.run(command, check=True, capture_output=True, timeout=240, cwd=tmp_path)
+    exported = run_script(FOLDER / "export.py", *places, folder=tmp_path)
+    assert exported.returncode == 0, exported.stderr
     weights = load_file(tmp_path / "model" / "model.safetensors")
     assert weights["model.encoder.layers.0.fc1.weight"].dtype == torch.float16
     assert "M tokens of source and target" in (tmp_path / "model" / "README.md").read_text()
@@ -397,7 +408,6 @@ def test_pretraining_writes_weights_and_goes_on(tiny_data: Path, tmp_path: Path)
 
 def test_an_export_of_half_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights-1-of-2.safetensors").write_bytes(b"")
-    command = [sys.executable, str(FOLDER / "export.py"), "--run", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = run_script(FOLDER / "export.py", "--run", tmp_path)
     assert done.returncode == 1
     assert "lacks some of its weights" in done.stderr

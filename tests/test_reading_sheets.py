@@ -3,13 +3,15 @@
 import importlib.util
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.forks import run_script
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -191,11 +193,8 @@ def test_what_a_language_model_may_write_around(reading: ModuleType, tmp_path: P
 
 
 def test_from_the_command_line(evaluation: Path, tmp_path: Path) -> None:
-    script = str(FOLDER / "reading.py")
-
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        told = [sys.executable, script, *map(str, arguments)]
-        return subprocess.run(told, capture_output=True, text=True, check=False)
+    def run(*arguments: object) -> CompletedProcess[str]:
+        return run_script(FOLDER / "reading.py", *arguments)
 
     assert run("sheet", evaluation, "--out", tmp_path / "out", "--count", 2).returncode == 0
     blank = tmp_path / "out" / "answers.txt"

@@ -21,6 +21,7 @@ from minilora.summarization.cli import train_main
 from minilora.summarization.training import trainer
 from tests.faults import unreadable
 from tests.helpers import SMALL, records, save_bart, save_data
+from tests.marks import slow_but
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def small_disk(at: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", str(at)], check=True)
 
 
-@pytest.mark.parametrize("free_bytes", [0, 10_000, 20_000, 40_000])
+@pytest.mark.parametrize("free_bytes", slow_but([20_000], [0, 10_000, 20_000, 40_000]))
 def test_a_disk_that_is_really_full(
     folder: Path, tmp_path: Path, capfd: Any, free_bytes: int
 ) -> None:
@@ -229,7 +230,10 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+FEW = [DAMAGES[name] for name in ("deleted state.json", "swapped for another's", "emptied")]
+
+
+@pytest.mark.parametrize("damage", slow_but(FEW, DAMAGES.values()), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over(
     folder: Path, run: Path, capfd: Any, damage: Callable[[Path], object]
 ) -> None:
