@@ -22,7 +22,7 @@ ALL_LINEAR = "all-linear"
 
 
 class LoRAError(ValueError):
-    """Bad input: one line that says what is wrong, where, and what to do. It is a ValueError.
+    """Invalid input: one line that says what is wrong, where, and what to do.
 
     Args:
         message: may quote names from a file; what is not printable is shown as an escape.
@@ -112,11 +112,11 @@ class LoRAConfig:
         if not self.targets:
             raise LoRAError("targets is empty: name at least one module, such as 'q_proj'")
         if self.layers is not None and isinstance(self.targets, str):
-            raise LoRAError("layers goes with a list of target names, not with one string")
+            raise LoRAError("layers needs targets as a list of names, not as one string")
         if self.layers is None and self.layers_pattern:
-            raise LoRAError("layers_pattern says where `layers` are counted: give layers too")
+            raise LoRAError("layers_pattern has no effect without layers: give layers too")
         if self.lora_bias and (self.dora or self.init not in ("kaiming", "random")):
-            raise LoRAError("lora_bias does not go with dora, nor with this init, as in PEFT")
+            raise LoRAError("lora_bias goes with init 'kaiming' or 'random', and not with dora")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
@@ -132,14 +132,17 @@ class LoRAConfig:
         return next(alphas, self.alpha)
 
 
-# How an entry means a module, as in PEFT. For "model.layers.0.q_proj":
-#     "targets" or "exclude" as one string: a regular expression for the whole name, r".*q_proj"
+# How an entry selects a module, as in PEFT. For "model.layers.0.q_proj":
+#     `targets` or `exclude` as one string: a regular expression for the whole name, r".*q_proj"
+#         (`matches`)
 #     each entry of a sequence: the exact name, or its end after a dot, "q_proj" or "0.q_proj"
+#         (`is_named`)
 #     each key of a pattern: a regular expression for the name or such an end, r"[01]\.q_proj"
+#         (`matches_end`)
 
 
 def matches(names: str | tuple[str, ...], module: str) -> bool:
-    """Whether a regular expression, or one entry of a sequence, means the module.
+    """Whether a regular expression, or one entry of a sequence, selects the module.
 
     Example:
         >>> matches(("proj",), "layers.0.proj"), matches(("proj",), "layers.0.q_proj")
@@ -156,7 +159,7 @@ def is_named(name: str, module: str) -> bool:
 
 
 def matches_end(key: str, module: str) -> bool:
-    """Whether a key of a pattern means the module."""
+    """Whether a key of a pattern selects the module."""
     return re.match(rf"(.*\.)?({key})$", module) is not None
 
 

@@ -1,4 +1,4 @@
-"""The equation, from which everything else follows.
+"""The LoRA equation. The other files apply it to layers and models.
 
 A linear layer computes y = x W^T + b. LoRA freezes W (out, in) and adds the product of two narrow
 matrices A (r, in) and B (out, r), which train:
@@ -17,7 +17,7 @@ def scale(alpha: float, rank: int, rslora: bool = False) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
+def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, p: float = 0.0) -> Tensor:
     """Add the adapter's branch: `y + s (dropout(x) A^T) B^T` (Hu et al. 2021, equation 3).
 
     Training usually computes the same in `fused.py`.
@@ -26,7 +26,7 @@ def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float 
         y: (..., out), the frozen layer's output x W^T + b.
         x: (..., in), its input.
         A: (r, in). B: (out, r). Cast to x's dtype; under autocast to autocast's.
-        scale: s.
+        s: the scale.
         p: probability that dropout zeroes an element of x (the others are scaled by 1 / (1 - p)).
 
     Returns:
@@ -34,4 +34,4 @@ def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float 
     """
     x = F.dropout(x, p, training=p > 0)  # (..., in)
     h = F.linear(x, A.to(x.dtype))  # (..., r)
-    return y + F.linear(h, B.to(h.dtype)) * scale  # (..., out)
+    return y + F.linear(h, B.to(h.dtype)) * s  # (..., out)

@@ -37,4 +37,5 @@ def random(base: nn.Module, A: Tensor, B: Tensor, scale: float) -> nn.Module:
 
 
 STARTS: dict[str, Start] = {"kaiming": kaiming, "gaussian": gaussian, "random": random}
-"""By `LoRAConfig.init`. `minilora/methods/__init__.py` adds those defined in other files."""
+"""By `LoRAConfig.init`, whose type `Init` names all. `minilora/methods/__init__.py` adds those of
+other files."""

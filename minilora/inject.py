@@ -50,7 +50,7 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Inj
     selected = select(model, config)
     for name, module in selected.items():
         if (rank := config.rank_of(name)) > (side := min(linears.shape(module))):
-            raise LoRAError(f"rank {rank} is above the smaller side of {name}, {side}")
+            raise LoRAError(f"rank {rank} is above the smaller side of {name!r}, {side}: lower it")
     with seeded(model, seed):
         wrap(model, selected, config)
     return report(model, seed)
@@ -67,14 +67,15 @@ def wrap(model: nn.Module, selected: dict[str, nn.Module], config: LoRAConfig) -
             rank, alpha = config.rank_of(name), config.alpha_of(name)
             with naming(name):
                 layers[module] = layer_class(module, rank, alpha, **more)
-    except BaseException:  # Ctrl-C too. Each layer froze its base: the model is left as it was
+        model.requires_grad_(False)
+        replace_modules(model, layers)
+        for extra in extras:
+            extra.start(model)
+    except BaseException:  # Ctrl-C too: the model is left as it was
+        replace_modules(model, {layer: module for module, layer in layers.items()})
         require_grad(model, required_grad)
         raise
-    model.requires_grad_(False)
     model.zero_grad()  # an optimizer skips a parameter only if its gradient is None
-    replace_modules(model, layers)
-    for extra in extras:
-        extra.start(model)
     hook = model.register_load_state_dict_pre_hook(refuse_merged)
     model._minilora = Injection(config, required_grad, extras, hook)  # type: ignore[assignment]
 
@@ -103,7 +104,7 @@ def unwrap(model: nn.Module, dequantize: bool = False) -> nn.Module:
 
     Args:
         model: as `inject` or `load_adapter` left it, merged or not.
-        dequantize: turn a 4-bit base into plain linears, W + s B A with the W that its codes mean,
+        dequantize: turn a 4-bit base into plain linears, W + s B A with W decoded from its codes,
             rounded once to the model's dtype (`model.float()` before it: not rounded). What that
             cost is logged, by `logging.getLogger("minilora")`.
 
@@ -155,7 +156,7 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 def _put_back(model: nn.Module) -> nn.Module:
-    """The original modules as they are, merged or not, and nothing remembered of the adapter."""
+    """Put the original modules back as they are, merged or not; drop the adapter's record."""
     injection = injection_of(model)
     replace_modules(model, {layer: layer.base for layer in lora_layers(model).values()})
     if injection is not None:
@@ -172,7 +173,7 @@ def merge_layers(layers: dict[str, LoRALinear]) -> None:
         for name, layer in unmerged.items():
             with naming(name):
                 layer.merge()
-    except BaseException:  # also when the memory for the original weights ends
+    except BaseException:  # also when there is no memory for the original weights
         for layer in unmerged.values():
             layer.unmerge()
         raise
@@ -202,17 +203,18 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 class Extra(Protocol):
-    """Parameters outside the adapted layers that train too, such as biases.
+    """What trains outside the adapted layers, such as biases.
 
-    The constructor checks, and leaves the model as it is: (model, configuration, names of the
-    adapted modules).
+    One is made for every injection, by (model, configuration, names of the adapted modules). The
+    constructor raises on wrong input and leaves the model as it is. If there is nothing to train,
+    `find` returns {} and the others do nothing.
     """
 
     def find(self, model: nn.Module) -> dict[str, str]:
         """What trains: name on disk, without PEFT's prefix -> name in the model's state_dict."""
 
     def start(self, model: nn.Module) -> None:
-        """Let it train, and keep the base's values."""
+        """Make it require a gradient, and keep the base's values."""
 
     def swap(self, model: nn.Module) -> None:
         """Put the base's values in the place of the trained ones, or back."""
@@ -250,4 +252,5 @@ LAYERS: dict[str, type[LoRALinear]] = {}
 EXTRAS: list[Callable[[nn.Module, LoRAConfig, Collection[str]], Extra]] = []
 """Makers of what trains outside the layers."""
 DEQUANTIZERS: list[Callable[[nn.Module], AbstractContextManager[None]]] = []
-"""Context managers that replace quantized linears by full-precision ones and round on exit."""
+"""Context managers around merging: on entry quantized linears become plain and wide, on exit they
+are rounded to the model's dtype."""

@@ -51,9 +51,9 @@ class LoRALinear(nn.Module):
     """
 
     fused: bool = True
-    """Train by `fused_low_rank`, with the hand-written backward: less time, less memory. False, on
-    this layer or on the class for all, trains by `low_rank`, as evaluation mode always computes:
-    bit for bit what PEFT computes, in the same order."""
+    """True: training uses `fused_low_rank`, with a hand-written backward that takes less time and
+    memory (`can_fuse` says where it can). False, on a layer or on the class for all layers:
+    training uses `low_rank`, as evaluation always does, which equals PEFT bit for bit."""
 
     # The base's own values while it is merged, else None. Buffers, so that `.to()` moves them.
     original_weight: Tensor | None  # (out, in)
@@ -83,7 +83,7 @@ class LoRALinear(nn.Module):
         self.train(base.training)
 
     def add_parameters(self) -> None:
-        """What a method trains besides A and B: its layer overrides this."""
+        """A hook for subclasses, called last in `__init__`: what trains besides A and B."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out).
@@ -114,7 +114,7 @@ class LoRALinear(nn.Module):
         return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
 
     def merged_bias(self) -> Tensor | None:
-        """What merging makes of the bias: (out,), float32 or wider; None leaves it as it is."""
+        """The bias after merging: (out,), float32 or wider; None leaves it as it is."""
         return None
 
     @property
@@ -175,9 +175,9 @@ class LoRALinear(nn.Module):
 
 
 def _write_originals(layer: LoRALinear, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """A checkpoint holds the base and the adapter, never their sum.
+    """A checkpoint holds W, A and B. Without this hook a merged model would save W + s B A as W.
 
-    Without this hook `test_a_state_dict_holds_the_original_weight_whether_merged_or_not` fails.
+    The test is `test_a_state_dict_holds_the_original_weight_whether_merged_or_not`.
     """
     if (weight := layer.original_weight) is not None:
         state[f"{prefix}base.weight"] = weight.T if linears.is_conv1d(layer.base) else weight

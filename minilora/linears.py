@@ -1,4 +1,4 @@
-"""What a LoRALinear may wrap: any module that computes y = x W^T + b and says so.
+"""What a LoRALinear may wrap: any module that computes y = x W^T + b and exposes W.
 
 These are `torch.nn.Linear`; GPT-2's `Conv1D`, the same product with the weight stored as (in, out);
 and any module with the attributes of `LinearLike`, such as a quantized linear.
@@ -19,7 +19,8 @@ class LinearLike(Protocol):
     in_features: int
     out_features: int
     mergeable: bool
-    """Whether `dense_weight` is the storage that forward reads, so that writing to it merges."""
+    """True if `dense_weight` returns the storage that forward reads, so that a write changes the
+    layer; False if it returns a copy."""
 
     def dense_weight(self) -> Tensor:
         """W (out, in)."""

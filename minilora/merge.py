@@ -98,7 +98,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     before = [(layer, layer.enabled, layer.merged) for layer in _layers(model).values()]
     model = plain_model(model)
     injection = injection_of(model)
-    extras_enabled = injection is not None and injection.enabled  # not in a block inside another
+    extras_enabled = injection is not None and injection.enabled  # False in a nested block
     try:
         for layer, _, _ in before:
             layer.unmerge()

@@ -12,8 +12,8 @@ from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, is_named, matches
 BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-Means = Callable[[str, str], bool]
-"""Whether an entry, the first, means a module, the second."""
+Matcher = Callable[[str, str], bool]
+"""(entry, module): whether the entry selects the module."""
 
 
 def trained_whole(config: LoRAConfig, module: str) -> str | None:
@@ -22,7 +22,10 @@ def trained_whole(config: LoRAConfig, module: str) -> str | None:
 
 
 def is_target(config: LoRAConfig, module: str) -> bool:
-    """Whether the configuration asks for a linear of this name ("all-linear" asks for any)."""
+    """Whether the configuration asks for a linear of this name.
+
+    "all-linear" asks for any: `all_linear` leaves out the output head.
+    """
     asked = config.targets == ALL_LINEAR or matches(config.targets, module)
     if not asked or matches(config.exclude, module) or trained_whole(config, module):
         return False
@@ -69,14 +72,14 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     return selected
 
 
-def require(field: str, entries: Iterable[str], names: list[str], means: Means = is_named) -> None:
+def require(field: str, entries: Iterable[str], names: list[str], by: Matcher = is_named) -> None:
     """Refuse an entry that matches no module. PEFT lets a misspelt one pass."""
-    part = "'s adapted modules" if means is matches_end else ""
+    part = "'s adapted modules" if by is matches_end else ""
     if isinstance(entries, str):  # one regular expression, or "all-linear"
-        entries, means = () if entries in ("", ALL_LINEAR) else (entries,), matches
+        entries, by = () if entries in ("", ALL_LINEAR) else (entries,), matches
         part = "; a string is a regular expression, names go into a list"
     for entry in entries:
-        if not any(means(entry, name) for name in names):
+        if not any(by(entry, name) for name in names):
             near = modules.nearest(entry, names)
             raise LoRAError(f"{field}: {entry!r}: nothing matches it in the model{part}{near}")
 

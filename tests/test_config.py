@@ -46,7 +46,7 @@ def test_the_error_is_a_value_error() -> None:
 
 def test_layers_goes_with_a_list_of_names_only() -> None:
     for targets in ("all-linear", r".*q_proj"):
-        with pytest.raises(LoRAError, match="layers goes with a list"):
+        with pytest.raises(LoRAError, match="layers needs targets as a list"):
             LoRAConfig(targets=targets, layers=(0,))
 
 

@@ -118,8 +118,8 @@ def test_a_report_never_names_a_module_that_was_not_adapted() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 17}, r"rank 17 is above the smaller side of .*(q|v)_proj, 16"),
-        ({"rank_pattern": {"fc1": 17}}, r"rank 17 is above the smaller side of .*fc1, 16"),
+        ({"rank": 17}, r"rank 17 is above the smaller side of .*(q|v)_proj', 16"),
+        ({"rank_pattern": {"fc1": 17}}, r"rank 17 is above the smaller side of .*fc1', 16"),
     ],
 )
 def test_a_rank_above_a_side_is_refused_by_name(changes: dict[str, object], message: str) -> None:
@@ -357,3 +357,20 @@ def test_a_start_that_fails_midway_leaves_the_model_as_it_was(
     with pytest.raises(MemoryError):
         minilora.inject(model, config_for())
     before.check(model)
+
+
+def test_an_extra_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minilora.trained_whole import TrainedWhole
+
+    model = tiny_bart()
+    before = State.of(model)
+
+    def fails(extra: TrainedWhole, model: nn.Module) -> None:
+        assert lora_layers(model)  # the layers stand in their places already
+        raise MemoryError
+
+    monkeypatch.setattr(TrainedWhole, "start", fails)
+    with pytest.raises(MemoryError):
+        minilora.inject(model, config_for())
+    before.check(model)
+    assert minilora.config_of(model) is None

@@ -9,18 +9,23 @@
     extra    an `inject.Extra`: parameters outside the layers           EXTRAS, in inject.py
     base     a `linears.LinearLike` and its way to plain linears        DEQUANTIZERS, in inject.py
 
-An entry is enough: inject, merge, disabled, unwrap, unload and the files go by these tables.
-A new field of LoRAConfig gets its name in PEFT's file in `FIELDS`, in peft_format/config.py. The
-files of plain LoRA (functional to merge) import nothing from here.
+Add entries to these tables; inject, merge, disabled, unwrap, unload and the files then handle the
+method. A new field of LoRAConfig also needs its test in `RULES`, in config.py, and its name in
+PEFT's file in `FIELDS`, in peft_format/config.py. A layer is made with rank, alpha, dropout, rslora
+and init only: one with more settings gets them in `inject.wrap`. Two layers of LAYERS exclude each
+other: `LoRAConfig.__post_init__` refuses that. The files of plain LoRA (functional to merge) import
+nothing from here.
 
-Where methods belong that are not built:
+Where methods that do not exist yet would go, and what they need:
 
 - AdaLoRA is a layer with one more parameter, the r singular values: it overrides `forward` and
   `delta`. What it prunes after a step is a function of its file, `allocate(model, step)`, which
-  the training loop calls after `optimizer.step()`; it finds its layers by `inject.lora_layers`.
+  the training loop has to call after `optimizer.step()`; it finds its layers by
+  `inject.lora_layers`. No table has such functions yet.
 - Prompt and prefix tuning wrap no layer. Each is an extra: `start` adds the parameters and a
   forward hook, `find` names them for the files, `swap` takes them out and puts them back. Each has
-  a configuration class of its own, for which `inject` selects no targets.
+  a configuration class of its own. `inject` has to skip `select` for it, and `merge._layers` has
+  to accept a model without layers.
 """
 
 from minilora.initialization import STARTS
