@@ -74,10 +74,9 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
 
 def require(field: str, entries: Iterable[str], names: list[str], by: Matcher = is_named) -> None:
     """Refuse an entry that matches no module. PEFT lets a misspelt one pass."""
-    part = "'s adapted modules" if by is matches_end else ""
     if isinstance(entries, str):  # one regular expression, or "all-linear"
         entries, by = () if entries in ("", ALL_LINEAR) else (entries,), matches
-        part = "; a string is a regular expression, names go into a list"
+    part = {matches_end: "'s adapted modules", matches: ", as a regular expression"}.get(by, "")
     for entry in entries:
         if not any(by(entry, name) for name in names):
             near = modules.nearest(entry, names)
