@@ -165,7 +165,7 @@ def _check_fit(
     def explain(key: str) -> str:
         for name in keys.modules_of([key]):  # one, or none
             if name not in named:
-                return f": the model has no such module{nearest(name, known, 1)}"
+                return f": no such module{nearest(name, known, 1)}"
             if name not in known:
                 return f": a {type(named[name]).__name__}, not a linear layer"
             return ": target_modules does not ask for it"
