@@ -153,8 +153,10 @@ def test_no_such_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     "name", sorted({str(p["model"]) for p in PRESETS.values() if "model" in p} | {"nosuch", "a b"})
 )
 def test_hub_models_fail_offline_in_one_line(name: str) -> None:
-    refused(name, "no such directory, and the hub does not have it")
-    refused(name, "no such directory, and the hub does not have it", load=load_tokenizer)
+    refused(name, "no such directory, and offline it is not in the hub's cache")
+    refused(
+        name, "no such directory, and offline it is not in the hub's cache", load=load_tokenizer
+    )
 
 
 def test_a_directory_without_weights(copy: Path) -> None:

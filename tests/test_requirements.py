@@ -234,7 +234,7 @@ REFUSED = {
         "no decoder_start_token_id",
     ),
     "no end": (no_end, "no eos_token"),
-    "no padding": (no_padding, "no padding token"),
+    "no padding": (no_padding, "no pad token"),
     "what transformers cannot decode": (prophet_net, "prophetnet model cannot write summaries"),
 }
 

@@ -38,23 +38,19 @@ class Truncation:
     limits: tuple[int, int] = field(default=(0, 0), compare=False)
 
     def __str__(self) -> str:
+        summaries = f", {self.targets:,} summaries to --max-target-length or them"
+        summaries += f" ({self.limits[1]})"
         return (
             f"{self.sources:,} of {self.total:,} dialogues cut to --max-source-length or the "
-            f"model's positions ({self.limits[0]} tokens), {self.targets:,} summaries to "
-            f"--max-target-length or them ({self.limits[1]})"
+            f"model's positions ({self.limits[0]} tokens){summaries * (self.targets > 0)}"
         )
 
 
 # Tokenizing ---------------------------------------------------------------------------------------
 
 
-def build_prompt(dialogue: str, options: DataOptions) -> str:
-    r"""The text the model reads. `\n` in the prompt's flags is a line break."""
-    before, after = _prompt(options)
-    return before + dialogue + after
-
-
-def _prompt(options: DataOptions) -> tuple[str, str]:
+def prompt(options: DataOptions) -> tuple[str, str]:
+    r"""The texts around every dialogue. `\n` in the prompt's flags is a line break."""
     return options.prompt_before.replace("\\n", "\n"), options.prompt_after.replace("\\n", "\n")
 
 
@@ -71,7 +67,7 @@ def encode(
     dialogues = [example.dialogue for example in examples]
     summaries = [example.summary for example in examples]
     sources, long_sources = _limited(
-        tokenizer, "source", dialogues, options.max_source_length, _prompt(options)
+        tokenizer, "source", dialogues, options.max_source_length, prompt(options)
     )
     targets, long_targets = _limited(tokenizer, "target", summaries, options.max_target_length)
     encoded = [
@@ -87,10 +83,10 @@ def _limited(
     side: Side,
     texts: Sequence[str],
     limit: int,
-    prompt: tuple[str, str] = ("", ""),
+    around: tuple[str, str] = ("", ""),
 ) -> tuple[list[list[int]], int]:
     """Token ids of the texts inside the prompt, at most `limit` each, and how many were cut."""
-    before, after = prompt
+    before, after = around
     _, ending = frame(tokenizer, side, after)
     added = [] if ending or side == "source" else [end_token(tokenizer)]
 

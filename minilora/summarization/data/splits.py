@@ -2,22 +2,20 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
 
-from ..errors import UserError
-from ..presets import local_path
-from ..settings import DataOptions
-from .reading import FORMATS, Example, find, read_source
+from ..errors import UserError, counted
+from ..settings import SPLITS, DataOptions
+from .reading import Example, read_source
+from .sources import find
 
-SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.05  # share of the rows that becomes a split the data does not bring
 
 
 def load(
     options: DataOptions, splits: Sequence[str] = SPLITS
 ) -> tuple[dict[str, list[Example]], list[str]]:
-    """Read splits from `options.data`: a directory, a file or a hub name.
+    """Read splits from a directory, files or the hub.
 
     A missing split is held out of train; where only test is missing, validation is used for it.
 
@@ -27,11 +25,7 @@ def load(
     Raises:
         UserError: there is no such data or split, or a row is malformed.
     """
-    if unknown := [split for split in splits if split not in SPLITS]:
-        raise UserError(f"no split is called {unknown[0]!r}; there are {', '.join(SPLITS)}")
-    sources, notices = find(options.data), list[str]()
-    if beside := _not_read(options.data, [source.name for source in sources.values()]):
-        notices.append(f"{options.data}: not read: {', '.join(beside)}")
+    sources, notices = find(options)
     absent = [split for split in SPLITS[1:] if split not in sources]
     if absent == ["test"]:
         absent, sources["test"] = [], sources["validation"]
@@ -52,18 +46,15 @@ def load(
             continue
         if split not in sources:
             found = ", ".join(source.name for source in sources.values())
-            raise UserError(f"{options.data}: no {split} data; found: {found}")
+            raise UserError(f"{options.name}: no {split} data; found: {found}")
         data[split] = read(split)
+    trained_on = {example.dialogue for example in data.get("train", ())}
+    for split in SPLITS[1:]:
+        examples = data.get(split, [])
+        if count := sum(example.dialogue in trained_on for example in examples):
+            some = f"{counted(count, 'dialogue')} of {len(examples):,}"
+            notices.append(f"{split}: {some} also in the training data")
     return {split: data[split] for split in splits}, list(dict.fromkeys(notices))
-
-
-def _not_read(data: str, read: Sequence[str]) -> list[str]:
-    """Data files of a directory that are no split, such as train_2.jsonl beside train.jsonl."""
-    folder, shard = local_path(data), re.compile(r"-\d+-of-\d+.*")
-    whole = {shard.sub("", name.split(" and ")[0]) for name in read}
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    data_files = (file for file in files if file.suffix.lower() in FORMATS)
-    return [file.name for file in data_files if shard.sub("", str(file)) not in whole]
 
 
 def _hold_out(
@@ -86,8 +77,8 @@ def _hold_out(
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """SHA-256 over ids, dialogues and summaries in their order, in hexadecimal."""
+    """SHA-256 over ids, dialogues and references in their order, in hexadecimal."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.id, example.dialogue, example.summary]).encode())
+        digest.update(json.dumps([example.id, example.dialogue, *example.references]).encode())
     return digest.hexdigest()

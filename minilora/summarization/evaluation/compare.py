@@ -100,7 +100,9 @@ def compare(
         for side, rows in (("base", before), ("finetuned", after), ("difference", change))
     }
     compared = [
-        Compared(e.id, e.dialogue, e.summary, b.text, f.text, r["rouge1"], s["rouge1"])
+        Compared(
+            e.id, e.dialogue, "\n".join(e.references), b.text, f.text, r["rouge1"], s["rouge1"]
+        )
         for e, b, f, r, s in zip(examples, base, finetuned, before, after, strict=True)
     ]
     dialogues = [e.dialogue for e in compared]
@@ -115,5 +117,5 @@ def compare(
 
 
 def _measure(summaries: Sequence[Summary], examples: Sequence[Example]) -> list[dict[str, float]]:
-    scores = rouge([s.text for s in summaries], [example.summary for example in examples])
+    scores = rouge([s.text for s in summaries], [example.references for example in examples])
     return [row | {"gen_len": s.tokens} for row, s in zip(scores, summaries, strict=True)]

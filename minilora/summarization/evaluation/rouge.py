@@ -82,10 +82,13 @@ def tokenizer_for(references: Sequence[str]) -> str:
     return "unicode" if 1000 * others > len(letters) else "rouge_score"
 
 
-def rouge(predictions: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
+def rouge(
+    predictions: Sequence[str], references: Sequence[str | Sequence[str]]
+) -> list[dict[str, float]]:
     """ROUGE-1, -2, -L and -Lsum of every prediction: F1 x 100 with stemming (Lin, 2004).
 
-    Words are as `tokenizer_for` the references says. An empty text scores 0.
+    Each prediction has one reference or several. Of several, each measure takes the best. Words are
+    as `tokenizer_for` all references says. An empty text scores 0.
 
     Raises:
         UserError: rouge_score is not installed.
@@ -93,11 +96,13 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> list[dict[st
     require_rouge()
     from rouge_score.rouge_scorer import RougeScorer  # here: training and decoding do not need it
 
-    split = UnicodeWords() if tokenizer_for(references) == "unicode" else None
+    several = [[texts] if isinstance(texts, str) else texts for texts in references]
+    tokenizer = tokenizer_for([text for texts in several for text in texts])
+    split = UnicodeWords() if tokenizer == "unicode" else None
     scorer = RougeScorer(list(METRICS), use_stemmer=True, tokenizer=split)
     scores = [
-        scorer.score(split_sentences(reference), split_sentences(prediction))
-        for prediction, reference in zip(predictions, references, strict=True)
+        scorer.score_multi(list(map(split_sentences, texts)), split_sentences(prediction))
+        for prediction, texts in zip(predictions, several, strict=True)
     ]
     return [{metric: 100 * score[metric].fmeasure for metric in METRICS} for score in scores]
 

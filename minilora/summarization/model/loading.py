@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from minilora.files import PARTIAL
 
+from .. import hub
 from ..data.batches import Encoded
 from ..errors import UserError, one_line
 from ..files import put_directory
@@ -145,12 +146,13 @@ def adapter_directory(name: str) -> Path:
     # `runs/misspelt` has the form of a hub name; but there is a folder `runs` here.
     if len(path.parts) != 2 or name.startswith((".", "/", "~")) or path.parent.is_dir():
         raise UserError(f"{name}: no such directory; name a run or an adapter")
+    hub.look_for_network()
     try:
         with _quiet(bars=True):
             directory = Path(snapshot_download(name, allow_patterns=ADAPTER_FILES))
     except Exception as error:  # the network, the hub and its cache raise many kinds
         raise UserError(
-            f"{name}: no such directory, and the hub does not have it: {one_line(error, name=True)}"
+            f"{name}: no such directory, and {hub.not_found()}: {one_line(error, name=True)}"
         ) from None
     if not (directory / ADAPTER_FILES[0]).is_file():
         raise UserError(f"{name}: the hub has it, but without {ADAPTER_FILES[0]}: it is no adapter")
@@ -182,13 +184,15 @@ def check_vocabulary(model: PreTrainedModel, encoded: Sequence[Encoded], name: s
 def loading(name: str, what: str = "") -> Iterator[str]:
     """Where to load `name` from. Inside the block every error of transformers ends in one line."""
     source, is_local = _locate(name)
+    if not is_local:
+        hub.look_for_network()
     try:
         with _quiet(bars=not is_local):  # the bar of a download is shown
             yield source
     except UserError:
         raise
     except Exception as error:
-        where = "" if is_local else "no such directory, and the hub does not have it: "
+        where = "" if is_local else f"no such directory, and {hub.not_found()}: "
         raise UserError(f"model {name}: {what}{where}{one_line(error, name=True)}") from None
 
 
@@ -213,7 +217,7 @@ def _locate(name: str) -> tuple[str, bool]:
     if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model {name}: the directory has no config.json; is it a model?")
-        return str(path), True
+        return str(path.resolve()), True
     if path.exists() or not re.fullmatch("[^./~][^/]*(/[^/]+)?", name):
         raise UserError(f"model {name}: no such directory")
     return name, False

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batches import Encoded
-from ..errors import UserError, one_line
+from ..errors import UserError, counted, one_line
 from ..evaluation.generate import summarize
 from ..settings import GenerationOptions, TrainingOptions
 from .schedule import Group
@@ -67,8 +67,8 @@ def step_memory(
     source = max((len(row.source) for row in batch), default=0)
     target = max((len(row.target) for row in batch), default=0)
     return out_of_memory(
-        f"in step {step} on a batch of {len(batch)} dialogues of up to {source} tokens, summaries "
-        f"of up to {target} ({', '.join(row.id for row in batch)})",
+        f"in step {step} on a batch of {counted(len(batch), 'dialogue')} of up to {source} tokens, "
+        f"summaries of up to {target} ({', '.join(row.id for row in batch)})",
         f"use {same}: the same update with less memory"
         if size > 1
         else "lower --max-source-length",

@@ -18,7 +18,7 @@ from .. import processes
 from ..data.batches import Encoded, collate, encode
 from ..data.lengths import fit_lengths
 from ..data.reading import Example
-from ..data.splits import SPLITS, load
+from ..data.splits import load
 from ..errors import UserError
 from ..evaluation.generate import generate_arguments
 from ..evaluation.rouge import rouge_is_installed
@@ -27,7 +27,8 @@ from ..model.device import autocast, choose_device, choose_precision
 from ..model.four_bits import FourBits
 from ..model.loading import check_vocabulary, load_model, load_tokenizer, save_model
 from ..model.requirements import limit_lengths
-from ..settings import RunConfig
+from ..presets import stored
+from ..settings import FILES, PATHS, SPLITS, RunConfig
 from .failures import try_out
 from .fingerprint import fingerprints, of_tensors
 
@@ -97,7 +98,7 @@ def open_session(run: RunConfig) -> Session:
         splits[name] = Split(examples, encoded)
         if truncation.sources or truncation.targets:
             notices.append(f"{name}: {truncation}")
-    if not run.of_preset("model", "data"):
+    if not run.of_preset("model", "data", *FILES):
         lengths = [len(row.target) + 1 for row in splits["train"].encoded]
         notices += _fit(run, [min(length, options.max_target_length) for length in lengths])
     wanted, run = run.generation.max_length, limit_lengths(run, model)
@@ -172,6 +173,7 @@ def four_bits(run: RunConfig, start: bool = False) -> FourBits | None:
 def write_config(run: RunConfig, output: Path) -> None:
     """config.json: every setting that a resumed run takes over."""
     settings = run.to_dict() | {"resume": None, "accept_changes": False}
+    settings |= {name: stored(settings[name], output) for name in PATHS if settings[name]}
     write_file(output / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
 
 

@@ -61,6 +61,8 @@ def fit(session: Session, output: Path) -> Outcome:
     trainer = Trainer(session, output)
     for notice in trainer.restore():
         print(f"note: {notice}", file=sys.stderr)
+    if trainer.progress.step == trainer.last:
+        print(f"note: {output} is finished: it is only scored again", file=sys.stderr)
     processes.on_rank0(lambda: sweep(output))
     with trainer.open():
         finished = trainer.run()

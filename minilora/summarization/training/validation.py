@@ -29,7 +29,7 @@ def validate(session: Session) -> Scores:
     summaries = summarize(
         model, session.tokenizer, split.encoded[:some], generation, session.autocast_dtype
     )
-    references = [example.summary for example in split.examples[:some]]
+    references = [example.references for example in split.examples[:some]]
     rows = rouge([summary.text for summary in summaries], references)
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     return {"loss": loss / tokens, **{name: round(mean, 4) for name, mean in means.items()}}
