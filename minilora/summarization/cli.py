@@ -1,6 +1,7 @@
 """The entry points `train.py` and `evaluate.py`: flags, exit codes, processes."""
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
 def _entry_point(
     program: str, parse: Callable[[Sequence[str]], Any], argv: Sequence[str] | None
 ) -> int:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set while PyTorch was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Offline it logs every retry; the error that follows is one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
