@@ -1,6 +1,7 @@
-"""Others' trainers: Hugging Face's Trainer, `save_pretrained`, fully_shard, DDP."""
+"""Others' trainers: Hugging Face's Trainer, `save_pretrained`, fully_shard."""
 
 import ast
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -10,6 +11,8 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartForConditionalGeneration,
@@ -20,10 +23,13 @@ from transformers import (
 
 import minilora
 from minilora import LoRAConfig, LoRAError
+from minilora.peft_format.apply import adapter_of
 from tests.helpers import small_bart
+from tests.test_distributed import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 IDS = torch.tensor([[4, 5, 6, 7, 8, 2]])
+PARTED = "model.encoder.layers.0.self_attn.q_proj.lora_A"
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
 
@@ -204,3 +210,57 @@ def test_without_the_recipe_a_plain_trainer_refuses_to_go_on(base: Path, tmp_pat
     )
     with pytest.raises(ValueError, match="checkpoint"):
         trainer._load_from_checkpoint(str(checkpoint))
+
+
+# fully_shard --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not (hasattr(os, "fork") and torch.distributed.is_available()),
+    reason="needs fork and torch.distributed",
+)
+def test_an_adapter_is_gathered_from_two_processes_after_fully_shard(tmp_path: Path) -> None:
+    """A step on the same batch in both is the step of one, up to the order of its sums."""
+
+    def step(model: Any) -> None:
+        optimizer = torch.optim.SGD(minilora.trainable_parameters(model), lr=1.0)
+        model.eval()(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+
+    def build() -> Any:
+        model = small_bart()
+        config = LoRAConfig(rank=3, alpha=7, init="random", also_train=("layernorm_embedding",))
+        minilora.inject(model, config, seed=0)
+        return model
+
+    def work(rank: int) -> int:
+        torch.distributed.init_process_group("gloo")
+        model = build()
+        for layer in (*model.model.encoder.layers, *model.model.decoder.layers, model):
+            fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+        assert model.get_parameter(PARTED).to_local().shape == (2 - rank, 16)
+        step(model)
+        minilora.save_adapter(model, tmp_path / f"of-{rank}")
+        for refused in (
+            lambda: minilora.load_adapter(model, tmp_path / "of-0"),
+            lambda: minilora.inject(model, LoRAConfig()),
+            lambda: model.save_pretrained(tmp_path / "never"),
+        ):
+            with pytest.raises(LoRAError, match="fully_shard"):
+                refused()
+        torch.distributed.destroy_process_group()
+        return 0
+
+    printed = tmp_path / "printed"
+    assert forked(2, work, printed) == [0, 0], [p.read_text() for p in printed.iterdir()]
+    model = build()
+    before = adapter_of(model).tensors
+    step(model)
+    wanted = adapter_of(model).tensors
+    for rank in range(2):
+        found = minilora.read_adapter(tmp_path / f"of-{rank}").tensors
+        assert found.keys() == wanted.keys()
+        for key, tensor in found.items():
+            torch.testing.assert_close(tensor, wanted[key], rtol=1e-5, atol=1e-6)
+    assert any(not torch.allclose(tensor, before[key], atol=1e-3) for key, tensor in wanted.items())
+    assert not (tmp_path / "never").exists()
