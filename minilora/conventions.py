@@ -33,8 +33,7 @@ HEADS = {
 def embeddings(model: nn.Module) -> list[Any]:
     """The layers from token ids to vectors and from those to logits, where the model names them."""
     names = ("get_input_embeddings", "get_output_embeddings")
-    found = [getattr(model, name, lambda: None)() for name in names]
-    return [module if isinstance(module, nn.Module) else None for module in found]
+    return [getattr(model, name, lambda: None)() for name in names]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -53,9 +52,7 @@ def refuse_wrapped(model: nn.Module) -> None:
         raise LoRAError(first)
     marks = ("base_layer", "disable_adapters")  # of a layer of PEFT's, whatever its method
     if any(all(hasattr(module, mark) for mark in marks) for module in model.modules()):
-        raise LoRAError(
-            "the model carries PEFT's adapter: take model.unload() or merge_and_unload()"
-        )
+        raise LoRAError("PEFT's adapter is in the model: take model.unload() or merge_and_unload()")
 
 
 def completed(model: nn.Module, config: LoRAConfig) -> LoRAConfig:

@@ -359,7 +359,7 @@ def test_a_model_with_peft_s_adapter_is_refused_and_left_alone(name: str, tmp_pa
     minilora.inject(mine, LoRAConfig(rank=2))
     minilora.save_adapter(mine, tmp_path)
     for model in (wrapped, wrapped.get_base_model()):
-        with pytest.raises(LoRAError, match=r"PEFT's adapter: take model.unload\(\)"):
+        with pytest.raises(LoRAError, match=r"PEFT's adapter .* take model.unload\(\)"):
             minilora.inject(model, LoRAConfig(rank=2))
         with pytest.raises(LoRAError, match="adapter"):
             minilora.load_adapter(model, tmp_path)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -137,7 +138,8 @@ SMALL = {
     "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "intermediate_size": 24,
 }  # fmt: skip
-HEADLESS = {  # the base's class, the task's, and what a classifier of PEFT's is asked for
+# The base's class, the task's, and what a classifier of PEFT's is asked for.
+HEADLESS: dict[str, tuple[Any, Any, Any, dict[str, int]]] = {
     "SEQ_CLS": (BertModel, BertForSequenceClassification, BertConfig, {"num_labels": 3}),
     "SEQ_CLS, two layers": (
         RobertaForMaskedLM, RobertaForSequenceClassification, RobertaConfig, {"num_labels": 3}
