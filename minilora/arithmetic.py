@@ -99,8 +99,7 @@ def combine(
         (torch.Size([4, 16]), True)
     """
     if not adapters or len(adapters) != len(weights):
-        count = f"{len(adapters)} adapters and {len(weights)} weights"
-        raise LoRAError(f"{count}: give one weight each")
+        raise LoRAError(f"{len(adapters)} adapters, {len(weights)} weights: give one weight each")
     if method != "cat":
         raise LoRAError(f"method must be 'cat', not {method!r}; for a lower rank: minilora.extract")
     if any(a.config.dora or a.config.lora_bias or a.extras for a in adapters):

@@ -191,8 +191,7 @@ def _held(model: nn.Module) -> dict[str, Tensor]:
 
 def _extra_tensors(model: nn.Module, extras: Iterable[Extra]) -> dict[str, Tensor]:
     """What trains outside the layers, by its keys on disk; the model may be injected or not."""
-    found = (item for extra in extras for item in extra.find(model).items())
-    return {keys.PREFIX + name: tensor for name, tensor in found}
+    return {keys.PREFIX + name: t for extra in extras for name, t in extra.find(model).items()}
 
 
 def _check_fit(
