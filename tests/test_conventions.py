@@ -428,6 +428,15 @@ def test_attention_goes_with_layers_as_names_do() -> None:
     assert len(report.modules) == 6
 
 
+@pytest.mark.parametrize(("build", "name", "near"), [(t5, "q_proj", "q"), (bart, "q", "q_proj")])
+def test_another_model_s_name_is_answered_with_this_one_s(
+    build: Callable[[], Any], name: str, near: str
+) -> None:
+    message = f"targets: '{name}': nothing matches it in the model; nearest: {near}$"
+    with pytest.raises(LoRAError, match=message):
+        minilora.inject(build(), LoRAConfig(rank=2, targets=(name,)))
+
+
 def test_a_model_whose_projections_have_other_names_is_told_to_name_them() -> None:
     model = nn.ModuleDict({"fc": nn.Linear(8, 8)})
     with pytest.raises(LoRAError, match="'attention': no projection of a known name"):
