@@ -66,7 +66,7 @@ def write_subset(name: str, shared: Path, work: Path, draw: str) -> None:
     """train.jsonl and validation.jsonl, drawn without looking at them.
 
     Held out: the rows that are scored are none of the first draw's, and nor are those that train,
-    but for QMSum, which has only 72 others: there the rest of them trains too.
+    but for QMSum, which has only 72 others: 40 of them are scored, and rows of both draws train.
     """
     pairs, train, validation = SETS[name]
     if pairs:
@@ -82,14 +82,14 @@ def write_subset(name: str, shared: Path, work: Path, draw: str) -> None:
     drawn["validation"] = sample(1, parts["validation"], validation)
     if draw == "held out":
         others = [row for row in parts["train"] if row not in drawn["train"]]
-        if pairs:
-            scored = sample(2, others, 40)
-            others = [row for row in others if row not in scored]
-        else:
-            left = [row for row in parts["validation"] if row not in drawn["validation"]]
-            scored = sample(2, left, 40)
-        more = sample(3, drawn["train"], max(0, train - len(others)))
-        drawn = {"train": sample(2, others, train) + more, "validation": scored}
+        unseen = [row for row in parts["validation"] if row not in drawn["validation"]]
+        scored = sample(2, others if pairs else unseen, 40)
+        others = [row for row in others if row not in scored]
+        trained = sample(2, others, train)
+        if pairs:  # there are few: score what is left over too
+            scored += [row for row in others if row not in trained]
+        trained += sample(3, drawn["train"], train - len(trained))
+        drawn = {"train": trained, "validation": scored}
     work.mkdir(parents=True, exist_ok=True)
     for split, rows in drawn.items():
         kept = ({k: row[k] for k in ("id", "dialogue", "summary")} for row in rows)
