@@ -26,6 +26,7 @@ import minilora
 from minilora import conformance
 from minilora.arithmetic import singular_values
 from minilora.config import LoRAError
+from minilora.conventions import HEADS
 from minilora.peft_format.apply import apply_adapter
 from minilora.peft_format.directory import Adapter
 from minilora.reports import fold_names
@@ -37,6 +38,11 @@ from minilora.summarization.presets import restored
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TASK_MODELS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -203,7 +209,7 @@ def _merge(parsed: argparse.Namespace) -> None:
     name = parsed.model or settings.get("model") or adapter.base_model
     if not isinstance(name, str):
         raise LoRAError(f"{parsed.adapter} does not name its base model: say --model")
-    model, stored = _load(name)
+    model, stored = _load(name, adapter)
     # The adapter of a base in four bits belongs to what those mean, not to the weights before.
     if four_bits := settings.get("method") == "qlora" or adapter.config.init == "loftq":
         print(minilora.quantize(model))
@@ -245,25 +251,38 @@ def _settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":
-    """The model in float32 (its sums are rounded once, when it is cast), and the dtype it has."""
+def _load(name: str, adapter: Adapter | None = None) -> "tuple[PreTrainedModel, torch.dtype]":
+    """The model in float32 (its sums are rounded once, when it is cast), and the dtype it has.
+
+    An adapter may bring the head of its task, as PEFT's do; the base then needs none.
+    """
     import transformers
 
     from minilora.summarization.model.loading import check_complete, loading
 
+    brought = adapter.extras if adapter else {}
+    task = (adapter and adapter.config.task_type) or ""
+    heads = {*HEADS.get(task, ())}
+    # Of the weights (out, in) of a head the last is the narrowest: a row for each label.
+    widths = [len(t) for key, t in brought.items() if t.dim() == 2 and heads & {*key.split(".")}]
     with loading(name) as source:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        wanted = TASK_MODELS[task] if widths else (config.architectures or [""])[0]
+        config.num_labels = min(widths, default=config.num_labels)
+        kind = getattr(transformers, wanted, None)
         if kind is None:
             raise UserError(f"model {name}: config.json names no architecture of transformers")
         model, info = kind.from_pretrained(
             source,
+            config=config,
             dtype=torch.float32,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # to be told which they are
             output_loading_info=True,
         )
-    check_complete(name, model, info)
+    missing = info["missing_keys"] - brought.keys()
+    mismatched = [entry for entry in info["mismatched_keys"] if entry[0] not in brought]
+    check_complete(name, model, {"missing_keys": missing, "mismatched_keys": mismatched})
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return model.eval(), stored
 

@@ -32,7 +32,7 @@ def is_target(config: LoRAConfig, module: str) -> bool:
 def all_linear(model: nn.Module, task_type: str | None = None) -> list[tuple[str, nn.Module]]:
     """What "all-linear" means: every linear but the output head, by plain name."""
     head = modules.output_head(model, task_type)
-    named = [(modules.plain_name(name), module) for name, module in model.named_modules() if name]
+    named = modules.named_modules(model)
     return [(name, m) for name, m in named if linears.is_linear(m) and m is not head]
 
 

@@ -35,9 +35,10 @@ from minilora.methods.lora_bias import LoRABiasLinear
 from minilora.methods.token_rows import TokenRows
 from minilora.nf4.loftq import loftq
 from minilora.nf4.model import dequantized
+from minilora.peft_format.apply import SavePretrained
 from minilora.trained_whole import TrainedWhole
 
 LAYERS.update(dora=DoRALinear, lora_bias=LoRABiasLinear)
 STARTS.update(loftq=loftq)
-EXTRAS.extend((TrainedWhole, TokenRows))
+EXTRAS.extend((TrainedWhole, TokenRows, SavePretrained))
 DEQUANTIZERS.append(dequantized)
