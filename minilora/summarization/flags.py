@@ -110,6 +110,10 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
     given = vars(training_parser().parse(argv))
     before = read_run(Path(given["resume"])).to_dict() if given.get("resume") else None
     flat = before or PRESETS[given.get("preset", "pocket")]
+    if given.get("adapter") and not before:
+        from .model.start import decided  # it imports transformers
+
+        flat = flat | decided(given)
     run = RunConfig.from_dict(changed(flat, given))
     run.typed = frozenset(before or given)
     if before:
