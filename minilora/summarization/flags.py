@@ -110,7 +110,7 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
     given = vars(training_parser().parse(argv))
     before = read_run(Path(given["resume"])).to_dict() if given.get("resume") else None
     flat = before or PRESETS[given.get("preset", "pocket")]
-    if given.get("adapter") and not before:
+    if "adapter" in given and not before:
         from .model.start import decided  # it imports transformers
 
         flat = flat | decided(given)

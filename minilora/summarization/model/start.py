@@ -42,6 +42,8 @@ def decided(given: dict[str, Any]) -> dict[str, Any]:
         LoRAError: it cannot be read.
     """
     name = given["adapter"]
+    if not name:
+        raise UserError("--adapter must not be empty: name a directory, a run or a hub name")
     directory = adapter_directory(name)
     adapter = minilora.read_adapter(directory)
     base, found = base_of(directory, adapter), _settings(adapter.config)
@@ -51,8 +53,8 @@ def decided(given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"--adapter goes with --method lora or qlora, not {given['method']}")
     if found["init"] == "loftq" and given.get("method", "qlora") != "qlora":
         raise UserError(f"--adapter {name} was started by LoftQ: it needs --method qlora")
-    typed = found.keys() & given.keys()
-    if other := sorted(n for n in typed if n not in FREE and given[n] != found[n]):
+    typed = (found.keys() & given.keys()).difference(FREE)
+    if other := sorted(n for n in typed if _unordered(given[n]) != _unordered(found[n])):
         what = " and ".join(f"{spelt(n)} {_shown(found[n])}, not {_shown(given[n])}" for n in other)
         raise UserError(f"--adapter {name} has {what}: leave such flags out")
     if found["init"] == "random":  # no flag has it, and nothing starts anew
@@ -75,8 +77,11 @@ def apply_start(model: PreTrainedModel, adapter: Adapter, name: str) -> list[str
     named = ("rank", "alpha", "targets")
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     told = {n: v for n, v in values.items() if n in named or v != getattr(plain, n)}
-    told.pop("task_type", None)
-    what = ", ".join(f"{name} {_shown(value)}" for name, value in told.items())
+    what = ", ".join(
+        f"{name} {_shown(value)}"
+        for name, value in told.items()
+        if name not in ("init", "task_type")
+    )
     notices = [f"--adapter {name}: the run starts from it, with {what}"]
     return notices + ([loaded.notice] if loaded.notice else [])
 
@@ -90,6 +95,11 @@ def _settings(config: LoRAConfig) -> dict[str, Any]:
     found["layers"] = list(config.layers or ())
     found["rank_pattern"] = [f"{key}={rank}" for key, rank in config.rank_pattern.items()]
     return found
+
+
+def _unordered(value: Any) -> Any:
+    """PEFT writes the targets in any order."""
+    return sorted(value) if isinstance(value, list) else value
 
 
 def _shown(value: object) -> str:
