@@ -147,7 +147,9 @@ def test_a_count_leaves_out_docstrings_comments_and_blank_lines() -> None:
 @pytest.mark.parametrize("page", [record.README, record.FIRST_RUN], ids=lambda page: page.stem)
 def test_a_page_shows_its_part_of_the_recording(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert record.paste(text, record.RECORDING.read_text(encoding="utf-8")) == text
+    recording = record.RECORDING.read_text(encoding="utf-8")
+    assert record.paste(text, recording) == text
+    assert record.recorded(recording) == record.COMMANDS
     assert "fine-tuned" in text
 
 

@@ -1,6 +1,7 @@
 """The entry points `train.py` and `evaluate.py`: flags, exit codes, processes."""
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ def _entry_point(
             settings = parse(sys.argv[1:] if argv is None else argv)
             from . import commands  # it imports transformers: --help need not wait for that
 
+            if argv is None:  # `train.py` let Ctrl-C end the program while it imported
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             command = commands.train if program == "train.py" else commands.score
             return command(settings)
 
