@@ -613,3 +613,17 @@ def test_bad_input_ends_in_one_line_and_exit_code_2_in_a_shell_too(here: Path) -
     assert err.count("\n") == 1
     assert "nearest: q_proj" in err
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("package", ["torch", pytest.param("transformers", marks=pytest.mark.slow)])
+def test_ctrl_c_while_a_package_is_imported_shows_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    """The package is one that presses Ctrl-C, and would then import for a minute."""
+    press = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    write(tmp_path / package / "__init__.py", press.encode())
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    for argv in (["train.py"], ["evaluate.py", "run"]):
+        process = shell(ROOT / argv[0], *argv[1:], cwd=tmp_path)
+        assert process.communicate(timeout=30) == ("", "")
+        assert process.returncode == 130
