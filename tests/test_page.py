@@ -151,7 +151,7 @@ def test_what_was_trained_and_gained_is_said(html: str) -> None:
         "4 dialogues",
     ):
         assert words in text, words
-    assert "ROUGE-1 rose on 1 dialogues, fell on 3 and stayed on 0" in text  # the Chinese one too
+    assert "ROUGE-1 rose on 1 dialogue, fell on 3 and stayed on 0" in text  # the Chinese one too
     assert "Learning rate" in text
     assert "not finished" not in text
     assert "Not scored" not in text

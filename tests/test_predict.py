@@ -200,7 +200,7 @@ def lines(path: str) -> list[dict[str, str]]:
 def test_many_chats(here: Path, capfd: Any) -> None:
     assert evaluate_main(["run", "--predict", "chats.jsonl", "--output", "out.jsonl"]) == 0
     assert capfd.readouterr() == (
-        "40 summaries are in out.jsonl\n", "note: columns read: text\n"
+        "summaries of 40 chats are in out.jsonl\n", "note: columns read: text\n"
     )  # fmt: skip
     chats, found = lines("chats.jsonl"), lines("out.jsonl")
     assert [(row["id"], row["dialogue"]) for row in found] == [(c["id"], c["text"]) for c in chats]

@@ -19,7 +19,7 @@ from .data.batches import Encoded, encode
 from .data.formats import is_data
 from .data.reading import Example, load_file
 from .data.splits import load
-from .errors import EXPECTED, UserError, one_line
+from .errors import EXPECTED, UserError, counted, one_line
 from .evaluation.compare import Evaluation
 from .evaluation.generate import evaluate, summarize
 from .evaluation.rouge import require_rouge, rouge_is_installed
@@ -231,7 +231,7 @@ def _predict(
     if done < len(texts):
         print(f"stopped after {done:,} of {len(texts):,} chats; the same command goes on")
         return 130
-    print(f"{done:,} summaries are in {output}")
+    print(f"summaries of {counted(done, 'chat')} are in {output}")
     return 0
 
 

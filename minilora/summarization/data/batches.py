@@ -38,7 +38,7 @@ class Truncation:
     limits: tuple[int, int] = field(default=(0, 0), compare=False)
 
     def __str__(self) -> str:
-        summaries = f", {self.targets:,} summaries to --max-target-length or them"
+        summaries = f", {self.targets:,} of {self.total:,} summaries to --max-target-length or them"
         summaries += f" ({self.limits[1]})"
         return (
             f"{self.sources:,} of {self.total:,} dialogues cut to --max-source-length or the "
