@@ -10,11 +10,15 @@ from typing import Any
 
 import datasets
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
 
 from minilora.summarization.data import reading
 from minilora.summarization.data.reading import Example
 from minilora.summarization.errors import UserError
+from minilora.summarization.evaluation.compare import Summary, compare
 from minilora.summarization.evaluation.rouge import rouge
+from minilora.summarization.report import runs, terminal
+from minilora.summarization.report.page_dialogues import cards
 from minilora.summarization.settings import DataOptions
 from tests.helpers import EXPECTED, GOOD, OTHER, as_csv, as_json, as_jsonl, load, rows, write
 
@@ -228,6 +232,44 @@ def test_rouge_counts_the_best_reference_measure_by_measure() -> None:
         alone = rouge([text] * 3, texts)
         assert best == {measure: max(row[measure] for row in alone) for measure in best}
         assert len({row["rouge1"] for row in alone}) > 1
+        # rouge_score itself; these texts have one sentence, so that rougeLsum is rougeL.
+        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+        scores = [scorer.score(reference, text) for reference in texts]
+        for measure in ("rouge1", "rouge2", "rougeL"):
+            assert best[measure] == 100 * max(score[measure].fmeasure for score in scores)
+
+
+def test_several_references_are_in_the_evaluation_and_in_the_report(tmp_path: Path) -> None:
+    examples = [
+        Example("a", "A: b", "Ann eats.", ("Bob <drinks> tea.", "Bob.")),
+        Example("b", "A: c", "Dee sleeps."),
+    ]
+    base = [Summary("Bob drinks coffee.", 5), Summary("", 2)]
+    tuned = [Summary("Ann eats.", 4), Summary("Dee.", 3)]
+    evaluation = compare(base, tuned, examples)
+    content = evaluation.to_dict()
+    several, one = content["examples"]
+    assert (several["reference"], several["more_references"]) == ("Ann eats.", examples[0].more)
+    assert "more_references" not in one
+    assert several["rouge1_base"] == pytest.approx(200 * 2 / 6)  # Bob and drinks, of 3 + 3 words
+    assert several["rouge1_finetuned"] == 100
+    write(tmp_path / "config.json", b"{}")
+    write(tmp_path / "evaluation.json", as_json(content))
+    read = runs.read_report(tmp_path).evaluation
+    assert read is not None
+    assert read.examples == evaluation.examples
+    assert terminal.format_examples(read, [0]).count("\n  or          Bob") == 2
+    card, _ = cards(read.examples).split("</article>")[:2]
+    for text in ("<dt>Reference<", "Ann eats.", "<dt>Or<", "Bob &lt;drinks&gt; tea.", ">Bob.<"):
+        assert text in card
+    # What ROUGE-1 counts is marked: the words of the reference that scores best.
+    assert '<mark class="c0">Bob</mark> <mark class="c0">drinks</mark> coffee.' in card
+    assert '<mark class="c1">Ann</mark> <mark class="c1">eats</mark>.' in card
+    for wrong in ("text", [1], None):
+        several["more_references"] = wrong
+        write(tmp_path / "evaluation.json", as_json(content))
+        with pytest.raises(UserError, match=r"examples\[0\]: more_references is not a list of str"):
+            runs.read_report(tmp_path)
 
 
 # Names of files -----------------------------------------------------------------------------------

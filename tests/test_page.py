@@ -273,7 +273,7 @@ def test_marks_stand_on_the_words() -> None:
     assert [text[a:b] for a, b in shared_words(text, reference, "rouge_score")] == [
         *("Dee", "meeting", "Ann")
     ]
-    found = page_dialogues._marked("a <b> a", "b", "rouge_score", "c1")
+    found = page_dialogues._marked("a <b> a", ["b"], "rouge_score", "c1")
     assert found == 'a &lt;<mark class="c1">b</mark>&gt; a'
 
 

@@ -141,9 +141,10 @@ def _scores(evaluation: Evaluation) -> str:
     gains = [example.gain for example in evaluation.examples]
     up, down = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
     same = len(gains) - up - down
+    rose = f"rose on {counted(up, 'dialogue')}, fell on {down:,} and stayed on {same:,}"
     parts = [
         _numbers("ROUGE and length", score_table(evaluation)),
-        f"<p>ROUGE-1 rose on {counted(up, 'dialogue')}, fell on {down:,} and stayed on {same:,}.</p>",
+        f"<p>ROUGE-1 {rose}.</p>",
     ]
     if nonsense := nonsense_table(evaluation):
         parts += [f"<h3>{NONSENSE_TITLE}</h3>", _numbers(NONSENSE_TITLE, nonsense)]
