@@ -51,6 +51,7 @@ def saved(rows: list[Any]) -> Callable[[Path], object]:
 TURNS = [{"speaker": "Ann", "text": "hi"}, {"speaker": "Bob", "text": "hello"}]
 BYE = {"speaker": "Cy", "text": "bye"}
 MESSAGES = [{"role": "Ann", "content": "hi"}, {"role": "Bob", "content": "hello"}]
+CY = [{"role": "Cy", "content": "bye"}]
 GPT = [{"from": "Ann", "value": "hi"}, {"from": "Bob", "value": "hello"}]
 TEXTS = ["Ann: hi", "Bob: hello"]
 
@@ -91,6 +92,10 @@ READ: dict[str, tuple[str, Content]] = {
                   {"id": "a-2", "turns": ["Cy: bye"], "summary": "Cy leaves."}]),
     ),
     "messages": ("a.json", as_json([GOOD | {"dialogue": MESSAGES}, OTHER])),
+    "messages in save_to_disk": (
+        "a",
+        saved([row | {"dialogue": said} for row, said in zip(ROWS, (MESSAGES, CY), strict=True)]),
+    ),
     "from and value": ("a.json", as_json([GOOD | {"dialogue": GPT}, OTHER])),
     "texts": ("a.json", as_json([GOOD | {"dialogue": TEXTS}, OTHER])),
     "turns in parquet": (
@@ -147,6 +152,40 @@ REFUSED: dict[str, tuple[str, Content, str]] = {
         b"chat;tldr\na;b\n",
         "line 2: no column 'dialogue'; columns found: chat, tldr; --dialogue-column NAME and "
         "--summary-column NAME say which to read",
+    ),
+    "a semicolon in a text of a csv, semicolons": (
+        "a.csv",
+        b"id;dialogue;summary\na;b;c\na;b; c;d\n",
+        " line 3: 4 fields where the header has 3; text with ';' or line breaks needs quotes",
+    ),
+    "a tab in a text of a tsv": (
+        "a.tsv",
+        b"dialogue\tsummary\na\tb\tc\n",
+        r" line 2: 3 fields where the header has 2; text with '\t' or line breaks needs quotes",
+    ),
+    "csv, a quote that does not end": (
+        "a.csv",
+        b'dialogue,summary\na,b\n"c,d\n',
+        " line 3: not CSV (unexpected end of data); check the quotes",
+    ),
+    "csv, an empty text": ("a.csv", b"dialogue;summary\na;\n", " line 2: empty summary"),
+    "csv, one column": (
+        "a.csv", b"dialogue\na\n", " line 2: no column 'summary'; columns found: dialogue; --dial"
+    ),
+    "csv, a header alone": ("a.csv", b"dialogue;summary\n", ": no rows"),
+    "jsonl, gzipped, a bad line": (
+        "a.jsonl.gz", gzip.compress(as_jsonl(ROWS) + b"{x\n"), " line 3: not JSON ("
+    ),
+    "json, gzipped, a bad row": (
+        "a.json.gz", gzip.compress(as_json([GOOD, 5])), " row 2: expected an object with columns,"
+    ),
+    "save_to_disk, a number": (
+        "a", saved([{"dialogue": 5, "summary": "x"}]), " row 1: column 'dialogue' is int, not text"
+    ),
+    "messages, no content": (
+        "a.json",
+        as_json([{"messages": [{"role": "Ann"}], "summary": "x"}]),
+        " row 1: turn 1 of column 'messages' (text or content or value or utterance) is null, not",
     ),
     "the first row decides": (
         "a.jsonl",
