@@ -45,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from minilora.summarization import cli  # it imports transformers: only when it is needed
 
         if arguments[0] == "predict":
+            names = [word for word in arguments[1:3] if word == "-" or not word.startswith("-")]
+            if len(names) < 2 and not {"-h", "--help"} & set(arguments):
+                print("minilora predict: say RUN and FILE before any flag", file=sys.stderr)
+                return 2
             arguments[2:2] = ["--predict"]
         entry_point = cli.train_main if arguments[0] == "train" else cli.evaluate_main
         return entry_point(arguments[1:])

@@ -172,6 +172,7 @@ REFUSED: dict[str, tuple[str, Content, str]] = {
     "csv, one column": (
         "a.csv", b"dialogue\na\n", " line 2: no column 'summary'; columns found: dialogue; --dial"
     ),
+    "csv, nothing but spaces": ("a.csv", b"  \n \n", ": no rows"),
     "csv, a header alone": ("a.csv", b"dialogue;summary\n", ": no rows"),
     "jsonl, gzipped, a bad line": (
         "a.jsonl.gz", gzip.compress(as_jsonl(ROWS) + b"{x\n"), " line 3: not JSON ("
@@ -228,14 +229,23 @@ REFUSED: dict[str, tuple[str, Content, str]] = {
 
 
 @pytest.mark.parametrize(("name", "content", "line"), REFUSED.values(), ids=REFUSED)
-def test_is_refused(tmp_path: Path, name: str, content: Content, line: str) -> None:
+def test_is_refused(tmp_path: Path, name: str, content: Content, line: str, capfd: Any) -> None:
     path = make(tmp_path / name, content)
     path = path.parent if path.name == "state.json" else path
+    capfd.readouterr()
     with pytest.raises(UserError) as caught:
         reading.load_file(path, DataOptions())
     assert line in str(caught.value)
     assert str(caught.value).startswith(str(path))
     assert str(caught.value).isprintable()
+    assert capfd.readouterr() == ("", ""), "a line of another library"
+
+
+def test_bad_rows_can_be_left_out_where_others_remain(tmp_path: Path) -> None:
+    for content, advice in ((as_jsonl([{}, {}]), False), (as_jsonl([GOOD, {}]), True)):
+        with pytest.raises(UserError, match="no column") as caught:
+            reading.load_file(write(tmp_path / "a.jsonl", content), DataOptions())
+        assert ("--skip-bad-rows leaves such rows out" in str(caught.value)) == advice
 
 
 # Several references -------------------------------------------------------------------------------

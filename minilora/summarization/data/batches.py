@@ -38,11 +38,14 @@ class Truncation:
     limits: tuple[int, int] = field(default=(0, 0), compare=False)
 
     def __str__(self) -> str:
-        summaries = f", {self.targets:,} of {self.total:,} summaries to --max-target-length or them"
-        summaries += f" ({self.limits[1]})"
-        return (
-            f"{self.sources:,} of {self.total:,} dialogues cut to --max-source-length or the "
-            f"model's positions ({self.limits[0]} tokens){summaries * (self.targets > 0)}"
+        sides = (
+            (self.sources, "dialogues cut to --max-source-length", self.limits[0]),
+            (self.targets, "summaries cut to --max-target-length", self.limits[1]),
+        )
+        return ", ".join(
+            f"{count:,} of {self.total:,} {what} or the model's positions ({limit} tokens)"
+            for count, what, limit in sides
+            if count
         )
 
 

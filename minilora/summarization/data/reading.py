@@ -76,7 +76,9 @@ def read_source(
             (left_out if skip else bad).append(f"{place}{_id_of(row)}: {error}")
     if bad:
         more = f" (the first of {len(bad):,} bad rows)" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}{more}; --skip-bad-rows leaves such rows out")
+        if examples:  # else nothing would be left
+            more += "; --skip-bad-rows leaves such rows out"
+        raise UserError(f"{bad[0]}{more}")
     if not examples:
         raise UserError(f"{source.name}: no rows" + (f" left; {left_out[0]}" if left_out else ""))
     notices = [f"{row}, left out" for row in left_out[:SHOWN]]
