@@ -194,7 +194,7 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _merge(parsed: argparse.Namespace) -> None:
-    from minilora.summarization.model.loading import load_tokenizer
+    from minilora.summarization.model.loading import load_tokenizer, quiet
     from minilora.summarization.model.start import base_of
 
     out: Path = parsed.out
@@ -222,7 +222,8 @@ def _merge(parsed: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         new = Path(folder) / "model"
         torch.nn.Module.to(model, dtype)
-        model.save_pretrained(new)
+        with quiet():
+            model.save_pretrained(new)
         try:
             load_tokenizer(name).save_pretrained(new)
         except UserError:

@@ -23,6 +23,7 @@ from minilora.summarization.model import loading
 from minilora.summarization.report.terminal import printable
 from minilora.summarization.training.session import Session, open_session
 from tests.helpers import SMALL, save_bart, save_data
+from tests.marks import slow_but
 
 SHORT = ["--max-steps", "3", "--no-evaluate", "--no-report"]
 
@@ -102,10 +103,9 @@ FLAGS: dict[str, tuple[list[str], dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize(("flags", "kept", "count"), FLAGS.values(), ids=FLAGS)
-def test_flags_train_are_kept_resumed_and_read_by_peft(
-    here: Path, flags: list[str], kept: dict[str, Any], count: int
-) -> None:
+@pytest.mark.parametrize("name", slow_but(["all"], FLAGS))
+def test_flags_train_are_kept_resumed_and_read_by_peft(here: Path, name: str) -> None:
+    flags, kept, count = FLAGS[name]
     argv = [*BASE, "--rank", "4", *SHORT, "--checkpoint-steps", "1", "--keep-checkpoints", "9"]
     assert train_main([*argv, *flags, "--output", "out"]) == 0
     assert settings("out").items() >= kept.items()
@@ -124,8 +124,8 @@ def test_flags_train_are_kept_resumed_and_read_by_peft(
     for path in [*later, Path("again/adapter")]:
         shutil.rmtree(path)
     assert train_main(["--resume", "again"]) == 0
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert Path("again/adapter", name).read_bytes() == Path("out/adapter", name).read_bytes()
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert Path("again/adapter", file).read_bytes() == Path("out/adapter", file).read_bytes()
 
 
 BAD_FLAGS = {
@@ -225,6 +225,7 @@ def test_a_run_starts_from_an_adapter_of_the_hub(here: Path, monkeypatch: Any) -
     assert start.run.adapter.adapter == "ann/adapter"
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter_in_four_bits(here: Path, capfd: Any) -> None:
     """Whatever the adapter says of itself: the base is quantized, A and B are the adapter's."""
     argv = [*FREE, "--targets", "q_proj", "v_proj", *SHORT, "--method", "qlora", "--rank", "3"]
