@@ -97,8 +97,10 @@ def _limited(
         return [row + added for row in _tokenize(tokenizer, side, texts)["input_ids"]]
 
     if (used := len(tokenize([before + after])[0])) >= limit:
-        what = f"prompt and special tokens alone take {used}: raise it or shorten the prompt"
-        raise UserError(f"--max-{side}-length {limit}: {what}")
+        raise UserError(
+            f"--max-{side}-length {limit}: prompt and special tokens alone take {used}: raise it "
+            "or shorten the prompt"
+        )
     rows, cut = list[list[int]](), 0
     for start in range(0, len(texts), 512):  # not all at once: the tokenizer keeps 120 B a token
         chunk = [before + text + after for text in texts[start : start + 512]]
