@@ -32,8 +32,6 @@ from minilora.peft_format.directory import Adapter
 from minilora.reports import fold_names
 from minilora.summarization import errors
 from minilora.summarization.errors import UserError
-from minilora.summarization.files import read_object
-from minilora.summarization.presets import restored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from minilora.summarization import cli  # it imports transformers: only when it is needed
 
         if arguments[0] == "predict":
+            names = [word for word in arguments[1:3] if word == "-" or not word.startswith("-")]
+            if len(names) < 2 and not {"-h", "--help"} & set(arguments):
+                print("minilora predict: say RUN and FILE before any flag", file=sys.stderr)
+                return 2
             arguments[2:2] = ["--predict"]
         entry_point = cli.train_main if arguments[0] == "train" else cli.evaluate_main
         return entry_point(arguments[1:])
@@ -198,20 +200,21 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _merge(parsed: argparse.Namespace) -> None:
-    from minilora.summarization.model.loading import load_tokenizer
+    from minilora.summarization.model.loading import load_tokenizer, quiet
+    from minilora.summarization.model.start import base_of
 
     out: Path = parsed.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LoRAError(f"{out} exists and is not an empty directory: name another")
     directory = _directory(parsed.adapter)
     adapter = minilora.read_adapter(directory)
-    settings = _settings(directory)
-    name = parsed.model or settings.get("model") or adapter.base_model
-    if not isinstance(name, str):
+    base = base_of(directory, adapter)
+    name = parsed.model or base.get("model")
+    if name is None:
         raise LoRAError(f"{parsed.adapter} does not name its base model: say --model")
     model, stored = _load(name, adapter)
     # The adapter of a base in four bits belongs to what those mean, not to the weights before.
-    if four_bits := settings.get("method") == "qlora" or adapter.config.init == "loftq":
+    if four_bits := base["method"] == "qlora":
         print(minilora.quantize(model))
     print(apply_adapter(model, adapter, inference=True))
     sample = _sample(model)
@@ -225,7 +228,8 @@ def _merge(parsed: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         new = Path(folder) / "model"
         torch.nn.Module.to(model, dtype)
-        model.save_pretrained(new)
+        with quiet():
+            model.save_pretrained(new)
         try:
             load_tokenizer(name).save_pretrained(new)
         except UserError:
@@ -240,15 +244,6 @@ def _merge(parsed: argparse.Namespace) -> None:
             out.rmdir()
         new.replace(out)
     print(f"written to {out}")
-
-
-def _settings(directory: Path) -> dict[str, Any]:
-    """The config.json of the run that the adapter is of; nothing where it is of none."""
-    run = directory.parent if directory.name == "adapter" else directory
-    settings = read_object(run / "config.json") or {}
-    if model := settings.get("model"):
-        settings["model"] = restored(str(model), run)
-    return settings
 
 
 def _load(name: str, adapter: Adapter | None = None) -> "tuple[PreTrainedModel, torch.dtype]":

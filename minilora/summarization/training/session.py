@@ -14,6 +14,7 @@ import minilora
 from minilora import InjectReport, LoRAConfig
 from minilora.config import ATTENTION
 from minilora.files import write_file
+from minilora.inject import report as inject_report
 
 from .. import processes
 from ..data.batches import Encoded, collate, encode
@@ -28,6 +29,7 @@ from ..model.device import autocast, choose_device, choose_precision
 from ..model.four_bits import FourBits
 from ..model.loading import check_vocabulary, load_model, load_tokenizer, save_model
 from ..model.requirements import limit_lengths
+from ..model.start import apply_start, start
 from ..presets import stored
 from ..settings import FILES, PATHS, SPLITS, RunConfig
 from .card import write_card
@@ -87,7 +89,8 @@ def open_session(run: RunConfig) -> Session:
             f"--batch-size {run.training.batch_size} is less than the {count} processes that "
             "share each batch: raise it (and lower --accumulate), or start fewer"
         )
-    config = adapter_config(run) if run.model.method != "full" else None
+    adapter = start(run)
+    config = adapter_config(run) if run.model.method != "full" and not adapter else None
     data, notices = load(run.data, SPLITS if run.output.evaluate else SPLITS[:2])
     tokenizer = load_tokenizer(run.model.model)
     model = load_model(run.model.model, device, four_bits(run, start=True))
@@ -116,12 +119,17 @@ def open_session(run: RunConfig) -> Session:
         notices.append(f"rouge_score is not installed: {without}")
     origin = fingerprints(splits, model)
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
-    if config:
+    if adapter:
+        origin["adapter it starts from"] = of_tensors(adapter.tensors)
+        notices += apply_start(model, adapter, str(run.adapter.adapter))
+        report = inject_report(model)
+    elif config:
         report = minilora.inject(model, config)
-        notices += requirements.not_adapted(model)
     else:
         trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
         report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
+    if report.modules:
+        notices += requirements.not_adapted(model)
     prepare(model, run, autocast_dtype)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     processes.require_same(origin | {"start": of_tensors(trained), "settings": run.to_dict()})
@@ -153,8 +161,25 @@ def prepare(model: PreTrainedModel, run: RunConfig, autocast_dtype: torch.dtype 
 
 def adapter_config(run: RunConfig) -> LoRAConfig:
     """The library's configuration for a run's settings."""
-    names = {side: _targets(getattr(run.adapter, side)) for side in ("targets", "exclude")}
-    return LoRAConfig(**asdict(run.adapter) | names, task_type="SEQ_2_SEQ_LM")
+    settings = asdict(run.adapter)
+    del settings["adapter"]
+    settings |= {side: _targets(settings[side]) for side in ("targets", "exclude")}
+    settings["layers"] = settings["layers"] or None
+    settings["rank_pattern"] = _ranks(settings["rank_pattern"])
+    return LoRAConfig(**settings, task_type="SEQ_2_SEQ_LM")
+
+
+def _ranks(entries: list[str]) -> dict[str, int]:
+    """What --rank-pattern says, NAME=RANK each."""
+    found = dict[str, int]()
+    for entry in entries:
+        name, _, rank = entry.rpartition("=")
+        if not (name and rank.isdecimal()):
+            raise UserError(f"--rank-pattern {entry}: must be NAME=RANK, such as q_proj=4")
+        if name in found:
+            raise UserError(f"--rank-pattern gives {name} twice: leave one out")
+        found[name] = int(rank)
+    return found
 
 
 def four_bits(run: RunConfig, start: bool = False) -> FourBits | None:
@@ -167,7 +192,8 @@ def four_bits(run: RunConfig, start: bool = False) -> FourBits | None:
     """
     if run.model.method != "qlora":
         return None
-    return FourBits(adapter_config(run) if start and run.adapter.init == "loftq" else None)
+    anew = start and run.adapter.adapter is None
+    return FourBits(adapter_config(run) if anew and run.adapter.init == "loftq" else None)
 
 
 def write_config(run: RunConfig, output: Path) -> None:
