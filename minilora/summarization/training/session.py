@@ -23,10 +23,11 @@ from ..evaluation.generate import generate_arguments
 from ..evaluation.rouge import rouge_is_installed
 from ..model import speed
 from ..model.device import autocast, choose_device, choose_precision
+from ..model.digest import of_tensors
 from ..model.four_bits import FourBits
 from ..model.loading import check_vocabulary, limit_lengths, load_model, load_tokenizer, save_model
 from ..settings import RunConfig
-from .fingerprint import fingerprints, of_tensors
+from .fingerprint import fingerprints
 
 
 @dataclass
