@@ -116,14 +116,19 @@ def keep_states(
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
-    """Why the states change in training, or with the adapter; None: they do not."""
-    names = {id(p): plain_name(name) for name, p in model.named_parameters()}
+    """Why the states change in training, or with the adapter; None: they do not.
+
+    What trains, or did before it was loaded, must lie in the decoder or the output head: rows of
+    the embeddings, for example, enter the encoder by a hook.
+    """
+    later = [model.get_decoder(), model.get_output_embeddings()]
+    allowed = {id(p) for module in later if module is not None for p in module.parameters()}
+    allowed -= {id(p) for p in model.get_encoder().parameters()}
     injection = injection_of(model)
-    base = injection.required_grad if injection else names.values()
-    for parameter in model.get_encoder().parameters():
-        name = names[id(parameter)]
-        if parameter.requires_grad or name not in base:
-            return f"the encoder has an adapter or trains ({name}): adapt the decoder only"
+    for name, parameter in model.named_parameters():
+        new = injection is not None and plain_name(name) not in injection.required_grad
+        if (new or parameter.requires_grad) and id(parameter) not in allowed:
+            return f"{plain_name(name)} is not of the decoder only: name targets in the decoder"
     return None
 
 
@@ -283,7 +288,8 @@ def write_states(path: Path, rows: Iterable[Tensor], shape: Sequence[int], dtype
     """
     size = shape[0] * shape[1] * dtype.itemsize
     entry = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}
-    header = json.dumps({"__metadata__": {"format": "pt"}, "states": entry}).encode()
+    content = {"__metadata__": {"format": "pt"}, "states": entry}
+    header = json.dumps(content, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the tensor begins at a multiple of 8 bytes
     beside = path.with_name(f".{path.name}{PARTIAL}")
     try:
