@@ -253,7 +253,7 @@ BAD = {
     "base of scores": (["--base"], "--base is for --text and --predict"),
     "files and data": (["--data", "x", "--test-file", "y"], "--data and --test-file exclude each"),
     "no beams": (["--beams", "0"], "--beams must be above 0"),
-    "lengths": (["--text", "data/test.jsonl", "--min-length", "99"], "must rise from"),
+    "lengths": (["--text", "data/test.jsonl", "--min-length", "99"], "need 0 <= --min-length"),
 }
 
 

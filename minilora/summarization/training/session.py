@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import minilora
 from minilora import InjectReport, LoRAConfig
+from minilora.config import ATTENTION
 from minilora.files import write_file
 
 from .. import processes
@@ -180,9 +181,10 @@ def write_config(run: RunConfig, output: Path) -> None:
 
 def _targets(values: list[str]) -> str | tuple[str, ...]:
     """A single value is a regular expression if it has a character that no module name has."""
-    if len(values) == 1 and not values[0].replace("_", "").replace(".", "").isalnum():
-        return values[0]
-    return tuple(values)
+    if len(values) > 1 or not values:
+        return tuple(values)
+    is_name = values[0].replace("_", "").replace(".", "").isalnum()
+    return (values[0],) if is_name and values[0] != ATTENTION else values[0]
 
 
 def save_trained(session: Session, output: Path) -> None:
