@@ -1,6 +1,7 @@
 """Data-parallel gradients: each process computes its shard, and the gradients are averaged."""
 
 import inspect
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -44,7 +45,7 @@ class Replica:
         self.parallel(None).backward()
         model.zero_grad(set_to_none=True)
 
-    def loss(self, batch: dict[str, Tensor] | None, last: bool) -> Tensor:
+    def loss(self, batch: Mapping[str, Any] | None, last: bool) -> Tensor:
         """`summed_loss` of this process's shard of a batch: a scalar in nats.
 
         Args:
@@ -65,7 +66,7 @@ class _SummedLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: dict[str, Tensor] | None) -> Tensor:
+    def forward(self, batch: Mapping[str, Any] | None) -> Tensor:
         if batch is None:
             trained = [p for p in self.model.parameters() if p.requires_grad]
             return torch.stack([(0.0 * parameter).sum().float() for parameter in trained]).sum()

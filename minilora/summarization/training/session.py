@@ -1,18 +1,17 @@
 """Data, tokenizer and model of a run: read, checked, and ready to train."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import minilora
 from minilora import InjectReport, LoRAConfig
-from minilora.config import ATTENTION
+from minilora.config import ATTENTION, DECODER
 from minilora.files import write_file
 
 from .. import processes
@@ -26,13 +25,15 @@ from ..evaluation.rouge import rouge_is_installed
 from ..model import requirements, speed
 from ..model.device import autocast, choose_device, choose_precision
 from ..model.digest import of_tensors
+from ..model.encoder_cache import EncoderStates, keep_states
 from ..model.four_bits import FourBits
 from ..model.loading import check_vocabulary, load_model, load_tokenizer, save_model
 from ..model.requirements import limit_lengths
 from ..presets import stored
 from ..settings import FILES, PATHS, SPLITS, RunConfig
-from .failures import try_out
+from .failures import out_of_memory, try_out
 from .fingerprint import fingerprints
+from .schedule import last_step
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Split:
 
     examples: list[Example]
     encoded: list[Encoded]
+    states: EncoderStates | None = None
+    """Of the encoder, if they are kept."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -66,10 +69,14 @@ class Session:
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.autocast_dtype)
 
-    def tensors(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
-        """A padded batch on the device; see `collate`."""
+    def tensors(self, batch: Sequence[Encoded], split: str) -> dict[str, Any]:
+        """A padded batch on the device; see `collate`. The encoder's states, if they are kept."""
         pad = cast(int, self.tokenizer.pad_token_id)  # load_tokenizer requires one
-        return {key: t.to(self.device) for key, t in collate(batch, pad).items()}
+        tensors: dict[str, Any] = {key: t.to(self.device) for key, t in collate(batch, pad).items()}
+        if states := self.splits[split].states:
+            del tensors["input_ids"]
+            tensors["encoder_outputs"] = states.batch([row.source for row in batch], self.device)
+        return tensors
 
 
 def open_session(run: RunConfig) -> Session:
@@ -120,11 +127,15 @@ def open_session(run: RunConfig) -> Session:
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
     if config:
         report = minilora.inject(model, config)
-        notices += requirements.not_adapted(model)
+        if run.adapter.targets != [DECODER]:
+            notices += requirements.not_adapted(model)
     else:
         trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
         report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
     prepare(model, run, autocast_dtype)
+    keep(model, run, splits, autocast_dtype)
+    # A resumed run must not drop out in an encoder that was computed once before, nor the reverse.
+    origin["use of the encoder's states"] = str(splits["train"].states is not None)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     processes.require_same(origin | {"start": of_tensors(trained), "settings": run.to_dict()})
     processes.seed_by_rank(run.model.seed)
@@ -151,6 +162,24 @@ def prepare(model: PreTrainedModel, run: RunConfig, autocast_dtype: torch.dtype 
         speed.checkpoint_activations(model)
     if run.training.compile:
         speed.compile_layers(model)
+
+
+def keep(
+    model: PreTrainedModel,
+    run: RunConfig,
+    splits: Mapping[str, Split],
+    autocast_dtype: torch.dtype | None,
+) -> None:
+    """Compute the encoder's states of what is read more than once, in place; see `keep_states`."""
+    options, train = run.training, splits["train"]
+    read = last_step(options, len(train)) * options.accumulate * options.batch_size
+    for name in ("train", "validation"):  # those of test are computed when it is scored
+        if name == "train" and read <= len(train) and options.cache_encoder == "auto":
+            continue
+        sources, where = [row.source for row in splits[name].encoded], options.cache_directory
+        with out_of_memory("while the encoder's states are computed", "use --cache-encoder off"):
+            kept = keep_states(model, sources, autocast_dtype, options.cache_encoder, where)
+        splits[name].states = kept
 
 
 def adapter_config(run: RunConfig) -> LoRAConfig:
@@ -184,7 +213,7 @@ def _targets(values: list[str]) -> str | tuple[str, ...]:
     if len(values) > 1 or not values:
         return tuple(values)
     is_name = values[0].replace("_", "").replace(".", "").isalnum()
-    return (values[0],) if is_name and values[0] != ATTENTION else values[0]
+    return (values[0],) if is_name and values[0] not in (ATTENTION, DECODER) else values[0]
 
 
 def save_trained(session: Session, output: Path) -> None:
