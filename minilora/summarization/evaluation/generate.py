@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache
 
 import minilora
 
@@ -28,19 +28,9 @@ from ..model.encoder_cache import EncoderStates
 from ..model.requirements import positions, special_tokens
 from ..model.speed import uncompiled
 from ..settings import GenerationOptions
+from .beams import BeamCache, shared_beams
 from .compare import Evaluation, Summary, compare
 from .rouge import require_rouge
-
-
-class _BeamCache(EncoderDecoderCache):
-    """The beams of a dialogue share its encoder output, so only the self-attention is reordered.
-
-    The stock cache also copies the cross-attention's keys and values (batch x beams, heads,
-    source, head_dim) onto equal rows, in every layer at every token: a quarter of the time.
-    """
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.self_attention_cache.reorder_cache(cast(torch.LongTensor, beam_idx))
 
 
 class _Finite(LogitsProcessor):
@@ -103,7 +93,7 @@ def summarize(
         total = sum(map(len, batches))
         bar = tqdm(total=total, desc=progress, unit="dialogue", disable=progress is None)
         modes = _evaluation_mode(model, tokens)
-        with bar, modes, uncompiled(model), autocast(device, autocast_dtype):
+        with bar, modes, shared_beams(model), uncompiled(model), autocast(device, autocast_dtype):
             for chosen in batches:
                 rows, finite = [encoded[i] for i in chosen], _Finite()
                 batch: dict[str, Any] = {k: t.to(device) for k, t in collate(rows, pad).items()}
@@ -112,7 +102,7 @@ def summarize(
                     batch["encoder_outputs"] = states.batch([r.source for r in rows], device)
                 output = cast(Any, model).generate(  # `generate` computes no gradients
                     **batch,
-                    past_key_values=_BeamCache(DynamicCache(), DynamicCache()),
+                    past_key_values=BeamCache(DynamicCache(), DynamicCache()),
                     logits_processor=LogitsProcessorList([finite]),
                     **settings,
                 )
