@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,7 +69,7 @@ class Session:
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.autocast_dtype)
 
-    def tensors(self, batch: Sequence[Encoded], split: str) -> dict[str, Any]:
+    def tensors(self, batch: Sequence[Encoded], split: str = "train") -> dict[str, Any]:
         """A padded batch on the device; see `collate`. The encoder's states, if they are kept."""
         pad = cast(int, self.tokenizer.pad_token_id)  # load_tokenizer requires one
         tensors: dict[str, Any] = {key: t.to(self.device) for key, t in collate(batch, pad).items()}
@@ -171,10 +171,11 @@ def keep(
     autocast_dtype: torch.dtype | None,
 ) -> None:
     """Compute the encoder's states of what is read more than once, in place; see `keep_states`."""
-    options, train = run.training, splits["train"]
-    read = last_step(options, len(train)) * options.accumulate * options.batch_size
+    options, rows = run.training, len(splits["train"])
+    epoch = last_step(replace(options, epochs=1, max_steps=0), rows)
     for name in ("train", "validation"):  # those of test are computed when it is scored
-        if name == "train" and read <= len(train) and options.cache_encoder == "auto":
+        once = name == "train" and last_step(options, rows) <= epoch
+        if once and options.cache_encoder == "auto":
             continue
         sources, where = [row.source for row in splits[name].encoded], options.cache_directory
         with out_of_memory("while the encoder's states are computed", "use --cache-encoder off"):

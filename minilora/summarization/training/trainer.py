@@ -136,7 +136,7 @@ class Trainer:
                 mine = processes.shard(batch)
                 with step_memory(mine, session.run.training, self.progress.step + 1):
                     with session.autocast():
-                        tensors = session.tensors(mine, "train") if mine else None
+                        tensors = session.tensors(mine) if mine else None
                         loss = self.replica.loss(tensors, last=batch is group[-1])  # summed, nats
                     self.scaler.scale(loss / mean_tokens).backward()
                 total += loss.item()
