@@ -43,11 +43,12 @@ class FirstSteps:
 
 def problems(report: TrainingReport) -> list[str]:
     """What is wrong, a line for each kind. What got no gradient does not move either."""
-    still = tuple(name for name in report.not_moved if name not in report.no_gradient)
+    # In a mixture of experts one may be reached once: B leaves zero, and A follows the next time.
+    follow = {f"{name[:-1]}A" for name in report.moved if name not in report.no_gradient}
     found = {
         "not in the optimizer": report.not_in_optimizer,
-        "no gradient": report.no_gradient,
-        "not moved": still,
+        "no gradient": tuple(name for name in report.no_gradient if name not in follow),
+        "not moved": tuple(name for name in report.not_moved if name not in report.no_gradient),
         "the base changed": report.base_changed,
     }
     steps = f"in the first {report.steps} steps"

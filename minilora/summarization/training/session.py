@@ -110,10 +110,8 @@ def open_session(run: RunConfig) -> Session:
     if not run.of_preset("model", "data", *FILES):
         lengths = [len(row.target) + 1 for row in splits["train"].encoded]
         notices += _fit(run, [min(length, options.max_target_length) for length in lengths])
-    wanted, run = run.generation.max_length, limit_lengths(run, model)
-    if wanted > run.generation.max_length:
-        positions = f"{run.generation.max_length}, the positions of the model"
-        notices.append(f"--max-length {wanted} is cut to {positions}")
+    asked, run = run, limit_lengths(run, model)
+    notices += requirements.cut_notice(asked, run)
     # Refuses impossible settings; after a full fine-tune they are saved with the model.
     model.generation_config.update(**generate_arguments(model, run.generation))
     autocast_dtype = choose_precision(run.model.precision, device)
