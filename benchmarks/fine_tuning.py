@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from flops import step_flops
 from safetensors.torch import load_file
 from turns import Turns, peak_bytes, reset_peak, resident_bytes
-from workplace import MAX_SOURCE, MAX_TARGET, TARGETS, read_rows
+from workplace import DECODER, MAX_SOURCE, MAX_TARGET, TARGETS, read_rows
 
 from minilora.summarization.data.batches import IGNORED, Encoded, by_length, collate
 from minilora.summarization.training.schedule import learning_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DECODER = r"(.*\.)?decoder\..*\.(q_proj|v_proj)"  # what minilora's "decoder" means in BART
 CACHED = "minilora, decoder only, cached"
 FULL_RATE = 0.1  # of LoRA's learning rate, since full fine-tuning needs a lower one
 
@@ -179,7 +178,7 @@ def minilora_loop(setting: Setting, **settings: Any) -> Prepared:
         "rank": setting.rank,
         "alpha": 4.0 * setting.rank,
         "dropout": setting.dropout,
-        "targets": ["decoder"] if setting.decoder_only else list(TARGETS),
+        "targets": [DECODER] if setting.decoder_only else list(TARGETS),
         "cache_encoder": "off",
         "device": setting.device,
         "precision": setting.precision,

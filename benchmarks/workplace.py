@@ -38,6 +38,7 @@ SHARED = ROOT.parent / "shared" / "data"
 SAMSUM, BART_TOKENIZER = SHARED / "samsum", SHARED / "bart-tokenizer"
 SPECIAL = {"<s>", "<pad>", "</s>", "<unk>", "<mask>"}
 TARGETS = ("q_proj", "v_proj")
+DECODER = r"(.*\.)?decoder\..*\.(q_proj|v_proj)"
 MAX_SOURCE, MAX_TARGET = 1024, 128
 
 
@@ -142,7 +143,7 @@ def furnish(
     trainable = write_adapter_start(model, folder / "adapter", TARGETS, *start)
     return {
         "trainable": trainable,
-        "trainable_decoder": write_adapter_start(model, folder / "decoder", "decoder", *start),
+        "trainable_decoder": write_adapter_start(model, folder / "decoder", DECODER, *start),
         "examples": {split: len(examples) for split, examples in splits.items()},
         "source_tokens": {s: sum(len(row["source"]) for row in rows[s]) for s in rows},
         "target_tokens": {s: sum(len(row["target"]) for row in rows[s]) for s in rows},

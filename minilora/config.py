@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 Init = Literal["kaiming", "gaussian", "random", "loftq"]
 Bias = Literal["none", "lora_only", "all"]
 ALL_LINEAR = "all-linear"
-ATTENTION, DECODER = "attention", "decoder"  # `conventions` says what they mean in a model
+ATTENTION = "attention"
 
 
 class LoRAError(ValueError):
@@ -52,9 +52,8 @@ class LoRAConfig:
         dropout: dropout probability, in [0, 1), on the elements of x that A reads.
         targets: which linear modules. A sequence of names (the exact dotted name or its end after
             a dot), one string (a regular expression that matches the whole name), "all-linear"
-            (every linear but the output head), "attention" (the linears of query and value, by
-            the names that `conventions.py` knows; inject puts those of the model in its place), or
-            "decoder" (the same, but in an encoder-decoder's decoder only).
+            (every linear but the output head), or "attention" (the linears of query and value, by
+            the names that `conventions.py` knows; inject puts those of the model in its place).
         exclude: modules to leave alone among the targets; names or a regular expression.
         layers: only the layers with these indices: the first `.name.<index>.` of the dotted name.
             In an encoder-decoder that reaches both sides. Goes with a list of targets only.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from minilora.config import ATTENTION, DECODER, LoRAConfig, LoRAError
+from minilora.config import ATTENTION, LoRAConfig, LoRAError
 from minilora.modules import plain_model
 
 BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -68,11 +68,7 @@ def completed(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     refuse_wrapped(model)
     if any(hasattr(module, "lora_A") for module in model.modules()):
         raise LoRAError("the model carries an adapter already: minilora.unwrap(model) first")
-    targets: str | tuple[str, ...] = config.targets
-    if targets == DECODER:  # an expression that PEFT reads too
-        targets = rf"(.*\.)?decoder\..*\.({'|'.join(projections(model))})"
-    elif targets == ATTENTION:
-        targets = projections(model)
+    targets = projections(model) if config.targets == ATTENTION else config.targets
     head = [name for name in HEADS.get(config.task_type or "", ()) if name in _ends(model)]
     also_train = dict.fromkeys((*config.also_train, *head))  # each once
     return replace(config, targets=targets, also_train=tuple(also_train))

@@ -91,7 +91,7 @@ def test_the_summaries_are_those_of_transformers(
 
 def test_keys_and_values_are_computed_once_for_a_dialogue_with_an_adapter_too() -> None:
     model = FAMILIES["bart"]()
-    minilora.inject(model, minilora.LoRAConfig(rank=3, targets="decoder"))
+    minilora.inject(model, minilora.LoRAConfig(rank=3, targets=r".*decoder.*_proj"))
     randomize_adapter(model)
     rows: list[int] = []
     projection = model.model.decoder.layers[0].encoder_attn.v_proj

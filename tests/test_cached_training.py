@@ -1,6 +1,7 @@
 """Runs whose encoder is computed once: the same losses, texts and bits as without."""
 
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -18,9 +19,9 @@ import minilora
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.flags import parse_run
 from minilora.summarization.model import encoder_cache
-from minilora.summarization.training.session import open_session
+from minilora.summarization.training.session import DECODER, open_session
 from minilora.summarization.training.trainer import fit
-from tests.conftest import tiny_bart
+from tests.conftest import tiny_bart, tiny_t5
 from tests.helpers import SMALL, records, save_bart, save_data
 from tests.test_training import at_step, check_same, interrupt
 
@@ -200,16 +201,26 @@ def test_evaluation_writes_the_same_texts_from_one_set_of_states(
 # The short form -----------------------------------------------------------------------------------
 
 
-def test_decoder_is_query_and_value_of_both_attentions_of_the_decoder() -> None:
-    model = tiny_bart()
-    report = minilora.inject(model, minilora.LoRAConfig(rank=2, targets="decoder"))
-    names = [f"{kind}.{name}" for kind in ("self_attn", "encoder_attn") for name in ("v", "q")]
-    assert {*report.modules} == {f"model.decoder.layers.0.{name}_proj" for name in names}
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (tiny_bart, "model.decoder.layers.0.{self_attn,encoder_attn}.{q,v}_proj"),
+        (tiny_t5, "decoder.block.{0,1}.layer.{0.SelfAttention,1.EncDecAttention}.{q,v}"),
+    ],
+)
+def test_decoder_is_query_and_value_of_both_attentions_of_the_decoder(
+    build: Any, names: str
+) -> None:
+    model = build()
+    report = minilora.inject(model, minilora.LoRAConfig(rank=2, targets=DECODER))
+    parts = [part.split(",") for part in re.findall(r"\{(.*?)\}", names)]
+    form = re.sub(r"\{.*?\}", "{}", names)
+    assert {*report.modules} == {form.format(*chosen) for chosen in itertools.product(*parts)}
 
 
 def test_peft_reads_the_adapter(folder: Path, whole: Path) -> None:
     settings = json.loads((whole / "adapter" / "adapter_config.json").read_bytes())
-    assert settings["target_modules"] == r"(.*\.)?decoder\..*\.(q_proj|v_proj)"
+    assert settings["target_modules"] == DECODER
     theirs = AutoModelForSeq2SeqLM.from_pretrained(folder / "bart")
     ids, start = torch.tensor([[0, 50, 60, 2]]), torch.tensor([[2, 0, 70]])
     with torch.no_grad():

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import minilora
 from minilora import InjectReport, LoRAConfig
-from minilora.config import ATTENTION, DECODER
+from minilora.config import ATTENTION
+from minilora.conventions import PROJECTIONS
 from minilora.files import write_file
 
 from .. import processes
@@ -34,6 +35,10 @@ from ..settings import FILES, PATHS, SPLITS, RunConfig
 from .failures import out_of_memory, try_out
 from .fingerprint import fingerprints
 from .schedule import last_step
+
+_NAMES = "|".join(name for names in PROJECTIONS for name in names)
+DECODER = rf"(.*\.)?decoder\..*\.({_NAMES})"
+"""What --targets decoder means: an expression, which PEFT reads too."""
 
 
 @dataclass
@@ -125,7 +130,7 @@ def open_session(run: RunConfig) -> Session:
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
     if config:
         report = minilora.inject(model, config)
-        if run.adapter.targets != [DECODER]:
+        if run.adapter.targets != ["decoder"]:
             notices += requirements.not_adapted(model)
     else:
         trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
@@ -209,10 +214,12 @@ def write_config(run: RunConfig, output: Path) -> None:
 
 def _targets(values: list[str]) -> str | tuple[str, ...]:
     """A single value is a regular expression if it has a character that no module name has."""
+    if values == ["decoder"]:
+        return DECODER
     if len(values) > 1 or not values:
         return tuple(values)
     is_name = values[0].replace("_", "").replace(".", "").isalnum()
-    return (values[0],) if is_name and values[0] not in (ATTENTION, DECODER) else values[0]
+    return (values[0],) if is_name and values[0] != ATTENTION else values[0]
 
 
 def save_trained(session: Session, output: Path) -> None:
