@@ -198,6 +198,20 @@ def test_evaluation_writes_the_same_texts_from_one_set_of_states(
     assert rows == [1 + 2 + 4, 1 + 4 + 4]  # a trial; the probe and all once, or all twice
 
 
+def test_evaluate_reads_the_file_that_the_run_has_written(
+    folder: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(encoder_cache, "IN_MEMORY", 0)
+    run, place = tmp_path / "run", tmp_path / "states"
+    assert train_main(flags(folder, "--output", run, "--cache-directory", place)) == 0
+    before = {path: path.read_bytes() for path in place.glob("*.safetensors")}
+    assert len(before) == 3  # train, validation and test
+    capsys.readouterr()
+    assert evaluate_main([str(run)]) == 0
+    assert "writing" not in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in place.glob("*.safetensors")} == before
+
+
 # The short form -----------------------------------------------------------------------------------
 
 
