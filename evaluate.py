@@ -2,7 +2,7 @@
 
 import sys
 
-from minilora.summarization.cli import evaluate_main
+import minilora_command
 
 if __name__ == "__main__":
-    sys.exit(evaluate_main())
+    sys.exit(minilora_command.main("evaluate"))

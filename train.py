@@ -2,7 +2,7 @@
 
 import sys
 
-from minilora.summarization.cli import train_main
+import minilora_command
 
 if __name__ == "__main__":
-    sys.exit(train_main())
+    sys.exit(minilora_command.main("train"))

@@ -372,6 +372,7 @@ def test_the_command_is_the_one_that_was_called(monkeypatch: pytest.MonkeyPatch)
         ("train.py", "python train.py"),
         ("/x/minilora/__main__.py", "python -m minilora train"),
         ("/x/pytest/__main__.py", "python train.py"),
+        ("/x/bin/minilora", "minilora train"),
     ):
         monkeypatch.setattr(sys, "argv", [called, "--rank", "8"])
         assert commands._command("train.py") == wanted

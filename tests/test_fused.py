@@ -321,16 +321,18 @@ def test_readers_of_one_input_share_its_cast_until_it_changes() -> None:
 
     def cast(layer: LoRALinear) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return layer(x).grad_fn.saved_tensors[0]
+            output = layer(x)  # with it goes what it saved
+        return output.grad_fn.saved_tensors[0]
 
     with torch.autocast("cpu", torch.bfloat16):
         one = q(x)
     assert cast(v).data_ptr() == one.grad_fn.saved_tensors[0].data_ptr()
     with torch.autocast("cpu", torch.float16):
-        assert v(x).grad_fn.saved_tensors[0].dtype == torch.float16
+        other = v(x)
+    assert other.grad_fn.saved_tensors[0].dtype == torch.float16
     x.add_(1)
     assert torch.equal(cast(v), x.bfloat16())
-    del one
+    del one, other
     assert x._minilora_cast[1]() is None  # kept for no longer than a backward needs it
 
 

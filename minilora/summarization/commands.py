@@ -33,6 +33,7 @@ from .presets import PRESETS, local_path
 from .report import terminal
 from .report.page import write_report
 from .settings import RunConfig
+from .training.card import write_card
 from .training.failures import out_of_memory, smaller_evaluation_batch, try_out
 from .training.lock import lock
 from .training.session import Session, Split, four_bits, open_session, trained_path, write_config
@@ -47,6 +48,8 @@ def _command(program: str) -> str:
     called = Path(sys.argv[0])
     if called.parts[-2:] == ("minilora", "__main__.py"):
         return f"python -m minilora {program.removesuffix('.py')}"
+    if called.stem == "minilora":  # as pip installs it: there is no train.py
+        return f"minilora {program.removesuffix('.py')}"
     return f"python {program}"
 
 
@@ -94,13 +97,19 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
             _write_report(run, output)
             print(f"\ntrained, not scored; score it with: {_command('evaluate.py')} {again}")
             return 130
-        processes.on_rank0(lambda: write_json(output / "evaluation.json", evaluation.to_dict()))
+        processes.on_rank0(lambda: _write_scores(session.run, output, evaluation.to_dict()))
         print(f"\n{terminal.format_examples(evaluation, terminal.first(evaluation, 3))}")
         print(f"\n{terminal.format_comparison(evaluation)}")
     seconds = time.monotonic() - started
     page = _write_report(run, output)
     print(f"\n{terminal.summary(session, outcome, output, seconds, _command('evaluate.py'), page)}")
     return 0
+
+
+def _write_scores(run: RunConfig, output: Path, evaluation: dict[str, Any]) -> None:
+    write_json(output / "evaluation.json", evaluation)
+    if run.model.method != "full":
+        write_card(run, trained_path(output, run), evaluation)
 
 
 def _write_report(run: RunConfig, output: Path) -> Path | None:

@@ -32,6 +32,7 @@ from ..model.loading import check_vocabulary, load_model, load_tokenizer, save_m
 from ..model.requirements import limit_lengths
 from ..presets import stored
 from ..settings import FILES, PATHS, SPLITS, RunConfig
+from .card import write_card
 from .failures import out_of_memory, try_out
 from .fingerprint import fingerprints
 from .schedule import last_step
@@ -227,6 +228,7 @@ def save_trained(session: Session, output: Path) -> None:
     path = trained_path(output, session.run)
     if session.run.model.method != "full":
         minilora.save_adapter(session.model, path)
+        write_card(session.run, path)
     else:
         save_model(session.model, session.tokenizer, path)
 
