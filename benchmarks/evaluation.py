@@ -3,11 +3,12 @@
     python benchmarks/evaluation.py [--model pocket base] [--limit 0] [--device cuda]
 
 minilora's `summarize` batches dialogues of like length, and the beams of a dialogue share its
-encoder output. It is compared with PEFT and Seq2SeqTrainer.predict, at the default batch size of 8
-and at minilora's. Weights, adapter, beams and lengths are the same. There are two models:
-pocket-bart, whose summaries have different lengths, and BART-base's dimensions with random weights,
-whose summaries always have the largest length. Each contestant has a process of its own; they take
-turns by parts of the dialogues, and each part has short and long ones.
+encoder output. With the adapter in the decoder only, base and fine-tuned model share it too: a row
+has the time for both models, halved. It is compared with PEFT and Seq2SeqTrainer.predict, at the
+default batch size of 8 and at minilora's. Weights, adapter, beams and lengths are the same. There
+are two models: pocket-bart, whose summaries have different lengths, and BART-base's dimensions with
+random weights, whose summaries always have the largest length. Each contestant has a process of its
+own; they take turns by parts of the dialogues, and each part has short and long ones.
 
 The summaries are compared one by one. In bf16 another padding gives another rounding, which can
 decide between two beams of nearly equal score. So fp32 shows whether the summaries are the same.
@@ -43,29 +44,44 @@ from minilora.summarization.model.loading import load_model, load_tokenizer
 from minilora.summarization.settings import DataOptions, GenerationOptions
 
 BASE = "minilora"
+BOTH = "minilora, base and fine-tuned model, encoder computed once"
 TRAINER = "PEFT + Seq2SeqTrainer.predict"
 
 
-def minilora_summarize(folder: Path, device: str, precision: str, options: Any) -> Any:
-    """As evaluate.py summarizes."""
+def minilora_summarize(
+    folder: Path, device: str, precision: str, options: Any, adapter: str, both: bool = False
+) -> Any:
+    """As evaluate.py summarizes; `both`: with the base, from one set of the encoder's states."""
     import minilora
     from minilora.summarization.evaluation.generate import summarize
+    from minilora.summarization.model.encoder_cache import keep_states
     from minilora.summarization.model.speed import hold_frozen_linears
 
     model = load_model(str(folder / "model"), torch.device(device))
     tokenizer = load_tokenizer(str(folder / "model"))
-    minilora.load_adapter(model, folder / "adapter", inference=True)
+    minilora.load_adapter(model, folder / adapter, inference=True)
     dtype = None if precision == "fp32" else DTYPES[precision]
     hold_frozen_linears(model.requires_grad_(False), dtype)
 
     def run(rows: Sequence[Encoded]) -> list[str]:
-        return [summary.text for summary in summarize(model, tokenizer, rows, options, dtype)]
+        states = keep_states(model, [r.source for r in rows], dtype, "on") if both else None
+        how = (tokenizer, rows, options, dtype, None, states)
+        texts = [summary.text for summary in summarize(model, *how)]
+        if both:
+            with minilora.disabled(model):
+                summarize(model, *how)
+        return texts
 
     return run
 
 
 def predict(
-    folder: Path, device: str, precision: str, options: Any, batch_size: int | None = None
+    folder: Path,
+    device: str,
+    precision: str,
+    options: Any,
+    adapter: str,
+    batch_size: int | None = None,
 ) -> Any:
     """Seq2SeqTrainer.predict, in the order of the data, as people run it; then the texts."""
     import datasets
@@ -81,7 +97,7 @@ def predict(
     plain = AutoModelForSeq2SeqLM.from_pretrained(folder / "model", dtype=torch.float32)
     plain.generation_config.max_new_tokens = None  # it would override max_length
     tokenizer = load_tokenizer(str(folder / "model"))
-    model = peft.PeftModel.from_pretrained(plain, str(folder / "adapter")).to(device).eval()
+    model = peft.PeftModel.from_pretrained(plain, str(folder / adapter)).to(device).eval()
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(folder / "trainer"),
         use_cpu=not device.startswith("cuda"),
@@ -128,21 +144,31 @@ def predict(
     return run
 
 
-def builders(batch_size: int) -> dict[str, Any]:
+def builders(batch_size: int, adapter: str = "decoder") -> dict[str, Any]:
+    """By the folder of the adapter: that of all layers, "adapter", or of the decoder only."""
+    ours, theirs = partial(minilora_summarize, adapter=adapter), partial(predict, adapter=adapter)
     return {
-        BASE: minilora_summarize,
-        f"{TRAINER} (batch 8, with loss)": predict,
-        f"{TRAINER}, batch {batch_size}": partial(predict, batch_size=batch_size),
+        BASE: ours,
+        **({BOTH: partial(ours, both=True)} if adapter == "decoder" else {}),
+        f"{TRAINER} (batch 8, with loss)": theirs,
+        f"{TRAINER}, batch {batch_size}": partial(theirs, batch_size=batch_size),
     }
 
 
 def work(
-    turns: Turns, name: str, folder: Path, device: str, precision: str, options: Any, threads: int
+    turns: Turns,
+    name: str,
+    folder: Path,
+    device: str,
+    precision: str,
+    options: Any,
+    threads: int,
+    adapter: str,
 ) -> None:
     """The work of a process: each turn summarizes the given rows."""
     if threads:
         torch.set_num_threads(threads)
-    run = builders(options.evaluation_batch_size)[name](folder, device, precision, options)
+    run = builders(options.evaluation_batch_size, adapter)[name](folder, device, precision, options)
     rows = read_rows(folder)["test"]
     reset_peak(device)
     turns.answer({"threads": torch.get_num_threads()})
@@ -150,7 +176,7 @@ def work(
         part = [rows[i] for i in turns.wait()]
         start = time.perf_counter()
         texts = run(part)
-        seconds = time.perf_counter() - start
+        seconds = (time.perf_counter() - start) / (2 if name == BOTH else 1)
         tokens = sum(len(row.source) for row in part)
         turns.answer(
             {
@@ -178,7 +204,7 @@ def prepare(folder: Path, model_name: str, options: Any) -> int:
     chosen = spread(examples, [len(e.dialogue) for e in examples], options.limit)
     data = DataOptions(max_source_length=longest, max_target_length=MAX_TARGET)
     furnish(folder, model, tokenizer, {"test": chosen}, data, rank=8, dropout=0.0, seed=0)
-    path = folder / "adapter" / "adapter_model.safetensors"
+    path = folder / options.adapter / "adapter_model.safetensors"
     tensors, generator = load_file(path), torch.Generator().manual_seed(1)
     for name, tensor in tensors.items():
         if "lora_B" in name:
@@ -196,8 +222,8 @@ def parts(folder: Path, number: int, warmup: int) -> list[list[int]]:
 
 
 def measure(folder: Path, precision: str, options: Any, generation: Any) -> dict[str, Any]:
-    names = builders(options.batch_size)
-    told = (folder, options.device, precision, generation, options.threads)
+    names = builders(options.batch_size, options.adapter)
+    told = (folder, options.device, precision, generation, options.threads, options.adapter)
     chosen = parts(folder, options.parts, options.warmup)
     answers: dict[str, list[Any]] = {name: [] for name in names}
     with contestants({name: (work, (name, *told)) for name in names}) as started:
@@ -245,6 +271,7 @@ def main() -> None:
     flags.add_argument("--min-length", type=int, default=10)
     flags.add_argument("--max-length", type=int, default=60)
     flags.add_argument("--batch-size", type=int, default=32)
+    flags.add_argument("--adapter", default="decoder", choices=["adapter", "decoder"], help="where")
     flags.add_argument("--threads", type=int, default=0, help="of each process; 0: torch's choice")
     options = flags.parse_args()
     require_samsum()

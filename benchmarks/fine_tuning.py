@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from flops import step_flops
 from safetensors.torch import load_file
 from turns import Turns, peak_bytes, reset_peak, resident_bytes
-from workplace import MAX_SOURCE, MAX_TARGET, TARGETS, read_rows
+from workplace import DECODER, MAX_SOURCE, MAX_TARGET, TARGETS, read_rows
 
 from minilora.summarization.data.batches import IGNORED, Encoded, by_length, collate
 from minilora.summarization.training.schedule import learning_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CACHED = "minilora, decoder only, cached"
 FULL_RATE = 0.1  # of LoRA's learning rate, since full fine-tuning needs a lower one
 
 
@@ -42,6 +43,8 @@ class Setting:
     seed: int = 0
     threads: int = 0
     validate_each_window: bool = False
+    decoder_only: bool = False
+    """The adapter is in the decoder only."""
     profile: bool = False
     """Of every window but the first: by operation. Its times are then not to be compared."""
 
@@ -54,6 +57,11 @@ class Setting:
         values: dict[str, int] = json.loads((self.folder / "model" / "config.json").read_text())
         return values
 
+    @property
+    def start(self) -> Path:
+        """The adapter's start."""
+        return self.folder / ("decoder" if self.decoder_only else "adapter")
+
     def autocast(self) -> torch.autocast:
         device = torch.device(self.device).type
         return torch.autocast(device, DTYPES[self.precision], enabled=self.precision != "fp32")
@@ -65,8 +73,8 @@ Lengths = list[tuple[int, int]]  # real (source, target) tokens of the examples 
 class Windows:
     """Counts steps and tokens. After the last step of a window it answers and waits."""
 
-    def __init__(self, turns: Turns, setting: Setting, full: bool) -> None:
-        self.turns, self.setting, self.full = turns, setting, full
+    def __init__(self, turns: Turns, setting: Setting, prepared: "Prepared") -> None:
+        self.turns, self.setting, self.prepared = turns, setting, prepared
         self.left = list(setting.windows)
         self.after_window: Callable[[], dict[str, Any]] = dict
         self.config = setting.config
@@ -104,13 +112,19 @@ class Windows:
                 "source_tokens": sum(s for s, _ in lengths),
                 "target_tokens": sum(t for _, t in lengths),
                 "positions": sum(positions for _, positions in noted),
-                "flops": step_flops(self.config, lengths, self.full),
+                "flops": step_flops(self.config, lengths, self.prepared.full, self.encoder),
                 **({"profile": operations(self.profiler)} if self.profiler else {}),
                 **self.after_window(),
             }
         )
         if self.left:
             self.open()
+
+    @property
+    def encoder(self) -> Any:
+        if not self.setting.decoder_only or self.prepared.full:
+            return "trained"
+        return "cached" if self.prepared.cache_seconds else "frozen"
 
     def _synchronize(self) -> None:
         if self.setting.device.startswith("cuda"):
@@ -136,6 +150,8 @@ class Prepared:
     adapters: Callable[[], dict[str, torch.Tensor]]
     """By PEFT's names; empty after full fine-tuning."""
     full: bool = False
+    cache_seconds: float = 0.0
+    """The time in which the states of the encoder were computed, of all dialogues."""
 
 
 # The contestants ----------------------------------------------------------------------------------
@@ -145,16 +161,25 @@ def minilora_loop(setting: Setting, **settings: Any) -> Prepared:
     """As `train.py`, from the flags on: minilora's session and its loop."""
     import minilora
     from minilora.summarization.settings import RunConfig
-    from minilora.summarization.training.session import open_session
+    from minilora.summarization.training import session as sessions
     from minilora.summarization.training.trainer import Trainer
 
+    seconds, keep = [0.0], sessions.keep
+
+    def timed(*arguments: Any) -> None:
+        start = time.perf_counter()
+        keep(*arguments)
+        seconds.append(time.perf_counter() - start)
+
+    sessions.keep = timed
     flat = {
         "model": str(setting.folder / "model"),
         "data": str(setting.folder / "data"),
         "rank": setting.rank,
         "alpha": 4.0 * setting.rank,
         "dropout": setting.dropout,
-        "targets": list(TARGETS),
+        "targets": [DECODER] if setting.decoder_only else list(TARGETS),
+        "cache_encoder": "off",
         "device": setting.device,
         "precision": setting.precision,
         "batch_size": setting.batch_size,
@@ -170,8 +195,9 @@ def minilora_loop(setting: Setting, **settings: Any) -> Prepared:
         "evaluate": False,
         **settings,
     }
-    session = open_session(RunConfig.from_dict(flat))
-    minilora.load_adapter(session.model, setting.folder / "adapter")
+    session = sessions.open_session(RunConfig.from_dict(flat))
+    kept = session.splits["train"].states
+    minilora.load_adapter(session.model, setting.start)
 
     def train(windows: Windows) -> None:
         class Paused(Trainer):
@@ -196,7 +222,7 @@ def minilora_loop(setting: Setting, **settings: Any) -> Prepared:
         minilora.save_adapter(session.model, folder)
         return load_file(folder / "adapter_model.safetensors")
 
-    return Prepared(session.model, train, adapters)
+    return Prepared(session.model, train, adapters, cache_seconds=seconds[-1] if kept else 0.0)
 
 
 def _known(pairs: Lengths, positions: int) -> tuple[Lengths, int]:
@@ -249,11 +275,11 @@ def peft_trainer(
             r=setting.rank,
             lora_alpha=4 * setting.rank,
             lora_dropout=setting.dropout,
-            target_modules=list(TARGETS),
+            target_modules=DECODER if setting.decoder_only else list(TARGETS),
             task_type="SEQ_2_SEQ_LM",
         )
         model = peft.get_peft_model(model, config)
-        start = load_file(setting.folder / "adapter" / "adapter_model.safetensors")
+        start = load_file(setting.start / "adapter_model.safetensors")
         result = peft.set_peft_model_state_dict(model, start)
         assert not result.unexpected_keys, result.unexpected_keys
     model.to(setting.device)
@@ -366,6 +392,13 @@ BUILDERS: dict[str, Callable[[Setting], Prepared]] = {
     "minilora, eager": minilora_eager,
     "minilora, compiled": partial(minilora_loop, compile=True),
     "minilora, checkpointed": partial(minilora_loop, checkpoint_activations=True),
+    CACHED: partial(minilora_loop, cache_encoder="on"),
+    "minilora, decoder only": minilora_loop,
+    "PEFT, decoder only + Trainer": peft_trainer,
+    "PEFT, decoder only + Trainer, best, fp32 base": partial(peft_trainer, grouped=True),
+    "PEFT, decoder only + Trainer, best, bf16 base": partial(
+        peft_trainer, grouped=True, base="bf16"
+    ),
     "PEFT + Trainer": peft_trainer,
     "PEFT + Trainer, best, fp32 base": partial(peft_trainer, grouped=True),
     "PEFT + Trainer, best, bf16 base": partial(peft_trainer, grouped=True, base="bf16"),
@@ -381,6 +414,7 @@ def fine_tune(turns: Turns, name: str, setting: Setting) -> None:
     """Load, answer with the facts of the start, train by windows, answer with the result."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
+    setting = replace(setting, decoder_only="decoder only" in name)
     prepared = BUILDERS[name](setting)
     _same_start(setting, prepared)
     validation = read_rows(setting.folder)["validation"]
@@ -389,10 +423,11 @@ def fine_tune(turns: Turns, name: str, setting: Setting) -> None:
         "trainable": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
         "validation_loss": measure(),
         "threads": torch.get_num_threads(),
+        "cache_seconds": prepared.cache_seconds,
     }
     reset_peak(setting.device)
     turns.answer({**facts, "resident_bytes": resident_bytes()})
-    windows = Windows(turns, setting, prepared.full)
+    windows = Windows(turns, setting, prepared)
     if setting.validate_each_window:
         windows.after_window = lambda: {"validation_loss": measure()}
     prepared.train(windows)
@@ -414,7 +449,7 @@ def _same_start(setting: Setting, prepared: Prepared) -> None:
     """Check that the adapter has the tensors that every contestant starts from."""
     if prepared.full:
         return
-    start = load_file(setting.folder / "adapter" / "adapter_model.safetensors")
+    start = load_file(setting.start / "adapter_model.safetensors")
     found = prepared.adapters()
     assert found.keys() == start.keys(), found.keys() ^ start.keys()
     for name, tensor in start.items():

@@ -18,7 +18,7 @@ linear) are left out.
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,12 @@ from turns import Turns
 SHAPES = ((1024, 768, 3072), (1024, 1024, 4096), (2048, 2048, 2048), (8192, 4096, 4096))
 
 
-def step_flops(config: Mapping[str, int], lengths: Sequence[tuple[int, int]], full: bool) -> float:
+def step_flops(
+    config: Mapping[str, int],
+    lengths: Sequence[tuple[int, int]],
+    full: bool,
+    encoder: Literal["trained", "frozen", "cached"] = "trained",
+) -> float:
     """Operations of one training step on examples of (s, t) real tokens; see above.
 
     Args:
@@ -36,17 +41,27 @@ def step_flops(config: Mapping[str, int], lengths: Sequence[tuple[int, int]], fu
             vocab_size, as in BART's config.json.
         lengths: (s, t) of each example.
         full: all weights train, not an adapter.
+        encoder: frozen: no adapter lies in it, so it is computed forward only; cached: not at all.
+            k and v of the cross-attention have no input that needs a gradient then.
     """
+    frozen = encoder != "trained"
     d, v = config["d_model"], config["vocab_size"]
-    linear = attention = 0.0
+    linear = attention = forward = 0.0
     for s, t in lengths:
-        linear += config["encoder_layers"] * s * (8 * d**2 + 4 * d * config["encoder_ffn_dim"])
-        attention += config["encoder_layers"] * 4 * s**2 * d
+        own = s * (8 * d**2 + 4 * d * config["encoder_ffn_dim"])
+        if frozen:
+            forward += config["decoder_layers"] * 4 * s * d**2
+        if encoder == "frozen":
+            forward += config["encoder_layers"] * (own + 4 * s**2 * d)
+        elif not frozen:
+            linear += config["encoder_layers"] * own
+            attention += config["encoder_layers"] * 4 * s**2 * d
+            linear += config["decoder_layers"] * 4 * s * d**2
         own = t * (8 * d**2 + 4 * d * config["decoder_ffn_dim"])
-        linear += config["decoder_layers"] * (own + 4 * t * d**2 + 4 * s * d**2)
+        linear += config["decoder_layers"] * (own + 4 * t * d**2)
         attention += config["decoder_layers"] * (4 * t**2 * d + 4 * s * t * d)
         linear += 2 * t * d * v
-    return (3 if full else 2) * linear + 3 * attention
+    return (3 if full else 2) * linear + 3 * attention + forward
 
 
 def matrix_rate(turns: Turns, device: str, dtype: torch.dtype, seconds: float) -> None:

@@ -5,9 +5,10 @@
 Contestants: minilora; PEFT + Seq2SeqTrainer as people run it (shuffled, padded to the longest of
 the batch); the same at its best (batches of like length, fused AdamW, an fp32 or a bf16 base); with
 the fixed-length preprocessing of many notebooks (every example 1,024 + 128 tokens); and full
-fine-tuning with the Trainer at its best. All run under bf16 autocast with the same weights (random,
-of BART's dimensions) and the same start of the adapter, for one epoch over the same examples. The
-slowest get fewer batches (column `steps`).
+fine-tuning with the Trainer at its best; and minilora and PEFT with adapters in the decoder only,
+minilora with the encoder's states computed once before. All run under bf16 autocast with the same
+weights (random, of BART's dimensions) and, for the same targets, the same start of the adapter, for
+one epoch over the same examples. The slowest get fewer batches (column `steps`).
 
 Each contestant has a process of its own. They are loaded one after the other and train in turns,
 window by window; the first window is warm-up. Between windows the machine multiplies matrices. The
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from common import parser, write_result
-from fine_tuning import BUILDERS, DTYPES, Setting, fine_tune, with_windows
+from fine_tuning import BUILDERS, CACHED, DTYPES, Setting, fine_tune, with_windows
 from flops import matrix_rate
 from turns import Contestant, contestants, rounds
 from workplace import DIMENSIONS, require_samsum, samsum_workplace
@@ -37,7 +38,8 @@ BASE = "minilora"
 MATRICES = "matrix products"
 # The share of the steps that the slowest train for: all their batches have one size.
 SHARE = {"PEFT + Trainer, fixed length": 1 / 8, "full fine-tuning, Trainer": 1 / 2}
-DEFAULT = [name for name in BUILDERS if not name.startswith("minilora, ")]
+APART = ("minilora, eager", "minilora, compiled", "minilora, checkpointed")
+DEFAULT = [name for name in BUILDERS if name not in APART]
 
 
 def measure(
@@ -68,7 +70,7 @@ def measure(
         works[name] = (fine_tune, (name, told))
     works[MATRICES] = (matrix_rate, (options.device, DTYPES[options.precision], options.pause))
     with contestants(works) as started:
-        check_start(started, data["trainable"])
+        check_start(started, data)
         answers = rounds(started, options.windows + 1)
         ends = {name: started[name].turn() for name in names}
     # the first window is warm-up
@@ -81,8 +83,8 @@ def measure(
     return rows, peak, data
 
 
-def check_start(started: Mapping[str, Contestant], trainable: int) -> None:
-    """Check that all adapters have one size, and that the loss before the first step is equal."""
+def check_start(started: Mapping[str, Contestant], data: Mapping[str, Any]) -> None:
+    """Check the sizes of the adapters, and that the loss before the first step is equal."""
     losses = {}
     for name, contestant in started.items():
         if name == MATRICES:
@@ -90,6 +92,7 @@ def check_start(started: Mapping[str, Contestant], trainable: int) -> None:
         facts = contestant.facts
         losses[name] = facts["validation_loss"]
         if not name.startswith("full"):
+            trainable = data["trainable_decoder" if "decoder only" in name else "trainable"]
             assert facts["trainable"] == trainable, (name, facts["trainable"], trainable)
     first = next(iter(losses.values()))
     # A bf16 base rounds its weights once; autocast rounds those of an fp32 base at each call.
@@ -120,6 +123,7 @@ def figures(row: Mapping[str, Any], rate: float) -> dict[str, Any]:
         "validation_loss": end["validation_loss"],
         "adapters_moved": f"{end['adapters_moved']} of {end['adapters']}",
         "trainable": start["trainable"],
+        "cache_seconds": start["cache_seconds"],
         "steps": total["steps"],
         "examples": total["examples"],
         "target_tokens": total["target_tokens"],
@@ -132,11 +136,17 @@ def figures(row: Mapping[str, Any], rate: float) -> dict[str, Any]:
     }
 
 
-def compare(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Ratios of minilora to each contestant; `median` is the median over the rounds."""
-    ours = results.get(BASE)
+def compare(results: Mapping[str, dict[str, Any]], base: str = BASE) -> dict[str, dict[str, float]]:
+    """Ratios of minilora to each contestant; `median` is the median over the rounds.
+
+    `speed_of_three_epochs` counts the time in which the encoder's states were computed once.
+    """
+    ours = results.get(base)
     if ours is None:
         return {}
+
+    def three_epochs(row: Mapping[str, Any]) -> float:
+        return float(row["cache_seconds"] + 3 * row["examples"] / row["examples_per_second"])
 
     def speed(window: Mapping[str, float]) -> float:
         return (window["source_tokens"] + window["target_tokens"]) / window["seconds"]
@@ -147,11 +157,14 @@ def compare(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, float]
             "tokens_per_second_median_of_rounds": statistics.median(
                 speed(a) / speed(b) for a, b in zip(ours["windows"], other["windows"], strict=False)
             ),
+            "speed_of_three_epochs": three_epochs(other)
+            / three_epochs(ours)
+            * (ours["examples"] / other["examples"]),
             "memory": ours["peak_bytes"] / max(1, other["peak_bytes"]),
             "validation_loss": ours["validation_loss"] / other["validation_loss"],
         }
         for name, other in results.items()
-        if name != BASE
+        if name != base
     }
 
 
@@ -213,6 +226,7 @@ def main() -> None:
         "matrix_products": peak,
         "results": results,
         "minilora_to_others": compare(results),
+        "cached_to_others": compare(results, CACHED),
     }
     device = "" if options.device == "cpu" else f"_{torch.device(options.device).type}"
     profile = "_profile" if options.profile else ""

@@ -2,6 +2,7 @@
 
     FOLDER/model/      config, weights (safetensors) and tokenizer
     FOLDER/adapter/    the start of every adapter, in PEFT's format: A Kaiming, B zero
+    FOLDER/decoder/    the same of those that are in the decoder only
     FOLDER/data/       the dialogues as train.jsonl and validation.jsonl, for minilora's reader
     FOLDER/rows.json   the same as token ids, for the others
 
@@ -37,6 +38,7 @@ SHARED = ROOT.parent / "shared" / "data"
 SAMSUM, BART_TOKENIZER = SHARED / "samsum", SHARED / "bart-tokenizer"
 SPECIAL = {"<s>", "<pad>", "</s>", "<unk>", "<mask>"}
 TARGETS = ("q_proj", "v_proj")
+DECODER = r"(.*\.)?decoder\..*\.(q_proj|v_proj)"
 MAX_SOURCE, MAX_TARGET = 1024, 128
 
 
@@ -102,14 +104,17 @@ def spread(examples: Sequence[Example], lengths: Sequence[int], count: int) -> l
     return [examples[i] for i in chosen]
 
 
-def write_adapter_start(model: Any, folder: Path, rank: int, dropout: float, seed: int) -> int:
+def write_adapter_start(
+    model: Any, folder: Path, targets: Any, rank: int, dropout: float, seed: int
+) -> int:
     """Inject, write the start of the adapter, remove it. Returns the trainable parameters."""
     torch.manual_seed(seed)
     config = LoRAConfig(
-        rank=rank, alpha=4.0 * rank, dropout=dropout, targets=TARGETS, task_type="SEQ_2_SEQ_LM"
+        rank=rank, alpha=4.0 * rank, dropout=dropout, targets=targets, task_type="SEQ_2_SEQ_LM"
     )
     report = minilora.inject(model, config)
     minilora.save_adapter(model, folder)
+    minilora.unload(model)
     return report.trainable
 
 
@@ -134,9 +139,11 @@ def furnish(
         (folder / "data" / f"{split}.jsonl").write_text("".join(lines))
         rows[split] = [asdict(row) for row in encode(examples, tokenizer, options)[0]]
     (folder / "rows.json").write_text(json.dumps(rows))
-    trainable = write_adapter_start(model, folder / "adapter", rank, dropout, seed)
+    start = (rank, dropout, seed)
+    trainable = write_adapter_start(model, folder / "adapter", TARGETS, *start)
     return {
         "trainable": trainable,
+        "trainable_decoder": write_adapter_start(model, folder / "decoder", DECODER, *start),
         "examples": {split: len(examples) for split, examples in splits.items()},
         "source_tokens": {s: sum(len(row["source"]) for row in rows[s]) for s in rows},
         "target_tokens": {s: sum(len(row["target"]) for row in rows[s]) for s in rows},

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LEDConfig, LEDForConditionalGeneration
+from transformers.models.bart.modeling_bart import BartEncoder
 
 from minilora.summarization import processes
 from minilora.summarization.cli import evaluate_main, train_main
@@ -255,6 +256,41 @@ def test_evaluation_is_split_and_put_together_in_order(runs: dict[int, Path], co
         [row for row in records(runs[i]) if row["kind"] == "validation"] for i in (1, count)
     )
     assert theirs == pytest.approx(ours, abs=1e-5)
+
+
+def test_the_encoder_is_computed_by_one_process_and_all_read_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The losses of two processes that share a file, of one that has it in memory, and of none."""
+    short = flags(folder, "--targets", "decoder", "--epochs", 2, data="short")
+
+    def reading(rank: int) -> None:
+        """`encoder.RANK` holds how many dialogues this process's encoder reads."""
+        original, total = BartEncoder.forward, [0]
+
+        @functools.wraps(original)  # generate looks at the signature
+        def forward(self: BartEncoder, input_ids: torch.Tensor, *more: Any, **named: Any) -> Any:
+            total[0] += len(input_ids)
+            write(tmp_path / f"encoder.{rank}", str(total[0]).encode())
+            return original(self, input_ids, *more, **named)
+
+        BartEncoder.forward = forward  # type: ignore[method-assign]
+
+    two, one, none = tmp_path / "two", tmp_path / "one", tmp_path / "none"
+    states = ["--cache-directory", str(tmp_path / "states"), "--cache-encoder"]
+    assert train(2, [*short, *states, "on"], two, reading) == [0, 0], printed(two)
+    assert train_main([*short, *states, "on", "--output", str(one)]) == 0
+    assert train_main([*short, *states, "off", "--output", str(none)]) == 0
+    losses = [by_step(run) for run in (two, one, none)]
+    for other in losses[1:]:
+        assert losses[0] == pytest.approx(other, abs=1e-5)
+    assert losses[0][0] - losses[0][-1] > 0.1
+    texts = [json.loads((run / "evaluation.json").read_bytes()) for run in (two, one, none)]
+    assert texts[0]["examples"] == texts[1]["examples"] == texts[2]["examples"]
+    assert len(list((tmp_path / "states").glob("*.safetensors"))) == 3  # a file for each split
+    trial, probes = 1, 2 * 3  # by process 0; by both, for each of train, validation and test
+    read = [int((tmp_path / f"encoder.{rank}").read_text()) for rank in (0, 1)]
+    assert read == [trial + probes + 24 + 5 + 5, probes]
 
 
 @pytest.mark.parametrize("count", slow_but([2], [2, 4]))

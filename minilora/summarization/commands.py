@@ -26,6 +26,7 @@ from .evaluation.rouge import require_rouge, rouge_is_installed
 from .files import read_object, write_json
 from .model import loading, requirements, speed
 from .model.device import choose_device, choose_precision
+from .model.encoder_cache import EncoderStates, keep_states
 from .model.loading import load_model
 from .model.start import base_of
 from .predict import Row, read_chats, write_summaries
@@ -160,7 +161,16 @@ class Models:
         how |= {"autocast_dtype": self.autocast_dtype, "progress": sys.stderr.isatty()}
         texts = (split.examples, split.encoded)
         with out_of_memory("while writing summaries", smaller):
+            how["states"] = self.states(run, split.encoded)
             return evaluate(self.tuned, self.tokenizer, *texts, run.generation, **how)
+
+    def states(self, run: RunConfig, encoded: list[Encoded]) -> EncoderStates | None:
+        """The encoder's states, for two models that have the same encoder."""
+        options, sources = run.training, [row.source for row in encoded]
+        if self.base is not None and options.cache_encoder == "auto":
+            return None
+        how = (options.cache_encoder, options.cache_directory)
+        return keep_states(self.tuned, sources, self.autocast_dtype, *how)
 
     def summaries(self, run: RunConfig, encoded: list[Encoded], base: bool) -> list[Row]:
         """Of own chats, in their order."""

@@ -30,7 +30,7 @@ from .settings import (
 RESUME_MAY_CHANGE = {
     *("resume", "accept_changes", "device", "evaluate", "report"),
     *("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints"),
-    "evaluation_batch_size",
+    *("evaluation_batch_size", "cache_directory"),
 }
 
 
@@ -215,6 +215,14 @@ def evaluation_parser() -> Parser:
     add("--output", metavar="FILE", help="write all scores and texts (JSON), or the summaries")
     add("--device", default=argparse.SUPPRESS, help="auto, cpu, cuda, ...")
     add("--model", default=argparse.SUPPRESS, help="base model of an adapter directory")
+    add(
+        "--cache-encoder",
+        default=argparse.SUPPRESS,
+        choices=("auto", "on", "off"),
+        help="auto: "
+        "the base and the fine-tuned model share the encoder's states, if the encoder is frozen",
+    )
+    add("--cache-directory", default=argparse.SUPPRESS, metavar="DIRECTORY", help="of such states")
     _add_preset(parser, "settings for an adapter directory (default: pocket)", default="pocket")
     for kind in (DataOptions, GenerationOptions):
         _add_settings(parser, kind, show_defaults=False)
@@ -230,8 +238,7 @@ def parse_evaluation(argv: Sequence[str]) -> argparse.Namespace:
     """
     arguments = evaluation_parser().parse(argv)
     names = {
-        "model",
-        "device",
+        *("model", "device", "cache_encoder", "cache_directory"),
         *(f.name for k in (DataOptions, GenerationOptions) for f in fields(k)),
     }
     arguments.changes = {name: value for name, value in vars(arguments).items() if name in names}

@@ -84,7 +84,9 @@ class AdapterOptions:
     alpha: float = _flag(32.0, "numerator of the scale s = alpha / r")
     dropout: float = _flag(0.05, "dropout probability of the adapter's input")
     targets: list[str] = _flag(
-        ["attention"], "names, a regular expression, all-linear, or attention: query and value"
+        ["attention"],
+        "names, a regular expression, all-linear, attention: query and value, or decoder: the same "
+        "in the decoder only, so that the encoder is computed once",
     )
     exclude: list[str] = _flag([], "names among the targets to leave alone")
     layers: list[int] = _flag([], "only these layers, counted from 0 in encoder and decoder alike")
@@ -110,6 +112,11 @@ class TrainingOptions:
     accumulate: int = _flag(1, "batches whose gradients are accumulated in an optimizer step")
     compile: bool = _flag(False, "torch.compile the layers: slow to start, then faster")
     checkpoint_activations: bool = _flag(False, "compute layers twice to save memory")
+    cache_encoder: Literal["auto", "on", "off"] = _flag(
+        "auto",
+        "compute the encoder once for all epochs, without its dropout; auto: if it is frozen",
+    )
+    cache_directory: str = _flag("runs/.encoder-cache", "where states beyond 1 GB are kept")
     clip: float = _flag(1.0, "largest norm of the gradient; 0: no clipping")
     validation_beams: int = _flag(1, "beams used in validation; 1 is greedy search")
     validation_limit: int = _flag(0, "validation dialogues summarized per epoch; 0: all")

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache
 
 import minilora
 
@@ -24,22 +24,13 @@ from ..data.batches import Encoded, by_length, collate, end_token
 from ..data.reading import Example
 from ..errors import UserError
 from ..model.device import autocast
+from ..model.encoder_cache import EncoderStates
 from ..model.requirements import positions, special_tokens
 from ..model.speed import uncompiled
 from ..settings import GenerationOptions
+from .beams import BeamCache, shared_beams
 from .compare import Evaluation, Summary, compare
 from .rouge import require_rouge
-
-
-class _BeamCache(EncoderDecoderCache):
-    """The beams of a dialogue share its encoder output, so only the self-attention is reordered.
-
-    The stock cache also copies the cross-attention's keys and values (batch x beams, heads,
-    source, head_dim) onto equal rows, in every layer at every token: a quarter of the time.
-    """
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.self_attention_cache.reorder_cache(cast(torch.LongTensor, beam_idx))
 
 
 class _Finite(LogitsProcessor):
@@ -73,6 +64,7 @@ def summarize(
     generation: GenerationOptions,
     autocast_dtype: torch.dtype | None = None,
     progress: str | None = None,
+    states: EncoderStates | None = None,
 ) -> list[Summary]:
     """One summary for each dialogue, in the order given; beam search by transformers' `generate`.
 
@@ -83,6 +75,7 @@ def summarize(
     Args:
         autocast_dtype: the precision; None: that of the weights.
         progress: the title of a bar; None: no bar.
+        states: of this model's encoder, computed before; None: they are computed here.
 
     Raises:
         UserError: settings that contradict each other or go beyond the model's positions; logits
@@ -100,17 +93,20 @@ def summarize(
         total = sum(map(len, batches))
         bar = tqdm(total=total, desc=progress, unit="dialogue", disable=progress is None)
         modes = _evaluation_mode(model, tokens)
-        with bar, modes, uncompiled(model), autocast(device, autocast_dtype):
+        with bar, modes, shared_beams(model), uncompiled(model), autocast(device, autocast_dtype):
             for chosen in batches:
-                batch, finite = collate([encoded[i] for i in chosen], pad), _Finite()
+                rows, finite = [encoded[i] for i in chosen], _Finite()
+                batch: dict[str, Any] = {k: t.to(device) for k, t in collate(rows, pad).items()}
+                del batch["labels"]
+                if states:
+                    batch["encoder_outputs"] = states.batch([r.source for r in rows], device)
                 output = cast(Any, model).generate(  # `generate` computes no gradients
-                    input_ids=batch["input_ids"].to(device),
-                    attention_mask=batch["attention_mask"].to(device),
-                    past_key_values=_BeamCache(DynamicCache(), DynamicCache()),
+                    **batch,
+                    past_key_values=BeamCache(DynamicCache(), DynamicCache()),
                     logits_processor=LogitsProcessorList([finite]),
                     **settings,
                 )
-                finite.check([encoded[i].id for i in chosen])
+                finite.check([row.id for row in rows])
                 texts = tokenizer.batch_decode(output, skip_special_tokens=True)
                 lengths = (output != pad).sum(dim=1).tolist()
                 found += zip(chosen, map(str.strip, texts), lengths, strict=True)
@@ -177,12 +173,17 @@ def evaluate(
     base_model: PreTrainedModel | None = None,
     autocast_dtype: torch.dtype | None = None,
     progress: bool = False,
+    states: EncoderStates | None = None,
 ) -> Evaluation:
     """The base and the fine-tuned model on the same dialogues.
 
     The base is `model` with its adapter disabled: the same weights in memory, no copy. Full
     fine-tuning overwrites them, so `base_model` is the base read again. Decoding is faster if the
     adapter was merged before.
+
+    Args:
+        states: of the fine-tuned model's encoder; the base reads them too if its encoder is the
+            same.
 
     Raises:
         UserError: no dialogues, impossible settings, or rouge_score is not installed.
@@ -192,8 +193,10 @@ def evaluate(
         raise ValueError("`encoded` is not the encoding of `examples`, in their order")
 
     def decode(which: PreTrainedModel, title: str) -> list[Summary]:
-        bar = title if progress else None
-        return summarize(which, tokenizer, encoded, generation, autocast_dtype, bar)
+        bar, kept = title if progress else None, states
+        if kept and not kept.belong_to(which):
+            kept = None
+        return summarize(which, tokenizer, encoded, generation, autocast_dtype, bar, kept)
 
     with minilora.disabled(model) if base_model is None else nullcontext():
         base = decode(base_model or model, "base")

@@ -91,6 +91,9 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     # Reentrant checkpoints cut the graph where no input requires a gradient: behind frozen
     # embeddings the adapters would not train.
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers lets the embeddings' outputs require a gradient, for reentrant ones: then layers
+    # below the lowest adapter would be computed twice and backward for nothing.
+    model.disable_input_require_grads()
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -119,6 +119,10 @@ def header(session: Session, output: Path) -> str:
     ]
     if run.model.method == "qlora":
         lines.append(str(quantize_report(session.model)))
+    if train.states:
+        lines.append(
+            f"encoder: computed once for each dialogue ({train.states}), its dropout is off"
+        )
     return "\n".join([*lines, f"run: {output}"])
 
 

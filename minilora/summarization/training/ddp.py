@@ -1,6 +1,7 @@
 """Data-parallel gradients: each process computes its shard, and the gradients are averaged."""
 
 import inspect
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -41,7 +42,7 @@ class Replica:
         self.parallel(None).backward()
         model.zero_grad(set_to_none=True)
 
-    def loss(self, batch: dict[str, Tensor] | None, last: bool) -> Tensor:
+    def loss(self, batch: Mapping[str, Any] | None, last: bool) -> Tensor:
         """`summed_loss` of this process's shard of a batch: a scalar in nats.
 
         Args:
@@ -62,7 +63,7 @@ class _SummedLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: dict[str, Tensor] | None) -> Tensor:
+    def forward(self, batch: Mapping[str, Any] | None) -> Tensor:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         loss = trained[0].new_zeros(()) if batch is None else summed_loss(self.model, batch)[0]
         reaching: Tensor = _ReachAll.apply(loss, *trained)  # type: ignore[no-untyped-call]

@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.splits import fingerprint
+from ..model.digest import of_tensors
 
 if TYPE_CHECKING:
     from .session import Split
@@ -40,13 +40,3 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     # Other dialogues have other tokens too, so only the data is named.
     shadowed = {name.replace(" data", " tokens") for name in other if name.endswith(" data")}
     return [name for name in other if name not in shadowed]
-
-
-def of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(content.numpy().data)
-    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Cross-entropy over the real target positions only."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ PLAIN_HEADS = {"bart", "blenderbot", "m2m_100", "marian", "mbart", "t5"}
 CHUNK = 2**22  # logits in memory at a time: 83 rows of BART's vocabulary, 17 MB in float32
 
 
-def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+def summed_loss(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
     """-sum log p(target token) over the real target positions of a batch, in nats.
 
     Up to half of a batch of targets (b, t) is padding (-100), and the head is the largest product
@@ -27,7 +28,8 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tenso
     Args:
         model: an encoder-decoder of transformers; its head is `get_output_embeddings()`. If the
             head is called in another way, the padding is dropped after it.
-        batch: input_ids and attention_mask (b, s), labels (b, t) with -100 at padding.
+        batch: input_ids, or encoder_outputs, and attention_mask (b, s), labels (b, t) with -100 at
+            padding.
 
     Returns:
         The sum (a scalar, float32) and n, the number of tokens that it sums. The loss of an
@@ -50,8 +52,7 @@ def summed_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tenso
     hook = head.register_forward_pre_hook(keep_real) if isinstance(head, nn.Module) else None
     try:
         logits: Tensor = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+            **{name: value for name, value in batch.items() if name != "labels"},
             decoder_input_ids=decoder_inputs(model, labels),
             use_cache=False,
         ).logits  # (n, v); (0, v) if chunked

@@ -1,18 +1,18 @@
 """Data, tokenizer and model of a run: read, checked, and ready to train."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import minilora
 from minilora import InjectReport, LoRAConfig
 from minilora.config import ATTENTION
+from minilora.conventions import PROJECTIONS
 from minilora.files import write_file
 from minilora.inject import report as inject_report
 
@@ -26,6 +26,8 @@ from ..evaluation.generate import generate_arguments
 from ..evaluation.rouge import rouge_is_installed
 from ..model import requirements, speed
 from ..model.device import autocast, choose_device, choose_precision
+from ..model.digest import of_tensors
+from ..model.encoder_cache import EncoderStates, keep_states
 from ..model.four_bits import FourBits
 from ..model.loading import check_vocabulary, load_model, load_tokenizer, save_model
 from ..model.requirements import limit_lengths
@@ -33,8 +35,13 @@ from ..model.start import apply_start, start
 from ..presets import stored
 from ..settings import FILES, PATHS, SPLITS, RunConfig
 from .card import write_card
-from .failures import try_out
-from .fingerprint import fingerprints, of_tensors
+from .failures import out_of_memory, try_out
+from .fingerprint import fingerprints
+from .schedule import last_step
+
+_NAMES = "|".join(name for names in PROJECTIONS for name in names)
+DECODER = rf"(.*\.)?decoder\..*\.({_NAMES})"
+"""What --targets decoder means: an expression, which PEFT reads too."""
 
 
 @dataclass
@@ -43,6 +50,8 @@ class Split:
 
     examples: list[Example]
     encoded: list[Encoded]
+    states: EncoderStates | None = None
+    """Of the encoder, if they are kept."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -68,10 +77,14 @@ class Session:
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.autocast_dtype)
 
-    def tensors(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
-        """A padded batch on the device; see `collate`."""
+    def tensors(self, batch: Sequence[Encoded], split: str = "train") -> dict[str, Any]:
+        """A padded batch on the device; see `collate`. The encoder's states, if they are kept."""
         pad = cast(int, self.tokenizer.pad_token_id)  # load_tokenizer requires one
-        return {key: t.to(self.device) for key, t in collate(batch, pad).items()}
+        tensors: dict[str, Any] = {key: t.to(self.device) for key, t in collate(batch, pad).items()}
+        if states := self.splits[split].states:
+            del tensors["input_ids"]
+            tensors["encoder_outputs"] = states.batch([row.source for row in batch], self.device)
+        return tensors
 
 
 def open_session(run: RunConfig) -> Session:
@@ -128,9 +141,12 @@ def open_session(run: RunConfig) -> Session:
     else:
         trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
         report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
-    if report.modules:
+    if report.modules and run.adapter.targets != ["decoder"]:
         notices += requirements.not_adapted(model)
     prepare(model, run, autocast_dtype)
+    keep(model, run, splits, autocast_dtype)
+    # A resumed run must not drop out in an encoder that was computed once before, nor the reverse.
+    origin["use of the encoder's states"] = str(splits["train"].states is not None)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     processes.require_same(origin | {"start": of_tensors(trained), "settings": run.to_dict()})
     processes.seed_by_rank(run.model.seed)
@@ -157,6 +173,25 @@ def prepare(model: PreTrainedModel, run: RunConfig, autocast_dtype: torch.dtype 
         speed.checkpoint_activations(model)
     if run.training.compile:
         speed.compile_layers(model)
+
+
+def keep(
+    model: PreTrainedModel,
+    run: RunConfig,
+    splits: Mapping[str, Split],
+    autocast_dtype: torch.dtype | None,
+) -> None:
+    """Compute the encoder's states of what is read more than once, in place; see `keep_states`."""
+    options, rows = run.training, len(splits["train"])
+    epoch = last_step(replace(options, epochs=1, max_steps=0), rows)
+    for name in ("train", "validation"):  # those of test are computed when it is scored
+        once = name == "train" and last_step(options, rows) <= epoch
+        if once and options.cache_encoder == "auto":
+            continue
+        sources, where = [row.source for row in splits[name].encoded], options.cache_directory
+        with out_of_memory("while the encoder's states are computed", "use --cache-encoder off"):
+            kept = keep_states(model, sources, autocast_dtype, options.cache_encoder, where)
+        splits[name].states = kept
 
 
 def adapter_config(run: RunConfig) -> LoRAConfig:
@@ -205,6 +240,8 @@ def write_config(run: RunConfig, output: Path) -> None:
 
 def _targets(values: list[str]) -> str | tuple[str, ...]:
     """A single value is a regular expression if it has a character that no module name has."""
+    if values == ["decoder"]:
+        return DECODER
     if len(values) > 1 or not values:
         return tuple(values)
     is_name = values[0].replace("_", "").replace(".", "").isalnum()

@@ -26,9 +26,8 @@ def validate(session: Session) -> Scores:
         return {"loss": loss / tokens, **dict.fromkeys(METRICS)}
     some = run.training.validation_limit or len(split)
     generation = replace(run.generation, beams=run.training.validation_beams)
-    summaries = summarize(
-        model, session.tokenizer, split.encoded[:some], generation, session.autocast_dtype
-    )
+    how = (generation, session.autocast_dtype, None, split.states)
+    summaries = summarize(model, session.tokenizer, split.encoded[:some], *how)
     references = [example.references for example in split.examples[:some]]
     rows = rouge([summary.text for summary in summaries], references)
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
@@ -42,7 +41,7 @@ def _summed_losses(session: Session, split: Split) -> tuple[float, int]:
         by_length(split.encoded, session.run.generation.evaluation_batch_size)
     ):
         with session.autocast():
-            batch = session.tensors([split.encoded[i] for i in chosen])
+            batch = session.tensors([split.encoded[i] for i in chosen], "validation")
             summed, count = summed_loss(session.model, batch)
         if not math.isfinite(summed.item()):
             ids = ", ".join(split.encoded[i].id for i in chosen)

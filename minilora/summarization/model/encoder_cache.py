@@ -1,0 +1,305 @@
+"""The states of a frozen encoder, computed once for all epochs, validations and evaluations.
+
+    H = encoder(x)                        (s, d), once for each dialogue x
+    loss = -log p(y | H), by the decoder  in every step
+
+Where nothing in the encoder trains, H is the same in every epoch, so a step after the first one
+computes the decoder only. H is kept without padding, in the dtype that the decoder's linears read
+it in: what does not fit `IN_MEMORY` lies in a file, which is mapped into memory.
+
+    runs/.encoder-cache/FINGERPRINT.safetensors    {"states": (tokens of all dialogues, d)}
+
+The fingerprint is of all that H depends on, so a file is never stale, and runs of a sweep share it.
+It is filled in an order and in batches that depend on the dialogues only: computed again, H is the
+same, bit for bit. The encoder is in evaluation mode then: its dropout is off.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from minilora.files import PARTIAL, sync
+from minilora.inject import injection_of
+from minilora.modules import plain_name
+
+from .. import processes
+from ..errors import UserError, one_line
+from ..files import sweep
+from .device import autocast
+from .digest import of_tensors
+from .speed import uncompiled
+
+ROWS = 32  # dialogues at once; in another batch a state's last bits differ
+IN_MEMORY = 2**30  # bytes
+ON_DISK = 10 * 10**9  # bytes of all files together
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors
+
+Source = tuple[int, ...]
+"""A dialogue's token ids. All that prompt, truncation and tokenizer do to the states is in them."""
+
+
+@dataclass(frozen=True)
+class EncoderStates:
+    """H of some dialogues."""
+
+    rows: dict[Source, Tensor]
+    """(s, d) each, on the CPU."""
+    encoder: str
+    """Digest of the encoder that computed them."""
+    path: Path | None
+    """The file that they are mapped from; None: they are in memory."""
+
+    def batch(self, sources: Iterable[Sequence[int]], device: torch.device) -> BaseModelOutput:
+        """What the encoder would return for a batch: (b, s, d), 0 at padding."""
+        rows = [self.rows[tuple(source)] for source in sources]
+        padded: Any = pad_sequence(rows, batch_first=True).to(device)
+        return BaseModelOutput(last_hidden_state=padded)
+
+    def belong_to(self, model: PreTrainedModel) -> bool:
+        """Whether this model's encoder computes the same."""
+        return self.encoder == of_encoder(model)
+
+    def __str__(self) -> str:
+        size = sum(row.nbytes for row in self.rows.values())
+        return f"{size / 1e6:,.1f} MB {f'in {self.path}' if self.path else 'in memory'}"
+
+
+def keep_states(
+    model: PreTrainedModel,
+    sources: Iterable[Sequence[int]],
+    autocast_dtype: torch.dtype | None,
+    choice: str = "auto",
+    directory: str | Path = "runs/.encoder-cache",
+) -> EncoderStates | None:
+    """Compute the encoder's states of these dialogues, or read them from their file.
+
+    The model is in evaluation mode afterwards. With several processes, process 0 writes the file
+    and all read it.
+
+    Args:
+        choice: of --cache-encoder. "auto" returns None where the states cannot be kept: without a
+            word if the encoder trains, else with a note.
+
+    Raises:
+        UserError: they cannot be kept, and the choice is "on".
+    """
+    reason = None if choice == "off" else obstacle(model)
+    if choice == "off" or (reason and choice == "auto"):
+        return None
+    try:
+        if reason:
+            raise UserError(reason)
+        return _keep(model.eval(), sources, autocast_dtype, Path(directory))
+    except (UserError, OSError) as error:
+        if choice == "on":
+            raise UserError(f"--cache-encoder on: {one_line(error)}") from None
+        print(f"note: the encoder's states are not kept: {one_line(error)}", file=sys.stderr)
+        return None
+
+
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Why the states change in training, or with the adapter; None: they do not.
+
+    What trains, or did before it was loaded, must lie in the decoder or the output head: rows of
+    the embeddings, for example, enter the encoder by a hook.
+    """
+    later = [model.get_decoder(), model.get_output_embeddings()]
+    allowed = {id(p) for module in later if module is not None for p in module.parameters()}
+    allowed -= {id(p) for p in model.get_encoder().parameters()}
+    injection = injection_of(model)
+    for name, parameter in model.named_parameters():
+        new = injection is not None and plain_name(name) not in injection.required_grad
+        if (new or parameter.requires_grad) and id(parameter) not in allowed:
+            return f"{plain_name(name)} is not of the decoder only: name targets in the decoder"
+    return None
+
+
+def _keep(
+    model: PreTrainedModel, sources: Iterable[Sequence[int]], dtype: torch.dtype | None, place: Path
+) -> EncoderStates:
+    # Equal dialogues have one entry. The longest first: too little memory shows at once.
+    order = sorted({tuple(source) for source in sources}, key=lambda row: (-len(row), row))
+    width = processes.run_on_all(lambda: _probe(model, order[-1], dtype))[0]
+    kept, encoder = dtype or model.dtype, of_encoder(model)
+    shape = (sum(map(len, order)), width)
+    size = shape[0] * shape[1] * kept.itemsize
+    if size <= IN_MEMORY and processes.world_size() == 1:
+        rows = map(torch.clone, _computed(model, order, dtype))
+        return EncoderStates(dict(zip(order, rows, strict=True)), encoder, None)
+    path = place / f"{fingerprint(encoder, order, kept, model.device)}.safetensors"
+
+    def write() -> None:
+        with _only_one(place):
+            if path.exists():
+                os.utime(path)  # the one that was not read for longest is the first to go
+            else:
+                make_room(place, size)
+                what = f"the encoder's states of {len(order):,} dialogues, {size / 1e9:.1f} GB"
+                advice = "--cache-directory moves it, --cache-encoder off does without"
+                print(f"note: writing {what}, to {path} ({advice})", file=sys.stderr)
+                write_states(path, _computed(model, order, dtype), shape, kept)
+
+    processes.on_rank0(write)
+    if not all(processes.gather(path.exists())):
+        raise UserError(f"{place} must be on a file system that the machines share")
+    try:
+        states = load_file(path)["states"]  # mapped: read from the disk when it is used
+        rows = states.split([len(source) for source in order])
+    except (safetensors.SafetensorError, KeyError, RuntimeError):
+        raise UserError(f"{path} is damaged: remove it") from None
+    return EncoderStates(dict(zip(order, rows, strict=True)), encoder, path)
+
+
+# What the states depend on ------------------------------------------------------------------------
+
+
+def of_encoder(model: PreTrainedModel) -> str:
+    """A digest of the encoder: its class, settings and tensors."""
+    encoder: nn.Module = model.get_encoder()
+    settings = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    described = [repr(encoder), settings, model.config._attn_implementation]
+    tensors = dict(encoder.named_parameters()) | dict(encoder.named_buffers())
+    content = json.dumps([*described, of_tensors(tensors)], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def fingerprint(encoder: str, order: Sequence[Source], dtype: Any, device: torch.device) -> str:
+    """A digest of all that the states depend on, to the last bit."""
+    versions = [torch.__version__, transformers.__version__]
+    content = json.dumps([encoder, order, str(dtype), device.type, ROWS, *versions])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+# Computing ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, source: Source, dtype: torch.dtype | None) -> int:
+    """d; after a check on one dialogue that the decoder needs no more than the kept states.
+
+    Raises:
+        UserError: with them the logits differ.
+    """
+    (states,) = _encoded(model, [source], dtype)
+    ids = torch.tensor([source], device=model.device)
+    start = torch.full((1, 1), model.config.decoder_start_token_id or 0, device=model.device)
+    how: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "decoder_input_ids": start}
+    how["use_cache"] = False
+    kept = BaseModelOutput(last_hidden_state=states[None].to(model.device))
+    with uncompiled(model), autocast(model.device, dtype):
+        wanted = model(input_ids=ids, **how).logits  # (1, 1, v)
+        logits = model(encoder_outputs=kept, **how).logits
+    if not torch.equal(wanted, logits):
+        kind = model.config.model_type
+        raise UserError(f"the decoder of {kind} needs more than the encoder's last states")
+    return states.shape[-1]
+
+
+@torch.no_grad()
+def _encoded(
+    model: PreTrainedModel, batch: Sequence[Source], dtype: torch.dtype | None
+) -> list[Tensor]:
+    """(s, d) for each dialogue of a batch, on the CPU."""
+    ids = pad_sequence([torch.tensor(row) for row in batch], True, model.config.pad_token_id or 0)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in batch], True)  # (b, s)
+    with uncompiled(model), autocast(model.device, dtype):
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        states: Tensor = model.get_encoder()(**inputs).last_hidden_state  # (b, s, d)
+    # Autocast's linears, which read the states, round them to its dtype.
+    rounded = states.to(dtype or states.dtype).cpu()
+    return [row[: len(source)] for row, source in zip(rounded, batch, strict=True)]
+
+
+def _computed(
+    model: PreTrainedModel, order: Sequence[Source], dtype: torch.dtype | None
+) -> Iterator[Tensor]:
+    with tqdm(order, "encoder", unit="dialogue", disable=None, leave=False) as bar:
+        for start in range(0, len(order), ROWS):
+            batch = order[start : start + ROWS]
+            yield from _encoded(model, batch, dtype)
+            bar.update(len(batch))
+
+
+# The files ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _only_one(place: Path) -> Iterator[None]:
+    """Inside the block no other process writes into a directory of states: it waits.
+
+    The lock is the kernel's (flock): it ends with the process.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place / ".lock")
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        print(f"note: waiting for the process that writes to {place}", file=sys.stderr)
+        held = lock.acquire()
+    with held:
+        yield
+
+
+def make_room(place: Path, size: int) -> None:
+    """Remove what a killed process left unfinished, and the oldest files where there are too many.
+
+    Raises:
+        UserError: the limit of all files, or the disk, has no room for `size` bytes.
+    """
+    sweep(place)
+    instead = "use --cache-directory for another disk, or --cache-encoder off"
+    if size > ON_DISK:
+        limit = f"at most {ON_DISK / 1e9:.0f} GB"
+        raise UserError(f"its states take {size / 1e9:.1f} GB, {limit} are kept: {instead}")
+    files = sorted(place.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+    total = sum(path.stat().st_size for path in files)
+    for path in files:
+        if total + size > ON_DISK:
+            total -= path.stat().st_size
+            path.unlink()
+            print(f"note: {path} was removed: the oldest of the encoder's states", file=sys.stderr)
+    if size > (free := shutil.disk_usage(place).free):
+        lack = f"its states take {size / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB left"
+        raise UserError(f"{lack}: {instead}")
+
+
+def write_states(path: Path, rows: Iterable[Tensor], shape: Sequence[int], dtype: Any) -> None:
+    """A safetensors file, one row of (s, d) after the other, so that memory holds one batch.
+
+    Atomic: after an error, Ctrl-C or a crash there is no file of this name.
+    """
+    size = shape[0] * shape[1] * dtype.itemsize
+    entry = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}
+    content = {"__metadata__": {"format": "pt"}, "states": entry}
+    header = json.dumps(content, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the tensor begins at a multiple of 8 bytes
+    beside = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        with beside.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for row in rows:
+                file.write(row.contiguous().view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,462 @@
+"""The encoder's states are kept once, exactly, and never met by what they do not belong to."""
+
+import multiprocessing
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+import minilora
+from minilora.summarization.data.batches import encode
+from minilora.summarization.data.reading import Example
+from minilora.summarization.errors import UserError
+from minilora.summarization.model import encoder_cache, speed
+from minilora.summarization.model.encoder_cache import EncoderStates, keep_states, write_states
+from minilora.summarization.settings import DataOptions
+from tests.conftest import randomize_adapter, tiny_bart, tiny_t5
+from tests.helpers import byte_level_bpe, small_bart
+
+CPU = torch.device("cpu")
+SOURCES = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 30], [4], [20, 21, 22], [5, 6, 7]]  # one comes twice
+DECODER = r"(.*\.)?decoder\..*\.(q_proj|v_proj|q|v)"
+MODELS = {"bart": tiny_bart, "t5": tiny_t5}
+
+
+def frozen(build: Any = tiny_bart, **changes: Any) -> PreTrainedModel:
+    """A tiny model with a random adapter in its decoder."""
+    model = build(**changes)
+    minilora.inject(model, minilora.LoRAConfig(rank=3, alpha=7.0, targets=DECODER))
+    randomize_adapter(model)
+    return model
+
+
+def kept(
+    model: PreTrainedModel,
+    dtype: torch.dtype | None = None,
+    choice: str = "auto",
+    directory: Path = Path("nowhere"),
+    sources: Any = SOURCES,
+) -> EncoderStates:
+    states = keep_states(model, sources, dtype, choice, directory)
+    assert states is not None
+    return states
+
+
+@pytest.fixture
+def to_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_cache, "IN_MEMORY", 0)
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.name != ".lock")
+
+
+class Counting(nn.Module):
+    """Around an encoder: how many dialogues it reads; the one in which it is stopped."""
+
+    def __init__(self, model: PreTrainedModel, stop_at: int = 10**6) -> None:
+        super().__init__()
+        self.rows, self.stop_at = 0, stop_at
+        model.get_encoder().register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, _: Any, args: Any, inputs: dict[str, Any]) -> None:
+        self.rows += len(inputs["input_ids"])
+        if self.rows > self.stop_at:
+            raise KeyboardInterrupt
+
+
+# What is kept -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_states_are_what_the_encoder_returns_for_each_dialogue(name: str) -> None:
+    model = frozen(MODELS[name])
+    states = kept(model)
+    assert len(states.rows) == 4  # equal dialogues have one entry
+    for source in SOURCES:
+        with torch.no_grad():
+            alone = model.get_encoder()(input_ids=torch.tensor([source])).last_hidden_state[0]
+        # float32, in a padded batch and alone: the same products in another order
+        torch.testing.assert_close(states.rows[tuple(source)], alone, rtol=1e-5, atol=1e-5)
+        assert alone.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_of_states_gives_the_logits_and_gradients_of_its_dialogues(name: str) -> None:
+    model = frozen(MODELS[name])
+    states = kept(model).batch(SOURCES, CPU)
+    longest = max(map(len, SOURCES))
+    ids = torch.tensor([row + [1] * (longest - len(row)) for row in SOURCES])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in SOURCES])
+    more = {"attention_mask": mask, "decoder_input_ids": torch.tensor([[2, 5, 9]] * len(SOURCES))}
+    results = []
+    for inputs in ({"input_ids": ids}, {"encoder_outputs": states}):
+        logits = model(**inputs, **more).logits
+        model.zero_grad()
+        logits.square().sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        results.append((logits.detach(), gradients))
+    (wanted, wanted_gradients), (logits, gradients) = results
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+    assert len(gradients) == len(wanted_gradients) > 0
+    for one, other in zip(gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        assert other.abs().max() > 0
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_rounded_to_autocast_the_decoder_reads_the_same_bits(name: str, dora: bool) -> None:
+    model = MODELS[name]()
+    config = minilora.LoRAConfig(rank=3, alpha=7.0, targets=DECODER, dora=dora)
+    minilora.inject(model, config)
+    randomize_adapter(model)
+    states = kept(model, torch.bfloat16, "on", sources=[[5, 6, 7]])  # it refuses other bits
+    assert {row.dtype for row in states.rows.values()} == {torch.bfloat16}
+    ids, start = torch.tensor([[5, 6, 7]]), torch.tensor([[2, 5]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = model(input_ids=ids, decoder_input_ids=start).logits
+        outputs = states.batch([[5, 6, 7]], CPU)
+        logits = model(encoder_outputs=outputs, decoder_input_ids=start).logits
+    assert torch.equal(logits, wanted)
+
+
+def test_the_encoder_does_not_drop_out_and_no_random_number_is_drawn() -> None:
+    model, calm = frozen(dropout=0.5).train(), frozen(dropout=0.0)
+    before = torch.get_rng_state()
+    noisy, wanted = kept(model), kept(calm)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(noisy.rows[source], row) for source, row in wanted.rows.items())
+
+
+# Where they can be kept ---------------------------------------------------------------------------
+
+
+OTHERS = {
+    "an adapter in the encoder": {"targets": ("q_proj",)},
+    "biases": {"targets": DECODER, "bias": "all"},
+    "a module of the encoder": {"targets": DECODER, "also_train": ("encoder.layers.0.fc1",)},
+    "token rows": {"targets": DECODER, "token_rows": (5, 6)},
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_changes_the_encoder_is_refused(
+    what: str, inference: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_bart()
+    minilora.inject(model, minilora.LoRAConfig(rank=3, **OTHERS[what]))
+    base = kept(tiny_bart().requires_grad_(False))
+    if inference:
+        minilora.save_adapter(model, tmp_path)
+        model = tiny_bart()
+        minilora.load_adapter(model, tmp_path, inference=True)
+        assert not any(p.requires_grad for p in model.parameters())
+    if states := keep_states(model, SOURCES, None):
+        # Values that were replaced in place, and are the base's while the adapter is disabled.
+        assert inference
+        assert what in ("biases", "a module of the encoder")
+        with torch.no_grad():
+            model.model.encoder.layers[0].fc1.bias += 1
+        assert not states.belong_to(model)
+        with minilora.disabled(model):
+            assert base.belong_to(model)
+    else:
+        with pytest.raises(UserError, match=r"^--cache-encoder on: .* is not of the decoder only"):
+            keep_states(model, SOURCES, None, "on")
+    assert capsys.readouterr().err == ""  # auto: not a word
+
+
+def test_a_decoder_that_needs_more_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    model = frozen()
+
+    def add(_: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if inputs.get("input_ids") is not None:  # such as a copy of the source's words
+            inputs["decoder_input_ids"] = inputs["decoder_input_ids"] + inputs["input_ids"][:, :1]
+        return args, inputs
+
+    model.register_forward_pre_hook(add, with_kwargs=True)
+    said = "the decoder of bart needs more than the encoder's last states"
+    with pytest.raises(UserError, match=f"^--cache-encoder on: {said}$"):
+        keep_states(model, SOURCES, None, "on")
+    assert keep_states(model, SOURCES, None) is None
+    assert capsys.readouterr().err == f"note: the encoder's states are not kept: {said}\n"
+
+
+def test_off_keeps_nothing() -> None:
+    assert keep_states(frozen(), SOURCES, None, "off") is None
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_below_the_lowest_adapted_layer_is_computed_backward(
+    name: str, checkpoints: bool
+) -> None:
+    """What has an output without a grad_fn has no backward pass."""
+    second = r"(.*\.)?encoder\.(layers|block)\.1\..*(v_proj|v)"
+    computed = {targets: set[str]() for targets in (second, DECODER)}
+    for targets, found in computed.items():
+        model = MODELS[name]().train()
+        if checkpoints:
+            speed.checkpoint_activations(model)
+        minilora.inject(model, minilora.LoRAConfig(rank=3, targets=targets))
+        for part, module in model.get_encoder().named_modules():
+
+            def note(_: Any, args: Any, output: Any, part: str = part, to: Any = found) -> None:
+                tensor = output if isinstance(output, torch.Tensor) else output[0]
+                if tensor.grad_fn is not None:
+                    to.add(part)
+
+            module.register_forward_hook(note)
+        ids = torch.tensor(SOURCES[1:2])
+        model(input_ids=ids, decoder_input_ids=ids).logits.sum().backward()
+        assert any(p.grad is not None for p in model.parameters())
+    assert any("1." in part for part in computed[second])
+    assert not [part for part in computed[second] if re.search(r"(layers|block)\.0|embed", part)]
+    assert not computed[DECODER]  # nothing of the whole encoder
+
+
+# The file -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_beyond_the_budget_the_same_bits_are_mapped_from_a_file_and_it_is_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dtype: torch.dtype | None,
+) -> None:
+    model = frozen()
+    wanted = kept(model, dtype, "on", tmp_path)
+    assert files(tmp_path) == []
+    monkeypatch.setattr(encoder_cache, "IN_MEMORY", 13 * 16 * 2)  # less than 14 tokens of 16
+    states = kept(model, dtype, "on", tmp_path)
+    assert states.path is not None
+    assert files(tmp_path) == [states.path.name]
+    assert re.fullmatch(r"[0-9a-f]{32}\.safetensors", states.path.name)
+    assert states.rows.keys() == wanted.rows.keys()
+    assert all(torch.equal(row, wanted.rows[source]) for source, row in states.rows.items())
+    said = f"note: writing the encoder's states of 4 dialogues, 0.0 GB, to {states.path} ("
+    assert capsys.readouterr().err.startswith(said)
+    assert f"0.0 MB in {states.path}" == str(states)
+
+
+@pytest.mark.parametrize("dtype", encoder_cache.NAMES)
+def test_the_file_is_the_one_that_safetensors_writes(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = torch.randn(7, 5).to(dtype)
+    save_file({"states": tensor}, tmp_path / "theirs", {"format": "pt"})
+    write_states(tmp_path / "ours", tensor.split([4, 1, 2]), (7, 5), dtype)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert torch.equal(load_file(tmp_path / "ours")["states"], tensor)
+
+
+@pytest.mark.usefixtures("to_disk")
+def test_a_second_run_reads_the_file_and_a_recomputed_one_is_bit_identical(tmp_path: Path) -> None:
+    model = frozen()
+    counting = Counting(model)
+    path = kept(model, None, "on", tmp_path).path
+    assert path is not None
+    assert counting.rows == 2 + 4  # the probe, with and without states; every dialogue once
+    content = path.read_bytes()
+    again = frozen()  # another model object: the content counts
+    counting = Counting(again)
+    assert kept(again, None, "on", tmp_path, sources=SOURCES[::-1]).path == path
+    assert counting.rows == 2  # the probe
+    path.unlink()
+    assert kept(again, None, "on", tmp_path).path == path
+    assert path.read_bytes() == content
+
+
+@pytest.mark.usefixtures("to_disk")
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = kept(frozen(), None, "on", tmp_path).path
+    assert path is not None
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match=f"^--cache-encoder on: {path} is damaged: remove it$"):
+        kept(frozen(), None, "on", tmp_path)
+
+
+# What a file is of --------------------------------------------------------------------------------
+
+TEXTS = [
+    "Ann: hello there",
+    "Bob: shall we meet?\nAnn: yes, at noon, with the others",
+    "Cy: o",
+]
+
+
+def tokens(texts: list[str], vocabulary: int = 400, **options: Any) -> list[list[int]]:
+    examples = [Example(str(i), text, "ok") for i, text in enumerate(texts)]
+    encoded, _ = encode(examples, byte_level_bpe(vocabulary), DataOptions(**options))
+    return [row.source for row in encoded]
+
+
+@given(st.data())
+def test_a_changed_encoder_tokenizer_text_or_truncation_never_meets_an_old_file(
+    data: st.DataObject,
+) -> None:
+    """The names of the files of two settings are equal only if the states are, bit for bit."""
+    names, contents = [], []
+    for _ in range(2):
+        texts = data.draw(st.sampled_from([TEXTS, TEXTS[::-1], TEXTS[:2], [*TEXTS[:2], "Cy: 0"]]))
+        vocabulary = data.draw(st.sampled_from([261, 400]))
+        length, prompt = data.draw(st.sampled_from([8, 20])), data.draw(st.sampled_from(["", "X"]))
+        sources = tokens(texts, vocabulary, max_source_length=length, prompt_before=prompt)
+        model = small_bart(data.draw(st.integers(0, 1)), scale_embedding=data.draw(st.booleans()))
+        if data.draw(st.booleans()):
+            with torch.no_grad():
+                model.model.encoder.layers[0].fc1.bias[3] += 2**-10
+        model.requires_grad_(False)
+        dtype = data.draw(st.sampled_from([None, torch.bfloat16]))
+        states = kept(model, dtype, "on", sources=sources)
+        order = list(states.rows)
+        kind = next(iter(states.rows.values())).dtype
+        names.append(encoder_cache.fingerprint(states.encoder, order, kind, model.device))
+        contents.append(states.rows)
+    one, other = contents
+    same = one.keys() == other.keys() and all(
+        one[key].dtype == other[key].dtype and torch.equal(one[key], other[key]) for key in one
+    )
+    assert (names[0] == names[1]) == same
+
+
+@pytest.mark.parametrize("part", ["torch", "transformers"])
+def test_another_version_of_a_library_has_another_file(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = ("encoder", [(1, 2)], torch.float32, CPU)
+    before = encoder_cache.fingerprint(*of)
+    monkeypatch.setattr(getattr(encoder_cache, part), "__version__", "0")
+    assert encoder_cache.fingerprint(*of) != before
+
+
+# Room ---------------------------------------------------------------------------------------------
+
+
+def put(directory: Path, name: str, size: int, age: int) -> Path:
+    path = directory / f"{name}.safetensors"
+    path.write_bytes(b"0" * size)
+    now = path.stat().st_mtime
+    os.utime(path, (now - age, now - age))
+    return path
+
+
+@pytest.mark.usefixtures("to_disk")
+def test_the_oldest_files_go_first_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = 14 * 16 * 4  # of this test's states
+    monkeypatch.setattr(encoder_cache, "ON_DISK", 250 + size)
+    oldest, newest = put(tmp_path, "a", 200, 9), put(tmp_path, "c", 100, 1)
+    middle = put(tmp_path, "b", 150, 5)
+    kept(frozen(), None, "on", tmp_path)
+    assert [path.exists() for path in (oldest, middle, newest)] == [False, True, True]
+    said = [line for line in capsys.readouterr().err.splitlines() if "removed" in line]
+    assert said == [f"note: {oldest} was removed: the oldest of the encoder's states"]
+
+
+@pytest.mark.usefixtures("to_disk")
+def test_a_file_that_was_read_is_not_the_oldest(tmp_path: Path) -> None:
+    path = kept(frozen(), None, "on", tmp_path).path
+    assert path is not None
+    os.utime(path, (0, 0))
+    kept(frozen(), None, "on", tmp_path)
+    assert path.stat().st_mtime > 10**9
+
+
+@pytest.mark.usefixtures("to_disk")
+@pytest.mark.parametrize("what", ["all together", "the disk"])
+def test_without_room_it_is_refused_with_the_reason(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if what == "the disk":
+        usage = shutil.disk_usage(tmp_path)._replace(free=5)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        reason = f"its states take 0.0 GB, and {tmp_path} has 0.0 GB left"
+    else:
+        monkeypatch.setattr(encoder_cache, "ON_DISK", 5)
+        reason = "its states take 0.0 GB, at most 0 GB are kept"
+    reason += ": use --cache-directory for another disk, or --cache-encoder off"
+    model = frozen()
+    with pytest.raises(UserError, match=f"^--cache-encoder on: {reason}$"):
+        keep_states(model, SOURCES, None, "on", tmp_path)
+    assert keep_states(model, SOURCES, None, "auto", tmp_path) is None
+    assert capsys.readouterr().err == f"note: the encoder's states are not kept: {reason}\n"
+    assert files(tmp_path) == []
+
+
+# Stopped, and several processes -------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("to_disk")
+def test_ctrl_c_while_filling_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_cache, "ROWS", 2)
+    model = frozen()
+    Counting(model, stop_at=2 + 2)  # in the second batch
+    with pytest.raises(KeyboardInterrupt):
+        keep_states(model, SOURCES, None, "on", tmp_path)
+    assert files(tmp_path) == []
+
+
+def in_forks(count: int, work: Any, *arguments: Any) -> list[int | None]:
+    """The exit codes of processes that do this at the same time."""
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=work, args=arguments) for _ in range(count)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    return [child.exitcode for child in children]
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@forks
+@pytest.mark.usefixtures("to_disk")
+def test_what_a_killed_process_left_is_no_file_and_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_cache, "ROWS", 2)
+
+    def die(rows: Iterator[torch.Tensor]) -> None:
+        def some() -> Iterator[torch.Tensor]:
+            yield from (row for row, _ in zip(rows, range(2), strict=False))
+            os._exit(7)
+
+        write_states(tmp_path / "a.safetensors", some(), (9, 9), torch.float32)
+
+    assert in_forks(1, die, iter(torch.ones(3, 2, 9))) == [7]
+    assert files(tmp_path) == [".a.safetensors.partial"]
+    path = kept(frozen(), None, "on", tmp_path).path
+    assert path is not None
+    assert files(tmp_path) == [path.name]
+
+
+@forks
+@pytest.mark.usefixtures("to_disk")
+def test_of_two_runs_that_begin_together_one_writes_and_the_other_reads(tmp_path: Path) -> None:
+    def run() -> None:
+        model = frozen()
+        counting = Counting(model)
+        states = kept(model, None, "on", tmp_path)
+        (tmp_path.parent / f"rows-{os.getpid()}").write_text(str(counting.rows))
+        assert torch.equal(states.rows[5, 6, 7], wanted.rows[5, 6, 7])
+
+    wanted = kept(frozen(), None, "on", tmp_path / "apart")
+    assert in_forks(2, run) == [0, 0]
+    read = sorted(int(path.read_text()) for path in tmp_path.parent.glob("rows-*"))
+    assert read == [2, 2 + 4]
