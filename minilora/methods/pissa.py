@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import linears
-from minilora.config import LoRAConfig, LoRAError
+from minilora.config import LoRAError
 from minilora.functional import scale
 from minilora.layer import LoRALinear
 from minilora.nf4.loftq import approximate

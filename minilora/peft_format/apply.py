@@ -19,7 +19,6 @@ from minilora.reports import LoadReport
 from minilora.targets import check_modules, is_target
 from minilora.targets import trained_whole as is_trained_whole
 
-
 CONVERSIONS: dict[str, Callable[[Adapter, dict[str, LoRALinear]], Adapter]] = {}
 """By `init`: what is written of an adapter whose start took something from the base."""
 
