@@ -165,24 +165,19 @@ class Allocation:
         assert isinstance(config, AdaLoRAConfig)
         return config
 
-    def trained(self, optimizer: Optimizer) -> list[tuple[Any, list[nn.Parameter]]]:
-        """The layers whose lambda the optimizer has; of lambda, P and Q those with a gradient."""
+    def layers_of(self, optimizer: Optimizer) -> list[Any]:
+        """The layers whose lambda, P and Q the optimizer has."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        layers: list[Any] = [layer for layer in self.layers if id(layer.lora_E) in held]
-        parts = [(layer, (layer.lora_E, layer.lora_B, layer.lora_A)) for layer in layers]
-        return [(x, [p for p in ps if id(p) in held and p.grad is not None]) for x, ps in parts]
+        return [layer for layer in self.layers if held.issuperset(map(id, triplets(layer)))]
 
     @torch.no_grad()
     def before(self, optimizer: Optimizer) -> None:
         """Add the gradient of gamma R to those of P and Q."""
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves unscaling to fused ones
-        for layer, parameters in self.trained(optimizer):
-            weight = self.config.orthogonality * (1 if scale is None else scale)
-            for p in parameters:
-                if p is layer.lora_B:
-                    p.grad += weight * penalty_gradient(p)
-                elif p is layer.lora_A:
-                    p.grad += weight * penalty_gradient(p.T).T
+        weight = self.config.orthogonality * (1 if scale is None else scale)
+        for layer in with_gradient(self.layers_of(optimizer)):
+            layer.lora_B.grad += weight * penalty_gradient(layer.lora_B)
+            layer.lora_A.grad += weight * penalty_gradient(layer.lora_A.T).T
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer) -> None:
@@ -192,24 +187,31 @@ class Allocation:
         sensitivities stay as they are: the same ranks are kept.
         """
         skipped = getattr(optimizer, "found_inf", None)  # set by GradScaler for fused optimizers
-        trained, state = self.trained(optimizer), optimizer.state
-        if not any(parameters for _, parameters in trained) or (skipped is not None and skipped):
+        layers, state, config = self.layers_of(optimizer), optimizer.state, self.config
+        counted = with_gradient(layers)
+        if not counted or (skipped is not None and skipped):
             return
-        config, layers = self.config, [layer for layer, _ in trained]
         t = 1 + max(int(state.get(x.lora_E, {}).get("allocation_steps", 0)) for x in layers)
         final = t >= config.total_steps - config.final_steps
-        for layer, parameters in trained:
-            for p in parameters:
-                if p is layer.lora_E:
-                    state[p]["allocation_steps"] = t
-                if not final:
-                    count_in(state[p], p, config)
+        for layer in counted:
+            state[layer.lora_E]["allocation_steps"] = t
+            for p in triplets(layer) if not final else ():
+                count_in(state[p], p, config)
         if final or (t > config.initial_steps and t % config.interval == 0):
             scores = [score(layer, optimizer) for layer in layers]
-            for layer, kept in zip(
-                layers, best(scores, config.budget(t, len(layers))), strict=True
-            ):
+            masks = best(scores, config.budget(t, len(layers)))
+            for layer, mask in zip(layers, masks, strict=True):
                 layer.lora_E.masked_fill_(~mask[:, None], 0)
+
+
+def triplets(layer: Any) -> tuple[nn.Parameter, ...]:
+    """Lambda (r, 1), P (out, r) and Q (r, in): r triplets of a number, a column and a row."""
+    return layer.lora_E, layer.lora_B, layer.lora_A
+
+
+def with_gradient(layers: list[Any]) -> list[Any]:
+    """Those that took part in the step: one that was dropped has no gradient."""
+    return [layer for layer in layers if all(p.grad is not None for p in triplets(layer))]
 
 
 def penalty_gradient(M: Tensor) -> Tensor:
@@ -270,7 +272,7 @@ def follow(allocation: Allocation) -> None:
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for allocation in [each for each in FOLLOWING if each.trained(optimizer)]:
+    for allocation in [each for each in FOLLOWING if each.layers_of(optimizer)]:
         if any(map(callable, (*args[1:], *kwargs.values()))):
             what = "AdaLoRA needs the gradients before the step"
             raise LoRAError(f"{what}: call optimizer.step() without a closure")
@@ -278,5 +280,5 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _after(optimizer: Optimizer, *_: Any) -> None:
-    for allocation in list(FOLLOWING):
+    for allocation in [each for each in FOLLOWING if each.layers_of(optimizer)]:
         allocation.after(optimizer)

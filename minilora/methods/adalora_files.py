@@ -18,22 +18,29 @@ def read(entries: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     """PEFT's file in the terms of LoRA's; ranks that it leaves out are put in again, as zeros."""
     r, masks = entries.get("init_r", 12), entries.get("rank_pattern") or {}
     check("init_r", r, "rank")
+    if not isinstance(masks, dict):
+        raise LoRAError(f"rank_pattern must name the ranks kept, not {masks!r}")
     found = {}
     for key, tensor in tensors.items():
         module, _, end = key.removeprefix(PREFIX).rpartition(".")
         if end in ("lora_A", "lora_B", "lora_E"):
-            kept = masks.get(f"{module}.lora_E", [True] * r) if isinstance(masks, dict) else []
-            places = [i for i, one in enumerate(kept) if one is True]
-            side = int(end == "lora_B")  # that of the ranks
-            if len(kept) != r or tensor.dim() != 2 or tensor.shape[side] != len(places):
-                raise LoRAError(f"{key} does not fit init_r and rank_pattern")
-            shape = [tensor.shape[0], r] if side else [r, tensor.shape[1]]
-            tensor = tensor.new_zeros(shape).index_copy_(side, torch.tensor(places).long(), tensor)
             key = PREFIX + module + SUFFIXES[end]
+            if (mask := masks.get(f"{module}.lora_E")) is not None:
+                tensor = put_in(tensor, mask, r, int(end == "lora_B"))
         found[key] = tensor
     check("lora_alpha", alpha := entries.get("lora_alpha", 8), "alpha")
     said = {"rank_pattern": None, "lora_alpha": round(alpha * r / (r + EPSILON), 9)}
     return entries | said, found
+
+
+def put_in(tensor: Tensor, mask: Any, r: int, side: int) -> Tensor:
+    """The tensor with r ranks along a side, of which the mask, a list of bools, has kept some."""
+    mask = mask if isinstance(mask, list) else []
+    places = [i for i, kept in enumerate(mask) if kept is True]
+    if len(mask) != r or tensor.dim() != 2 or tensor.shape[side] != len(places):
+        raise LoRAError(f"rank_pattern keeps {len(places)} of {r} ranks; its tensors do not")
+    shape = [r if dim == side else size for dim, size in enumerate(tensor.shape)]
+    return tensor.new_zeros(shape).index_copy_(side, torch.tensor(places).long(), tensor)
 
 
 def write(entries: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
