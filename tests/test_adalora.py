@@ -118,7 +118,9 @@ def test_merging_is_exact_and_so_is_its_way_back(dtype: torch.dtype) -> None:
     wide = torch.promote_types(dtype, torch.float32)
     P, lambda_, Q = (p.to(wide) for p in (layer.lora_B, layer.lora_E, layer.lora_A))
     layer.merge()
-    assert torch.equal(layer.weight, (weight.to(wide) + (P @ (lambda_ * Q)) * layer.scale).to(dtype))
+    assert torch.equal(
+        layer.weight, (weight.to(wide) + (P @ (lambda_ * Q)) * layer.scale).to(dtype)
+    )
     assert torch.allclose(layer(x), y, atol=64 * torch.finfo(dtype).eps * y.abs().max().item())
     assert not torch.equal(layer.weight, weight)
     layer.unmerge()

@@ -1,6 +1,5 @@
 """PiSSA: the start, the residual, the conversion to plain LoRA, and PEFT's."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ def test_forward_is_the_residual_and_the_adapter(dtype: torch.dtype) -> None:
     x = torch.randn(5, IN).to(dtype)
     weight = weight_of(layer)
     expected = nn.functional.linear(x.double(), weight, layer.bias.double())
-    tolerance = 64 * torch.finfo(dtype).eps * expected.abs().max().item()
+    tolerance = 8 * torch.finfo(dtype).eps * expected.abs().max().item()  # sums of 26 terms
     assert (layer(x).double() - expected).abs().max() <= tolerance
     assert (layer.base(x).double() - expected).abs().max() > 4 * tolerance  # it did change
     delta = layer.delta().double()
@@ -101,7 +100,8 @@ def test_forward_is_the_residual_and_the_adapter(dtype: torch.dtype) -> None:
 
 def test_half_precision_keeps_what_little_was_learnt() -> None:
     """Steps of a hundredth of A's and B's size under bfloat16, which has 8 bits: the update is
-    nearer to the exact one than with a residual that is stored, as PEFT does it."""
+    nearer to the exact one than with a residual that is stored, as PEFT does it.
+    """
     layer = make().eval()
     move(layer, std=0.01)
     x = torch.randn(64, IN)
@@ -144,9 +144,9 @@ def test_merging_is_exact_and_so_is_its_way_back(dtype: torch.dtype) -> None:
     before, x = layer.weight.clone(), torch.randn(3, IN).to(dtype)
     y = layer(x)
     layer.merge()
-    exact = weight_of(copy.deepcopy(layer)) if False else before.double() + layer.delta().double()
-    half_ulp = torch.finfo(dtype).eps * exact.abs() + 1e-6
-    assert ((layer.weight.double() - exact).abs() <= half_ulp).all()
+    exact = before.double() + layer.delta().double()
+    half_ulp = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6 * (dtype != torch.float64)
+    assert ((layer.weight.double() - exact).abs() <= half_ulp).all()  # rounded once
     tolerance = 64 * torch.finfo(dtype).eps * y.abs().max().item()
     assert torch.allclose(layer(x), y, atol=tolerance, rtol=0)
     assert not torch.equal(layer.weight, before)
