@@ -285,7 +285,7 @@ def test_the_best_are_the_best_and_as_many_as_the_budget(
 ) -> None:
     budget = data.draw(st.integers(0, 2 * len(scores)))
     kept = best([torch.tensor(one).float() for one in scores], budget)
-    flat, mask = sum(scores, []), torch.cat(kept).tolist()
+    flat, mask = [score for one in scores for score in one], torch.cat(kept).tolist()
     assert sum(mask) == budget
     chosen = [score for score, one in zip(flat, mask, strict=True) if one]
     left = [score for score, one in zip(flat, mask, strict=True) if not one]

@@ -91,7 +91,9 @@ def test_forward_is_the_residual_and_the_adapter(dtype: torch.dtype) -> None:
     x = torch.randn(5, IN).to(dtype)
     weight = weight_of(layer)
     expected = nn.functional.linear(x.double(), weight, layer.bias.double())
-    tolerance = 8 * torch.finfo(dtype).eps * expected.abs().max().item()  # sums of 26 terms
+    # Sums of 26 terms; in full precision the decomposition, of 12 singular values, counts too.
+    roundings = 8 if dtype.itemsize == 2 else 64
+    tolerance = roundings * torch.finfo(dtype).eps * expected.abs().max().item()
     assert (layer(x).double() - expected).abs().max() <= tolerance
     assert (layer.base(x).double() - expected).abs().max() > 4 * tolerance  # it did change
     delta = layer.delta().double()
@@ -304,7 +306,7 @@ def test_it_stands_on_four_bits_too() -> None:
 @pytest.mark.parametrize("changes", [{"dora": True}, {"lora_bias": True}])
 def test_it_goes_with_no_other_layer(changes: dict[str, Any]) -> None:
     model = nn.ModuleDict({"fc": nn.Linear(8, 8)})
-    with pytest.raises(LoRAError, match="does not go with dora|lora_bias goes with"):
+    with pytest.raises(LoRAError, match=r"does not go with dora|lora_bias goes with"):
         minilora.inject(model, LoRAConfig(rank=2, targets=("fc",), init="pissa", **changes))
     assert type(model["fc"]) is nn.Linear
 
