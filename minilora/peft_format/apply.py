@@ -124,8 +124,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     if not swapped:
         refuse_wrapped(wrapped)  # data-parallel copies would never learn of the new parameters
         unload(model)
-        init = config.init if config.init in LAYERS else "kaiming"  # its values are overwritten
-        wrap(model, selected, replace(config, init=init))
+        # What A and B start with is overwritten, but some starts are those of another layer.
+        wrap(model, selected, config if config.init in LAYERS else replace(config, init="kaiming"))
         if (injection := injection_of(model)) is not None:
             injection.extras.append(unnamed)
             unnamed.start(model)

@@ -27,8 +27,7 @@ FIELDS: dict[str, tuple[str, Any]] = {
 }  # fmt: skip
 # Older versions of PEFT do not know these.
 NEWER = ("exclude_modules", "lora_bias", "trainable_token_indices")
-INITS = {"kaiming": True, "gaussian": "gaussian", "random": False}
-INITS |= {"loftq": "loftq", "pissa": "pissa"}
+INITS = {"kaiming": True, "random": False} | {n: n for n in ("gaussian", "loftq", "pissa")}
 # PEFT quantizes the base again when it loads such a file. After one step it is NF4 of the weight.
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
 # By JSON text. The named ones leave the base alone: once trained, nothing tells them apart.
@@ -67,8 +66,7 @@ def kind_of(entries: Mapping[str, Any]) -> Kind:
     """
     name = entries.get("peft_type")
     if (kind := KINDS.get(str(name))) is None:
-        known = " and ".join(map(repr, KINDS))
-        raise LoRAError(f"peft_type is {name!r}; minilora reads {known} only: {ADVICE}")
+        raise LoRAError(f"peft_type is {name!r}; minilora reads {', '.join(KINDS)} only: {ADVICE}")
     return kind
 
 
