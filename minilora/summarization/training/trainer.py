@@ -3,7 +3,7 @@
 output/
     config.json      every setting, the learning rate resolved
     log.jsonl        one record a line: start, step, validation, end
-    adapter/         the best by validation ROUGE-1 (model/ after --method full)
+    adapter/         the best by validation ROUGE-1, then by the loss (model/ after --method full)
     checkpoints/     for --resume
 """
 
@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 import minilora
+from minilora import TrainingReport
 
 from .. import processes
 from ..data.batches import Encoded
@@ -32,6 +33,7 @@ from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .ddp import Replica
 from .failures import out_of_memory, require_finite, smaller_evaluation_batch, step_memory
 from .fingerprint import differences
+from .first_steps import FirstSteps, problems
 from .log import Log, open_log
 from .schedule import Group, epoch_groups, last_step, learning_rate
 from .session import Session, save_trained
@@ -60,6 +62,8 @@ def fit(session: Session, output: Path) -> Outcome:
     trainer = Trainer(session, output)
     for notice in trainer.restore():
         print(f"note: {notice}", file=sys.stderr)
+    if trainer.progress.step == trainer.last:
+        print(f"note: {output} is finished: it is only scored again", file=sys.stderr)
     processes.on_rank0(lambda: sweep(output))
     with trainer.open():
         finished = trainer.run()
@@ -72,6 +76,7 @@ class Trainer:
     log: Log
     bar: "tqdm[Any]"
     stop: StopRequest
+    first_steps: FirstSteps
 
     def __init__(self, session: Session, output: Path) -> None:
         training = session.run.training
@@ -98,7 +103,10 @@ class Trainer:
             disable=None,  # no bar when stderr is not a terminal
         )  # fmt: skip
         log = open_log(self.output / "log.jsonl", self.progress.log_bytes)
-        with log as self.log, bar as self.bar, stop_requests() as self.stop:
+        # A resumed run was checked. A full fine-tune is not: the check copies all that trains.
+        wanted = self.progress.step == 0 and self.session.run.model.method != "full"
+        self.first_steps = FirstSteps(self.session.model, self.optimizer, wanted)
+        with log as self.log, bar as self.bar, stop_requests() as self.stop, self.first_steps.block:
             yield
 
     # The loop -------------------------------------------------------------------------------------
@@ -192,6 +200,18 @@ class Trainer:
         self.bar.update()
         loss, rate = measures["loss"], measures["tokens_per_second"]
         self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+        if checked := self.first_steps.after(measures["gradient_norm"]):
+            self.tell(checked)
+
+    def tell(self, checked: TrainingReport) -> None:
+        """What `verify_training` found: a line; or a note for each problem, which is logged too."""
+        found = problems(checked)
+        for problem in found:
+            self.bar.write(f"note: {problem}", file=sys.stderr)
+        if found:
+            self.log.write("check", step=self.progress.step, problems=found)
+        else:
+            self.bar.write(f"first {checked}", file=sys.stdout)
 
     # A whole run ----------------------------------------------------------------------------------
 
@@ -225,14 +245,16 @@ class Trainer:
                 scores = validate(self.session)
         except KeyboardInterrupt:
             return False
-        score = selection_score(scores)
-        better = progress.best is None or score > progress.best
+        score, loss = selection_score(scores), cast(float, scores["loss"])
+        by_loss = score == progress.best and loss < (progress.best_loss or 0)
+        better = progress.best is None or score > progress.best or by_loss
         self.log.write("validation", step=progress.step, epoch=progress.epoch + 1, **scores)
         epochs = self.session.run.training.epochs
         line = f"epoch {progress.epoch + 1}/{epochs}, step {progress.step}: {describe(scores)}"
-        self.bar.write(line + (" (best so far, saved)" if better else ""), file=sys.stdout)
+        why = "ROUGE-1 ties, the loss is lower: " if by_loss else ""
+        self.bar.write(line + f" ({why}best so far, saved)" * better, file=sys.stdout)
         if better:
-            progress.best, progress.best_step = score, progress.step
+            progress.best, progress.best_loss, progress.best_step = score, loss, progress.step
             self.save_trained()
         progress.epoch, progress.position = progress.epoch + 1, 0
         self.checkpoint()
