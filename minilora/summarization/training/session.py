@@ -34,6 +34,7 @@ from ..presets import stored
 from ..settings import FILES, PATHS, SPLITS, RunConfig
 from .failures import try_out
 from .fingerprint import fingerprints, of_tensors
+from .first_steps import STEPS
 from .schedule import last_step
 
 
@@ -172,7 +173,9 @@ def adapter_config(run: RunConfig, steps: int = 100) -> LoRAConfig:
         return LoRAConfig(**settings)
     rank = math.ceil(1.5 * run.adapter.rank)
     settings |= {"rank": rank, "alpha": run.adapter.alpha * rank / run.adapter.rank}
-    settings |= {"initial_steps": steps // 10, "final_steps": steps // 3, "total_steps": steps}
+    final = steps // 3
+    initial = min(max(STEPS, steps // 10), steps - final - 1)  # the first are checked: all learn
+    settings |= {"initial_steps": initial, "final_steps": final, "total_steps": steps}
     return AdaLoRAConfig(**settings, target_rank=run.adapter.rank)
 
 
