@@ -259,6 +259,35 @@ def test_peft_s_own_file_is_read_on_the_original_base(tmp_path: Path) -> None:
     assert torch.allclose(logits(again), expected, rtol=0, atol=tolerance)
 
 
+def test_peft_s_conversion_means_the_same(tmp_path: Path) -> None:
+    """PEFT converts with the start that was saved, to [B, -B0] [A; A0]; minilora reads that too."""
+    targets = list(ARCHITECTURES["bart"].targets)
+    settings = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=targets, init_lora_weights="pissa"
+    )
+    theirs = peft.get_peft_model(tiny_bart(), settings).eval()
+    settings.init_lora_weights = True  # it is `theirs.peft_config["default"]`
+    theirs.save_pretrained(tmp_path / "start")
+    settings.init_lora_weights = "pissa"
+    ours = tiny_bart()
+    minilora.inject(ours, config_for(init="pissa"))
+    move(ours)
+    with torch.no_grad():
+        others = dict(theirs.named_parameters())
+        for name, layer in lora_layers(ours).items():
+            for part in ("lora_A", "lora_B"):
+                others[f"base_model.model.{name}.{part}.default.weight"].copy_(getattr(layer, part))
+    theirs.save_pretrained(
+        tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    loaded, expected = tiny_bart(), logits(ours)
+    minilora.load_adapter(loaded, tmp_path / "lora")
+    assert {layer.rank for layer in lora_layers(loaded).values()} == {2 * RANK}
+    # [B, -B0] [A; A0] cancels in float32 what the differences of `factors` do not
+    tolerance = 5e-5 * expected.abs().max().item()
+    assert torch.allclose(logits(loaded), expected, rtol=0, atol=tolerance)
+
+
 def test_training_moves_a_and_b_alone_and_resumes_with_the_same_bits(tmp_path: Path) -> None:
     ids = torch.arange(4, 12)[None]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from .markup import escape
 
-LABELS, WIDTH, ROW = 230, 400, 20  # units of the view box: where the squares begin and end
+LABELS, WIDTH, ROW = 270, 440, 20  # units of the view box: where the squares begin and end
 
 
 def rank_grid(ranks: Mapping[str, int]) -> str:
