@@ -120,6 +120,14 @@ def test_half_precision_keeps_what_little_was_learnt() -> None:
     assert exact.norm() > ours
 
 
+def test_it_compiles_without_a_graph_break() -> None:
+    layer = make().eval()
+    move(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(3, IN)
+    assert torch.equal(compiled(x), layer(x))
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_gradients_are_those_of_finite_differences(fused: bool) -> None:
     layer = make(torch.float64, out=4, in_=5, rank=2).train()
@@ -251,6 +259,10 @@ def test_peft_s_own_file_is_read_on_the_original_base(tmp_path: Path) -> None:
     assert {type(layer) for layer in lora_layers(ours).values()} == {PiSSALinear}
     assert torch.allclose(logits(ours), expected, rtol=0, atol=tolerance)
     assert not torch.allclose(logits(tiny_bart()), expected, atol=0.01)
+    other = tiny_bart()  # of another scale, and so with another start: not swapped
+    minilora.inject(other, config_for(init="pissa", alpha=2 * ALPHA))
+    assert not minilora.load_adapter(other, tmp_path / "pissa").swapped
+    assert torch.allclose(logits(other), expected, rtol=0, atol=tolerance)
     adapter = minilora.read_adapter(tmp_path / "pissa")
     with pytest.raises(LoRAError, match="cannot combine"):
         minilora.combine([adapter], [1.0])
