@@ -164,3 +164,17 @@ def test_what_makes_no_sense_ends_in_one_line(
     assert says in err
     assert err.count("\n") == 1
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags_", "rate"),
+    [
+        (["--method", "adalora"], 3.2e-2),
+        (["--method", "adalora", "--preset", "bart-base-samsum"], 5e-4),  # LoRA's
+        (["--init", "pissa"], 4e-3),
+        (["--lora-plus-ratio", "16"], 1e-3),  # and B 1.6e-2: their geometric mean is LoRA's
+        (["--lora-plus-ratio", "16", "--learning-rate", "0.5"], 0.5),
+    ],
+)
+def test_each_method_has_a_rate(flags_: list[str], rate: float) -> None:
+    assert parse_run(flags_).training.learning_rate == rate
