@@ -13,6 +13,8 @@ from minilora.__main__ import main
 from minilora.methods import AdaLoRAConfig
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.flags import parse_run
+from minilora.summarization.report.runs import read_report
+from minilora.summarization.training import trainer as trainer_module
 from minilora.summarization.training.session import open_session
 from minilora.summarization.training.trainer import Trainer
 from tests.helpers import SMALL, records, save_bart, save_data
@@ -123,6 +125,26 @@ def test_the_ranks_are_those_of_the_budget(folder: Path, tmp_path: Path) -> None
     assert chosen == [config.budget(step, len(layers)) for step in range(1, 9)]
     assert chosen[:3] == [5 * len(layers)] * 3
     assert chosen[-3:] == [3 * len(layers)] * 3
+
+
+def test_an_epoch_with_the_final_ranks_beats_a_better_one_without(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else --rank would be exceeded in silence. Four epochs of four steps: final from step 11."""
+    scores = iter([9.0, 8.0, 5.0, 4.0])
+
+    def validate(_: object) -> dict[str, float]:
+        return {"loss": 1.0, **dict.fromkeys(("rouge1", "rouge2", "rougeL"), next(scores))}
+
+    monkeypatch.setattr(trainer_module, "validate", validate)
+    more = [*METHODS["adalora"], "--epochs", "4", "--no-evaluate", "--no-report"]
+    assert train_main(flags(folder, *more, "--output", tmp_path / "run")) == 0
+    kept = read_report(tmp_path / "run")
+    assert kept.best is not None
+    assert (kept.best["epoch"], kept.best["rouge1"]) == (3, 5.0)
+    assert sum(kept.ranks.values()) == 3 * len(kept.ranks)
+    said = [record.get("settled", True) for record in kept.validations]
+    assert said == [False, False, True, True]
 
 
 def test_b_has_the_rate_that_the_ratio_says(
