@@ -197,6 +197,16 @@ def nf4_parity(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def startup(result: dict[str, Any]) -> Rows:
+    """One row a command: until the process ends; after Ctrl-C, from the signal on."""
+    bound = result["settings"]["bound"]
+    rows = [["", "seconds", f"at most {bound:.2f}"]]
+    for name, figures in result["results"].items():
+        seconds = figures["median_seconds"]
+        rows.append([name, f"{seconds:.2f}", "yes" if seconds <= bound else "no"])
+    return rows
+
+
 def at_its_best(training: dict[str, Any]) -> str:
     """The faster of the two ways to run PEFT with the Trainer as well as it can be run."""
     rows = training["results"]
@@ -260,6 +270,7 @@ TABLES: dict[str, Callable[..., Rows]] = {
     "qlora": qlora,
     "qlora_avx2": qlora_speed,
     "qlora_quality": qlora_quality,
+    "startup": startup,
 }
 
 

@@ -2,7 +2,8 @@
 
     python docs/record.py             run them (minutes), write docs/recording.txt and the pages
     python docs/record.py --paste     only write the pages from docs/recording.txt
-    python docs/record.py --check     exit code 1 if a page and docs/recording.txt differ
+    python docs/record.py --check     exit code 1 if a page and docs/recording.txt differ, or the
+                                      commands below and those that were recorded
 
 docs/recording.txt holds all that the commands print, without the progress bar, which is not shown
 when stderr is not a terminal. docs/first-run.md leaves out all dialogues but the first, README.md
@@ -65,6 +66,11 @@ def record() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def recorded(recording: str) -> tuple[str, ...]:
+    """The commands of a recording."""
+    return tuple(re.findall(r"^\$ (.*)$", recording, re.MULTILINE))
+
+
 def excerpt(recording: str) -> str:
     """The recording without the second and later dialogues of each list."""
     blocks = recording.split("\n\n")
@@ -112,6 +118,9 @@ def main() -> int:
         elif wanted != text:
             print(f"{page.relative_to(ROOT)} and docs/recording.txt differ: run `make docs`")
             stale = True
+    if recorded(recording) != COMMANDS:
+        print("docs/recording.txt holds other commands: run `python docs/record.py`")
+        stale = True
     return int(stale)
 
 

@@ -9,6 +9,17 @@ from transformers import BartConfig, BartForConditionalGeneration, Trainer, Trai
 
 import minilora
 
+
+class AdapterTrainer(Trainer):
+    """A checkpoint holds the adapter, which save_pretrained writes; it is read by load_adapter."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        minilora.load_adapter(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self):  # with load_best_model_at_end
+        minilora.load_adapter(self.model, self.state.best_model_checkpoint)
+
+
 torch.manual_seed(0)
 shape = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "init_std": 0.3}
 heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
@@ -18,17 +29,10 @@ print(minilora.inject(model, config))
 
 rows = torch.randint(4, 12, (64, 12))  # (examples, length)
 dataset = [{"input_ids": row, "labels": row[:6]} for row in rows]  # copy the first six tokens
-arguments = TrainingArguments(
-    output_dir="trainer-output",
-    num_train_epochs=10,
-    learning_rate=1e-2,
-    logging_steps=8,
-    save_strategy="no",  # save_adapter writes the adapter alone
-    report_to="none",
-    use_cpu=True,
-    disable_tqdm=True,
-)
-trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
-trainer.train()
+settings = {"learning_rate": 1e-2, "logging_steps": 8, "save_steps": 40}
+quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
+arguments = TrainingArguments("trainer-output", num_train_epochs=10, **settings, **quiet)
+trainer = AdapterTrainer(model, arguments, train_dataset=dataset)
+trainer.train()  # after a stop: trainer.train(resume_from_checkpoint=True)
 
 minilora.save_adapter(model, "trainer-adapter")  # PEFT loads it

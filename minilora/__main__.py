@@ -26,18 +26,22 @@ import minilora
 from minilora import conformance
 from minilora.arithmetic import singular_values
 from minilora.config import LoRAError
+from minilora.conventions import HEADS
 from minilora.methods import AdaLoRAConfig, as_lora
 from minilora.peft_format.apply import apply_adapter
 from minilora.peft_format.directory import Adapter
 from minilora.reports import fold_names
 from minilora.summarization import errors
 from minilora.summarization.errors import UserError
-from minilora.summarization.files import read_object
-from minilora.summarization.presets import restored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TASK_MODELS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from minilora.summarization import cli  # it imports transformers: only when it is needed
 
         if arguments[0] == "predict":
+            names = [word for word in arguments[1:3] if word == "-" or not word.startswith("-")]
+            if len(names) < 2 and not {"-h", "--help"} & set(arguments):
+                print("minilora predict: say RUN and FILE before any flag", file=sys.stderr)
+                return 2
             arguments[2:2] = ["--predict"]
         entry_point = cli.train_main if arguments[0] == "train" else cli.evaluate_main
         return entry_point(arguments[1:])
@@ -197,20 +205,21 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _merge(parsed: argparse.Namespace) -> None:
-    from minilora.summarization.model.loading import load_tokenizer
+    from minilora.summarization.model.loading import load_tokenizer, quiet
+    from minilora.summarization.model.start import base_of
 
     out: Path = parsed.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LoRAError(f"{out} exists and is not an empty directory: name another")
     directory = _directory(parsed.adapter)
     adapter = minilora.read_adapter(directory)
-    settings = _settings(directory)
-    name = parsed.model or settings.get("model") or adapter.base_model
-    if not isinstance(name, str):
+    base = base_of(directory, adapter)
+    name = parsed.model or base.get("model")
+    if name is None:
         raise LoRAError(f"{parsed.adapter} does not name its base model: say --model")
-    model, stored = _load(name)
+    model, stored = _load(name, adapter)
     # The adapter of a base in four bits belongs to what those mean, not to the weights before.
-    if four_bits := settings.get("method") == "qlora" or adapter.config.init == "loftq":
+    if four_bits := base["method"] == "qlora":
         print(minilora.quantize(model))
     print(apply_adapter(model, adapter, inference=True))
     sample = _sample(model)
@@ -224,7 +233,8 @@ def _merge(parsed: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         new = Path(folder) / "model"
         torch.nn.Module.to(model, dtype)
-        model.save_pretrained(new)
+        with quiet():
+            model.save_pretrained(new)
         try:
             load_tokenizer(name).save_pretrained(new)
         except UserError:
@@ -241,34 +251,38 @@ def _merge(parsed: argparse.Namespace) -> None:
     print(f"written to {out}")
 
 
-def _settings(directory: Path) -> dict[str, Any]:
-    """The config.json of the run that the adapter is of; nothing where it is of none."""
-    run = directory.parent if directory.name == "adapter" else directory
-    settings = read_object(run / "config.json") or {}
-    if model := settings.get("model"):
-        settings["model"] = restored(str(model), run)
-    return settings
+def _load(name: str, adapter: Adapter | None = None) -> "tuple[PreTrainedModel, torch.dtype]":
+    """The model in float32 (its sums are rounded once, when it is cast), and the dtype it has.
 
-
-def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":
-    """The model in float32 (its sums are rounded once, when it is cast), and the dtype it has."""
+    An adapter may bring the head of its task, as PEFT's do; the base then needs none.
+    """
     import transformers
 
     from minilora.summarization.model.loading import check_complete, loading
 
+    brought = adapter.extras if adapter else {}
+    task = (adapter and adapter.config.task_type) or ""
+    heads = {*HEADS.get(task, ())}
+    # Of the weights (out, in) of a head the last is the narrowest: a row for each label.
+    widths = [len(t) for key, t in brought.items() if t.dim() == 2 and heads & {*key.split(".")}]
     with loading(name) as source:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        wanted = TASK_MODELS[task] if widths else (config.architectures or [""])[0]
+        config.num_labels = min(widths, default=config.num_labels)
+        kind = getattr(transformers, wanted, None)
         if kind is None:
             raise UserError(f"model {name}: config.json names no architecture of transformers")
         model, info = kind.from_pretrained(
             source,
+            config=config,
             dtype=torch.float32,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # to be told which they are
             output_loading_info=True,
         )
-    check_complete(name, model, info)
+    missing = info["missing_keys"] - brought.keys()
+    mismatched = [entry for entry in info["mismatched_keys"] if entry[0] not in brought]
+    check_complete(name, model, {"missing_keys": missing, "mismatched_keys": mismatched})
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return model.eval(), stored
 

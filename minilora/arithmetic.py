@@ -100,13 +100,11 @@ def combine(
         (torch.Size([4, 16]), True)
     """
     if not adapters or len(adapters) != len(weights):
-        count = f"{len(adapters)} adapters and {len(weights)} weights"
-        raise LoRAError(f"{count}: give one weight each")
+        raise LoRAError(f"{len(adapters)} adapters, {len(weights)} weights: give one weight each")
     if method != "cat":
         raise LoRAError(f"method must be 'cat', not {method!r}; for a lower rank: minilora.extract")
     if any(layer_for(a.config) is not LoRALinear or a.extras for a in adapters):
-        advice = "merge each into its base, then call minilora.extract"
-        raise LoRAError(f"cannot combine DoRA, trained biases or trained whole modules: {advice}")
+        raise LoRAError("cannot combine DoRA, biases or whole modules: merge, then call extract")
     factors: dict[str, Factors] = {}
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
         terms = [
@@ -115,8 +113,7 @@ def combine(
             if module in adapter.modules
         ]
         factors[module] = _concatenate(module, terms)
-    first = adapters[0]
-    config = first.config
+    first, config = adapters[0], adapters[0].config
     if set(factors) != set(first.modules):  # what it targets is not what the sum has
         config = replace(config, targets=tuple(factors), exclude=(), layers=None, layers_pattern=())
     base_model = first.base_model if len({a.base_model for a in adapters}) == 1 else None
@@ -158,8 +155,7 @@ def extract(
     finetuned, base = plain_model(finetuned), plain_model(base)
     if config_of(finetuned) is not None or config_of(base) is not None:
         raise LoRAError("a model carries an adapter: minilora.unwrap it, or save its adapter")
-    config = LoRAConfig(rank=rank, alpha=rank, targets=targets)  # type: ignore[arg-type]
-    config = completed(base, config)
+    config = completed(base, LoRAConfig(rank, rank, targets=targets))  # type: ignore[arg-type]
     found = select(base, config)
     after, before = dict(finetuned.named_parameters()), dict(base.named_parameters())
     if {name: p.shape for name, p in after.items()} != {n: p.shape for n, p in before.items()}:
@@ -174,8 +170,7 @@ def extract(
         norm, lost = S.norm().item(), S[rank:].norm().item()
         fits.append(Fit(module, norm, lost / norm if norm else 0.0))
     held = {f"{module}.weight" for module in found}
-    unheld = (name for name in before if name not in held)
-    left_out = tuple(name for name in unheld if not torch.equal(before[name], after[name]))
+    left_out = tuple(n for n in before if n not in held and not torch.equal(before[n], after[n]))
     transposed = any(linears.is_conv1d(layer) for layer in found.values())
     name = getattr(base, "name_or_path", None) or None
     return Fitted(*_from_factors(factors, config), name, transposed, tuple(fits), left_out)

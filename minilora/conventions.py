@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from minilora.config import ATTENTION, LoRAConfig, LoRAError
-from minilora.modules import plain_model
+from minilora.config import ATTENTION, LoRAConfig, LoRAError, matches
+from minilora.modules import path, plain_model
 
 BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """These read the weights of their linears without calling the linears: an adapter in there gets no
@@ -32,9 +32,7 @@ HEADS = {
 
 def embeddings(model: nn.Module) -> list[Any]:
     """The layers from token ids to vectors and from those to logits, where the model names them."""
-    names = ("get_input_embeddings", "get_output_embeddings")
-    found = [getattr(model, name, lambda: None)() for name in names]
-    return [module if isinstance(module, nn.Module) else None for module in found]
+    return [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -53,25 +51,28 @@ def refuse_wrapped(model: nn.Module) -> None:
         raise LoRAError(first)
     marks = ("base_layer", "disable_adapters")  # of a layer of PEFT's, whatever its method
     if any(all(hasattr(module, mark) for mark in marks) for module in model.modules()):
-        raise LoRAError(
-            "the model carries PEFT's adapter: take model.unload() or merge_and_unload()"
-        )
+        raise LoRAError("PEFT's adapter is in the model: take model.unload() or merge_and_unload()")
 
 
 def completed(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """The configuration with what it leaves to the model: names of projections, a task's head.
 
     Raises:
-        LoRAError: as in `refuse_wrapped`; the model carries an adapter of minilora; or it has no
-            projection of a known name.
+        LoRAError: as in `refuse_wrapped`; the model carries an adapter of minilora; it has no
+            projection of a known name; or what trains whole is in half precision.
     """
     refuse_wrapped(model)
     if any(hasattr(module, "lora_A") for module in model.modules()):
         raise LoRAError("the model carries an adapter already: minilora.unwrap(model) first")
     targets = projections(model) if config.targets == ATTENTION else config.targets
     head = [name for name in HEADS.get(config.task_type or "", ()) if name in _ends(model)]
-    also_train = dict.fromkeys((*config.also_train, *head))  # each once
-    return replace(config, targets=targets, also_train=tuple(also_train))
+    also_train = tuple(dict.fromkeys((*config.also_train, *head)))  # each once
+    for name, p in model.named_parameters():
+        whole = any(matches(also_train, part) for part in path(name))
+        if p.dtype.itemsize < 4 and (whole or (config.bias != "none" and name.endswith("bias"))):
+            what = f"{name} cannot train: in {p.dtype} small steps are lost"
+            raise LoRAError(f"{what}: call .float() on the module, and train under torch.autocast")
+    return replace(config, targets=targets, also_train=also_train)
 
 
 def projections(model: nn.Module) -> tuple[str, ...]:

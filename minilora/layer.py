@@ -53,7 +53,9 @@ class LoRALinear(nn.Module):
     fused: bool = True
     """True: training uses `fused_low_rank`, with a hand-written backward that takes less time and
     memory (`can_fuse` says where it can). False, on a layer or on the class for all layers:
-    training uses `low_rank`, as evaluation always does, which equals PEFT bit for bit."""
+    training uses `low_rank`, as evaluation always does, which equals PEFT bit for bit. In float32
+    the hand-written backward reads x itself: autograd refuses `x += layer(x)`, which False takes
+    where there is dropout."""
 
     # The base's own values while it is merged, else None. Buffers, so that `.to()` moves them.
     original_weight: Tensor | None  # (out, in)

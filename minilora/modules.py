@@ -111,17 +111,17 @@ def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | N
 
     A sequence classifier does not; PEFT goes by the usual names.
     """
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None and task_type == "SEQ_CLS":
         head = getattr(model, "score", None) or getattr(model, "classifier", None)
     return head if isinstance(head, nn.Module) else None
 
 
 def nearest(name: str, known: Sequence[str], count: int = 3) -> str:
-    """'; nearest: a, b, c', by the last part of the name and by the whole, or nothing."""
+    """'; nearest: a, b, c', by a name's last part, whole or beginning, or nothing."""
     ends = list(dict.fromkeys(k.rsplit(".", 1)[-1] for k in known))
     close = get_close_matches(name, ends, count, 0.5) or get_close_matches(name, known, count, 0.4)
+    close = close or [end for end in ends if end.startswith(name) or name.startswith(end)][:count]
     return f"; nearest: {', '.join(close)}" if close else ""
 
 

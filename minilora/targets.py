@@ -32,7 +32,7 @@ def is_target(config: LoRAConfig, module: str) -> bool:
 def all_linear(model: nn.Module, task_type: str | None = None) -> list[tuple[str, nn.Module]]:
     """What "all-linear" means: every linear but the output head, by plain name."""
     head = modules.output_head(model, task_type)
-    named = [(modules.plain_name(name), module) for name, module in model.named_modules() if name]
+    named = modules.named_modules(model)
     return [(name, m) for name, m in named if linears.is_linear(m) and m is not head]
 
 
@@ -71,7 +71,7 @@ def require(field: str, entries: Iterable[str], names: list[str], by: Matcher = 
     """Refuse an entry that matches no module. PEFT lets a misspelt one pass."""
     if isinstance(entries, str):  # one regular expression, or "all-linear"
         entries, by = () if entries in ("", ALL_LINEAR) else (entries,), matches
-    part = "'s adapted modules" if by is matches_end else " by regular expression" * (by is matches)
+    part = "'s adapted modules" if by is matches_end else " (a string is a regex)" * (by is matches)
     for entry in entries:
         if not any(by(entry, name) for name in names):
             near = modules.nearest(entry, names)

@@ -138,5 +138,4 @@ def checksum(tensor: Tensor) -> int:
     draw = torch.Generator().manual_seed(0)
     odd = torch.randint(-(2**62), 2**62, (2**18,), generator=draw).to(bits.device) * 2 + 1
     chunks = enumerate(bits.split(len(odd)))
-    total = sum(int((chunk * odd[: len(chunk)]).sum()) * (2 * i + 1) for i, chunk in chunks)
-    return total % 2**64
+    return sum(int((chunk * odd[: len(chunk)]).sum()) * (2 * i + 1) for i, chunk in chunks) % 2**64

@@ -27,7 +27,7 @@ HEART = (
     "functional", "config", "linears", "initialization", "layer", "targets", "inject", "merge",
 )  # fmt: skip
 LEAVES = ("modules", "conventions", "reports", "fused")
-LIBRARY_LINES = 1464  # DESIGN: 1,300
+LIBRARY_LINES = 1472  # DESIGN: 1,300
 APART = ("nf4", "methods", "conformance", "many", "__main__")  # topics by themselves
 
 # The folders of the task. Each imports only those before it, and files of its own.
@@ -227,14 +227,14 @@ for main, argv in ((train_main, ["--help"]), (train_main, ["--rnak", "8"]), (eva
     try:
         main(argv)
     except SystemExit as error:
-        print(error.code, "transformers" in sys.modules, file=sys.stderr)
+        print(error.code, {"transformers", "datasets"} & set(sys.modules), file=sys.stderr)
 """
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY
     )
     assert "--rank RANK" in result.stdout
     ends = [line for line in result.stderr.splitlines() if ".py: " not in line]
-    assert ends == ["0 False", "2 False", "2 False"]
+    assert ends == ["0 set()", "2 set()", "2 set()"]
 
 
 def test_the_library_imports_torch_safetensors_and_the_standard_library_only() -> None:

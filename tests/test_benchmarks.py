@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -366,3 +367,43 @@ def find_spec(cls, name, path=None, target=None):
     return None if name.split(".")[0] in hidden else plain(cls, name, path, target)
 machinery.PathFinder.find_spec = classmethod(find_spec)
 """
+
+
+def test_lengths_are_judged_on_rows_that_the_rule_was_not_found_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = script("lengths")
+    (tmp_path / "samsum").mkdir()
+    for name, start in (("train", 0), ("val", 900)):
+        (tmp_path / "samsum" / f"{name}.json").write_text(json.dumps(dialogues(200, start)))
+    pairs = [row | {"source": "QMSum"} for row in dialogues(140)]
+    (tmp_path / "pretraining").mkdir()
+    with lzma.open(tmp_path / lengths.PAIRS, "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in pairs))
+    sizes = {"samsum": (None, 80, 30), "QMSum": (lengths.PAIRS, 60, 20)}
+    monkeypatch.setattr(lengths, "SETS", sizes)
+    for name, (_, train, validation) in sizes.items():
+        rows: dict[str, dict[str, set[str]]] = {}
+        for draw in lengths.DRAWS:
+            work = tmp_path / "work" / draw / name
+            lengths.write_subset(name, tmp_path, work, draw)
+            rows[draw] = {
+                split: {json.loads(line)["id"] for line in (work / f"{split}.jsonl").open()}
+                for split in ("train", "validation")
+            }
+            assert not rows[draw]["train"] & rows[draw]["validation"]
+            assert len(rows[draw]["train"]) == train
+        first, held_out = rows["first"], rows["held out"]
+        assert (len(first["validation"]), len(held_out["validation"])) == (validation, 40)
+        assert not held_out["validation"] & (first["train"] | first["validation"])
+    # SAMSum has others to train on too; of the 140 pairs 20 others are left.
+    assert len(rows["held out"]["train"] & rows["first"]["train"]) == 40
+
+
+def test_the_lengths_that_are_taken_are_near_the_best_of_the_grid() -> None:
+    found = json.loads((FOLDER / "results" / "lengths.json").read_text())
+    for draw in ("first", "held out"):
+        for name, result in found["draws"][draw].items():
+            assert len(result["grid"]) == 28, name
+            best = max(row["rouge1"] for row in result["grid"])
+            assert best - result["chosen"]["rouge1"] <= 2, (draw, name)

@@ -372,6 +372,7 @@ def test_the_command_is_the_one_that_was_called(monkeypatch: pytest.MonkeyPatch)
         ("train.py", "python train.py"),
         ("/x/minilora/__main__.py", "python -m minilora train"),
         ("/x/pytest/__main__.py", "python train.py"),
+        ("/x/bin/minilora", "minilora train"),
     ):
         monkeypatch.setattr(sys, "argv", [called, "--rank", "8"])
         assert commands._command("train.py") == wanted
@@ -613,3 +614,17 @@ def test_bad_input_ends_in_one_line_and_exit_code_2_in_a_shell_too(here: Path) -
     assert err.count("\n") == 1
     assert "nearest: q_proj" in err
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_transformers_is_imported_shows_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transformers that presses Ctrl-C, and would then import for a minute."""
+    press = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    write(tmp_path / "transformers" / "__init__.py", press.encode())
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    for argv in (["train.py"], ["evaluate.py", "run"]):
+        process = shell(ROOT / argv[0], *argv[1:], cwd=tmp_path)
+        assert process.communicate(timeout=60) == ("", "")
+        assert process.returncode in (-signal.SIGINT, 130)  # a shell says 130 of both

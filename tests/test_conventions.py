@@ -1,5 +1,6 @@
 """Conventions of PEFT and transformers: heads, embeddings, token rows, targets, wrappers."""
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -241,6 +242,22 @@ def test_token_rows_go_both_ways_between_peft_and_minilora(name: str, tmp_path: 
     assert not torch.allclose(outputs(fresh), outputs(ours), atol=1e-2)
 
 
+def test_the_frozen_embeddings_beside_token_rows_are_refused_by_name(tmp_path: Path) -> None:
+    """PEFT can write them too: those of a vocabulary that was resized are no base's."""
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3])
+    theirs = peft.get_peft_model(llama(), settings)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    held = minilora.read_adapter(tmp_path).tensors
+    key = "base_model.model.model.embed_tokens.token_adapter.base_layer.weight"
+    assert key in held
+    model = llama()
+    before = outputs(model)
+    with pytest.raises(LoRAError, match=f"unexpected key {re.escape(key)}"):
+        minilora.load_adapter(model, tmp_path)
+    assert minilora.config_of(model) is None
+    assert torch.equal(outputs(model), before)
+
+
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_token_rows_are_disabled_unloaded_and_written_into_the_weight(name: str) -> None:
     base = EMBEDDED[name]()
@@ -342,7 +359,7 @@ def test_a_model_with_peft_s_adapter_is_refused_and_left_alone(name: str, tmp_pa
     minilora.inject(mine, LoRAConfig(rank=2))
     minilora.save_adapter(mine, tmp_path)
     for model in (wrapped, wrapped.get_base_model()):
-        with pytest.raises(LoRAError, match=r"PEFT's adapter: take model.unload\(\)"):
+        with pytest.raises(LoRAError, match=r"PEFT's adapter .* take model.unload\(\)"):
             minilora.inject(model, LoRAConfig(rank=2))
         with pytest.raises(LoRAError, match="adapter"):
             minilora.load_adapter(model, tmp_path)
@@ -382,10 +399,42 @@ def test_the_default_is_query_and_value_of_any_model() -> None:
         assert config.targets == names
 
 
+def test_attention_is_what_the_model_calls_it_in_every_function() -> None:
+    base = t5()
+    tuned = deepcopy(base)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name.endswith((".q.weight", ".v.weight")):
+                parameter.add_(torch.ones_like(parameter))  # of rank 1
+    fitted = minilora.extract(tuned, base, rank=1, targets="attention")
+    ends = {module.rpartition(".")[2] for module in fitted.modules}
+    assert (ends, len(fitted.modules)) == ({"q", "v"}, 6)
+    assert fitted.left_out == ()
+    both = minilora.combine([fitted, fitted], weights=[0.5, 0.25])
+    assert both.modules == fitted.modules
+    A, B = both.pair(fitted.modules[0])
+    torch.testing.assert_close(B @ A, torch.full_like(B @ A, 0.75), rtol=0, atol=1e-5)
+    wide = T5ForConditionalGeneration(T5Config(**T5 | {"d_model": 64, "d_kv": 32}))
+    report = minilora.quantize(wide, targets="attention")
+    assert {name.rpartition(".")[2] for name in report.modules} == {"q", "v"}
+    assert len(report.modules) == 6
+    with pytest.raises(LoRAError, match="no projection of a known name"):
+        minilora.quantize(nn.Sequential(nn.Linear(64, 64)), targets="attention")
+
+
 def test_attention_goes_with_layers_as_names_do() -> None:
     model = bart()
     report = minilora.inject(model, LoRAConfig(rank=2, layers=(0,)))
     assert len(report.modules) == 6
+
+
+@pytest.mark.parametrize(("build", "name", "near"), [(t5, "q_proj", "q"), (bart, "q", "q_proj")])
+def test_another_model_s_name_is_answered_with_this_one_s(
+    build: Callable[[], Any], name: str, near: str
+) -> None:
+    message = f"targets: '{name}': nothing matches it in the model; nearest: {near}$"
+    with pytest.raises(LoRAError, match=message):
+        minilora.inject(build(), LoRAConfig(rank=2, targets=(name,)))
 
 
 def test_a_model_whose_projections_have_other_names_is_told_to_name_them() -> None:

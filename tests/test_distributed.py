@@ -23,12 +23,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LEDConfig, LEDForConditionalGeneration
 
 from minilora.summarization import processes
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.errors import UserError
 from minilora.summarization.training import ddp, trainer, validation
-from tests.helpers import as_jsonl, dialogues, records, save_bart, save_data, write
+from tests.helpers import as_jsonl, byte_level_bpe, dialogues, records, save_bart, save_data, write
 from tests.marks import slow_but
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs fork and torch.distributed",
 )
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+TOY = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
 STEPS = 30  # of 59 batches: 293 dialogues, 5 in a batch, two batches a step, 3 in the last
 
 
@@ -312,6 +314,33 @@ def test_layers_that_each_process_drops_by_itself(folder: Path) -> None:
     assert train(2, argv, run, counting) == [0, 0], printed(run)
     sent = set(by_step(run, "sent_bytes"))
     assert sent == {4 * records(run)[0]["trainable"]}
+
+
+@pytest.mark.slow
+def test_adapters_that_nothing_reaches_are_named_and_nobody_waits_for_them(folder: Path) -> None:
+    """LED's `*_global` projections, which a summary without global attention does not use."""
+    sides = {f"{s}_{n}": v for s in ("encoder", "decoder") for n, v in TOY.items()}
+    positions = {f"max_{s}_position_embeddings": 64 for s in ("encoder", "decoder")}
+    ends = {"decoder_start_token_id": 2, "pad_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    config = LEDConfig(
+        **sides, **positions, **ends, **NO_DROPOUT, vocab_size=400, d_model=16, attention_window=[8]
+    )
+    LEDForConditionalGeneration(config).save_pretrained(folder / "led")
+    byte_level_bpe().save_pretrained(folder / "led")
+    argv = flags(folder, "--no-evaluate", "--targets", "all-linear", model="led", data="short")
+    one, two = folder / "led-1", folder / "led-2"
+    assert train_main([*argv, "--output", str(one)]) == 0
+    assert train(2, argv, two) == [0, 0], printed(two)
+    assert by_step(two) == pytest.approx(by_step(one), abs=1e-5)
+    (note,) = [line for line in printed(two) if "no gradient: " in line]
+    assert "note: in the first 3 steps, no gradient: led.encoder" in note
+    assert "query_global.lora_A" in note
+    assert "query.lora_A" not in note
+    assert not any("Warning" in line for line in printed(two))
+    dead = {key: t for key, t in trained(two).items() if "_global.lora_B" in key}
+    assert dead
+    assert not any(tensor.any() for tensor in dead.values())
 
 
 # Stop and resume ----------------------------------------------------------------------------------

@@ -72,12 +72,16 @@ def messages() -> list[str]:
     found = []
     for path in (ROOT / "minilora").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = [v.value if isinstance(v, ast.Constant) else "\0" for v in node.values]
-                found.append("".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+            if (text := text_of(node)) is not None:
+                found.append(text)
     return found
+
+
+def text_of(node: ast.AST) -> str | None:
+    if isinstance(node, ast.JoinedStr):
+        parts = [v.value if isinstance(v, ast.Constant) else "\0" for v in node.values]
+        return "".join(map(str, parts))
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
 def headings(page: str) -> list[str]:
@@ -90,6 +94,21 @@ def test_an_error_that_is_explained_is_one_that_is_raised(heading: str) -> None:
     pieces = [re.escape(piece) for piece in heading.split("…")]
     wanted = re.compile(".*".join(pieces), re.DOTALL)
     assert any(wanted.search(message) for message in messages())
+
+
+def test_the_errors_of_own_files_and_chats_are_explained() -> None:
+    """Where a person's own files are read, each message that is raised has a heading."""
+    pieces = [heading.split("…") for heading in headings("troubleshooting.md")]
+    explained = [re.compile(".*".join(map(re.escape, parts)), re.DOTALL) for parts in pieces]
+    folder = ROOT / "minilora" / "summarization"
+    for path in (*(folder / "data").glob("*.py"), folder / "predict.py", folder / "model/start.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = node.exc if isinstance(node, ast.Raise) else None
+            if not isinstance(called, ast.Call) or not isinstance(called.func, ast.Name):
+                continue
+            text = text_of(called.args[0]) if called.args else None
+            if text is not None and len(re.findall(r"\w{3,}", text)) > 1:
+                assert any(wanted.search(text) for wanted in explained), (path.name, text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -147,7 +166,9 @@ def test_a_count_leaves_out_docstrings_comments_and_blank_lines() -> None:
 @pytest.mark.parametrize("page", [record.README, record.FIRST_RUN], ids=lambda page: page.stem)
 def test_a_page_shows_its_part_of_the_recording(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert record.paste(text, record.RECORDING.read_text(encoding="utf-8")) == text
+    recording = record.RECORDING.read_text(encoding="utf-8")
+    assert record.paste(text, recording) == text
+    assert record.recorded(recording) == record.COMMANDS
     assert "fine-tuned" in text
 
 

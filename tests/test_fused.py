@@ -321,16 +321,18 @@ def test_readers_of_one_input_share_its_cast_until_it_changes() -> None:
 
     def cast(layer: LoRALinear) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return layer(x).grad_fn.saved_tensors[0]
+            output = layer(x)  # with it goes what it saved
+        return output.grad_fn.saved_tensors[0]
 
     with torch.autocast("cpu", torch.bfloat16):
         one = q(x)
     assert cast(v).data_ptr() == one.grad_fn.saved_tensors[0].data_ptr()
     with torch.autocast("cpu", torch.float16):
-        assert v(x).grad_fn.saved_tensors[0].dtype == torch.float16
+        other = v(x)
+    assert other.grad_fn.saved_tensors[0].dtype == torch.float16
     x.add_(1)
     assert torch.equal(cast(v), x.bfloat16())
-    del one
+    del one, other
     assert x._minilora_cast[1]() is None  # kept for no longer than a backward needs it
 
 
@@ -543,10 +545,10 @@ def gradient_penalty(layer: nn.Module, x: Tensor) -> Any:
     return [*first, *(t.grad for t in asked)]
 
 
-BASES: dict[str, Callable[[], nn.Module]] = {
-    "linear": lambda: LoRALinear(nn.Linear(64, 5), rank=3, alpha=7),
-    "nf4": lambda: LoRALinear(minilora.NF4Linear(nn.Linear(64, 5)), rank=3, alpha=7),
-    "dora": lambda: DoRALinear(nn.Linear(64, 5), rank=3, alpha=7),
+BASES: dict[str, Callable[..., nn.Module]] = {
+    "linear": lambda out=5: LoRALinear(nn.Linear(64, out), rank=3, alpha=7),
+    "nf4": lambda out=5: LoRALinear(minilora.NF4Linear(nn.Linear(64, out)), rank=3, alpha=7),
+    "dora": lambda out=5: DoRALinear(nn.Linear(64, out), rank=3, alpha=7),
 }
 
 
@@ -585,6 +587,36 @@ def test_whatever_works_on_the_eager_line_works_fused(
         if other is not None:
             top = other.detach().abs().max().item() if other.numel() else 0.0
             torch.testing.assert_close(one, other, rtol=0, atol=unit * top)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.parametrize("base", BASES)
+def test_an_input_that_the_output_is_added_to_in_place_trains_right_or_is_refused(
+    base: str, dtype: torch.dtype | None, dropout: float
+) -> None:
+    """`x += layer(x)` of a square layer. In float32 the backward pass reads x itself."""
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        layer = BASES[base](64).train()
+        nn.init.normal_(layer.lora_B)
+        layer.dropout = dropout
+        start = torch.randn(2, 3, 64, requires_grad=True)
+        torch.manual_seed(1)  # the same mask
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            x = start * 1
+            y = layer(x)
+            x = x.add_(y) if in_place else x + y
+        saves_x = dtype is None and (base, dropout) != ("dora", 0.4)  # or what dropout leaves
+        if in_place and saves_x:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                backward(layer, start, x)
+            return
+        found.append(backward(layer, start, x))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(grad.any() for grad in found[1])
 
 
 def test_under_autocast_a_second_derivative_reaches_x_through_its_cast() -> None:

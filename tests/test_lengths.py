@@ -16,7 +16,7 @@ from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.data.lengths import fit_lengths
 from minilora.summarization.model import requirements
 from minilora.summarization.settings import FILES, GenerationOptions, RunConfig
-from minilora.summarization.training.session import prepare
+from minilora.summarization.training.session import _fit, prepare
 from tests.helpers import save_bart, save_data, small_bart
 
 # min, max, penalty of a preset; lengths of the references; typed; min, max, penalty that fit
@@ -128,6 +128,15 @@ def test_whole_modules_train_in_float32_beside_a_base_in_half_precision() -> Non
         parameter.grad = torch.ones_like(parameter)
     torch.optim.SGD(trained, lr=1e-5).step()
     assert all((now != then).all() for now, then in zip(trained, before, strict=True))
+
+
+def test_a_learning_rate_of_a_preset_is_said_to_be_that_of_its_own_model() -> None:
+    run = RunConfig()
+    run.training.learning_rate = 0.004
+    said = "--learning-rate 0.004 is that of the preset pocket, measured with its own model and"
+    assert [said in notice for notice in _fit(run, [20] * 50)][-1]
+    run.typed = frozenset({"learning_rate"})
+    assert not any(said in notice for notice in _fit(run, [20] * 50))
 
 
 # Numbers that are none ----------------------------------------------------------------------------

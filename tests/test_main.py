@@ -5,11 +5,29 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+)
 
 import minilora
 from minilora.__main__ import inspection, main
@@ -70,8 +88,10 @@ def test_merge_writes_what_plain_transformers_loads(
 ) -> None:
     base = save_base(architecture, tmp_path / "base")
     adapter = save_adapted(architecture, base, tmp_path / "adapter", **changes)
+    capsys.readouterr()
     assert run("merge", adapter, tmp_path / "out") == 0
-    printed = capsys.readouterr().out
+    printed, err = capsys.readouterr()
+    assert "it/s" not in err, "a stray progress bar"
     assert "modules merged; rounding error at most" in printed
     assert "outputs on a sample" in printed
 
@@ -114,6 +134,64 @@ def test_merge_of_a_run_takes_the_model_from_its_config(base: Path, tmp_path: Pa
     (tmp_path / "run" / "config.json").write_text(json.dumps({"model": str(base)}))
     assert run("merge", tmp_path / "run", tmp_path / "out") == 0
     assert load("bart", tmp_path / "out")
+
+
+SMALL = {
+    "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 24,
+}  # fmt: skip
+# The base's class, the task's, and what a classifier of PEFT's is asked for.
+HEADLESS: dict[str, tuple[Any, Any, Any, dict[str, int]]] = {
+    "SEQ_CLS": (BertModel, BertForSequenceClassification, BertConfig, {"num_labels": 3}),
+    "SEQ_CLS, two layers": (
+        RobertaForMaskedLM, RobertaForSequenceClassification, RobertaConfig, {"num_labels": 3}
+    ),
+    "SEQ_CLS, decoder": (
+        LlamaForCausalLM, LlamaForSequenceClassification, LlamaConfig, {"num_labels": 3}
+    ),
+    "TOKEN_CLS": (RobertaForMaskedLM, RobertaForTokenClassification, RobertaConfig,
+                  {"num_labels": 5}),
+    "QUESTION_ANS": (BertForMaskedLM, BertForQuestionAnswering, BertConfig, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", HEADLESS)
+def test_merge_takes_the_head_of_a_task_from_peft_s_adapter(task: str, tmp_path: Path) -> None:
+    """The usual case: the base knows no classes, and the adapter brings the head."""
+    plain, kind, config, labels = HEADLESS[task]
+    torch.manual_seed(0)
+    plain(config(**SMALL, pad_token_id=0)).save_pretrained(tmp_path / "base")
+    targets = ["q_proj"] if config is LlamaConfig else ["query"]
+    settings = peft.LoraConfig(r=2, target_modules=targets, task_type=task.partition(",")[0])
+    theirs = peft.get_peft_model(kind.from_pretrained(tmp_path / "base", **labels), settings)
+    for parameter in minilora.trainable_parameters(theirs):
+        parameter.data.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert run("merge", tmp_path / "adapter", tmp_path / "out") == 0
+    merged = kind.from_pretrained(tmp_path / "out").eval()
+    assert merged.config.num_labels == labels.get("num_labels", 2)
+    inputs = {"input_ids": torch.tensor([[4, 5, 6, 7]])}
+    with torch.no_grad():
+        wanted, found = (model(**inputs)[0] for model in (theirs.eval(), merged))
+        with theirs.disable_adapter():
+            before = theirs(**inputs)[0]
+    assert (wanted - before).abs().max() > 0.01
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_merge_refuses_a_base_that_lacks_more_than_the_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BERT's pooler, which PEFT does not save."""
+    BertForMaskedLM(BertConfig(**SMALL)).save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    minilora.inject(model, minilora.LoRAConfig(rank=2, task_type="SEQ_CLS"))
+    minilora.save_adapter(model, tmp_path / "adapter")
+    capsys.readouterr()
+    assert run("merge", tmp_path / "adapter", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "its weights lack 2 tensors (bert.pooler.dense.bias, ...)" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_merge_refuses_in_one_line_and_leaves_nothing(

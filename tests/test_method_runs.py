@@ -200,3 +200,11 @@ def test_what_makes_no_sense_ends_in_one_line(
 )
 def test_each_method_has_a_rate(flags_: list[str], rate: float) -> None:
     assert parse_run(flags_).training.learning_rate == rate
+
+
+def test_no_run_starts_from_adalora(
+    folder: Path, runs: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    start = ["--adapter", str(runs["adalora"]), "--data", str(folder / "data")]
+    assert train_main([*start, "--output", str(tmp_path / "run")]) == 2
+    assert "is AdaLoRA: minilora.methods.as_lora" in capsys.readouterr().err

@@ -10,11 +10,15 @@ from typing import Any
 
 import datasets
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
 
 from minilora.summarization.data import reading
 from minilora.summarization.data.reading import Example
 from minilora.summarization.errors import UserError
+from minilora.summarization.evaluation.compare import Summary, compare
 from minilora.summarization.evaluation.rouge import rouge
+from minilora.summarization.report import runs, terminal
+from minilora.summarization.report.page_dialogues import cards
 from minilora.summarization.settings import DataOptions
 from tests.helpers import EXPECTED, GOOD, OTHER, as_csv, as_json, as_jsonl, load, rows, write
 
@@ -47,6 +51,7 @@ def saved(rows: list[Any]) -> Callable[[Path], object]:
 TURNS = [{"speaker": "Ann", "text": "hi"}, {"speaker": "Bob", "text": "hello"}]
 BYE = {"speaker": "Cy", "text": "bye"}
 MESSAGES = [{"role": "Ann", "content": "hi"}, {"role": "Bob", "content": "hello"}]
+CY = [{"role": "Cy", "content": "bye"}]
 GPT = [{"from": "Ann", "value": "hi"}, {"from": "Bob", "value": "hello"}]
 TEXTS = ["Ann: hi", "Bob: hello"]
 
@@ -87,6 +92,10 @@ READ: dict[str, tuple[str, Content]] = {
                   {"id": "a-2", "turns": ["Cy: bye"], "summary": "Cy leaves."}]),
     ),
     "messages": ("a.json", as_json([GOOD | {"dialogue": MESSAGES}, OTHER])),
+    "messages in save_to_disk": (
+        "a",
+        saved([row | {"dialogue": said} for row, said in zip(ROWS, (MESSAGES, CY), strict=True)]),
+    ),
     "from and value": ("a.json", as_json([GOOD | {"dialogue": GPT}, OTHER])),
     "texts": ("a.json", as_json([GOOD | {"dialogue": TEXTS}, OTHER])),
     "turns in parquet": (
@@ -144,6 +153,41 @@ REFUSED: dict[str, tuple[str, Content, str]] = {
         "line 2: no column 'dialogue'; columns found: chat, tldr; --dialogue-column NAME and "
         "--summary-column NAME say which to read",
     ),
+    "a semicolon in a text of a csv, semicolons": (
+        "a.csv",
+        b"id;dialogue;summary\na;b;c\na;b; c;d\n",
+        " line 3: 4 fields where the header has 3; text with ';' or line breaks needs quotes",
+    ),
+    "a tab in a text of a tsv": (
+        "a.tsv",
+        b"dialogue\tsummary\na\tb\tc\n",
+        r" line 2: 3 fields where the header has 2; text with '\t' or line breaks needs quotes",
+    ),
+    "csv, a quote that does not end": (
+        "a.csv",
+        b'dialogue,summary\na,b\n"c,d\n',
+        " line 3: not CSV (unexpected end of data); check the quotes",
+    ),
+    "csv, an empty text": ("a.csv", b"dialogue;summary\na;\n", " line 2: empty summary"),
+    "csv, one column": (
+        "a.csv", b"dialogue\na\n", " line 2: no column 'summary'; columns found: dialogue; --dial"
+    ),
+    "csv, nothing but spaces": ("a.csv", b"  \n \n", ": no rows"),
+    "csv, a header alone": ("a.csv", b"dialogue;summary\n", ": no rows"),
+    "jsonl, gzipped, a bad line": (
+        "a.jsonl.gz", gzip.compress(as_jsonl(ROWS) + b"{x\n"), " line 3: not JSON ("
+    ),
+    "json, gzipped, a bad row": (
+        "a.json.gz", gzip.compress(as_json([GOOD, 5])), " row 2: expected an object with columns,"
+    ),
+    "save_to_disk, a number": (
+        "a", saved([{"dialogue": 5, "summary": "x"}]), " row 1: column 'dialogue' is int, not text"
+    ),
+    "messages, no content": (
+        "a.json",
+        as_json([{"messages": [{"role": "Ann"}], "summary": "x"}]),
+        " row 1: turn 1 of column 'messages' (text or content or value or utterance) is null, not",
+    ),
     "the first row decides": (
         "a.jsonl",
         as_jsonl([*renamed("text", "summary"), *renamed("article", "summary")]),
@@ -185,14 +229,23 @@ REFUSED: dict[str, tuple[str, Content, str]] = {
 
 
 @pytest.mark.parametrize(("name", "content", "line"), REFUSED.values(), ids=REFUSED)
-def test_is_refused(tmp_path: Path, name: str, content: Content, line: str) -> None:
+def test_is_refused(tmp_path: Path, name: str, content: Content, line: str, capfd: Any) -> None:
     path = make(tmp_path / name, content)
     path = path.parent if path.name == "state.json" else path
+    capfd.readouterr()
     with pytest.raises(UserError) as caught:
         reading.load_file(path, DataOptions())
     assert line in str(caught.value)
     assert str(caught.value).startswith(str(path))
     assert str(caught.value).isprintable()
+    assert capfd.readouterr() == ("", ""), "a line of another library"
+
+
+def test_bad_rows_can_be_left_out_where_others_remain(tmp_path: Path) -> None:
+    for content, advice in ((as_jsonl([{}, {}]), False), (as_jsonl([GOOD, {}]), True)):
+        with pytest.raises(UserError, match="no column") as caught:
+            reading.load_file(write(tmp_path / "a.jsonl", content), DataOptions())
+        assert ("--skip-bad-rows leaves such rows out" in str(caught.value)) == advice
 
 
 # Several references -------------------------------------------------------------------------------
@@ -228,6 +281,44 @@ def test_rouge_counts_the_best_reference_measure_by_measure() -> None:
         alone = rouge([text] * 3, texts)
         assert best == {measure: max(row[measure] for row in alone) for measure in best}
         assert len({row["rouge1"] for row in alone}) > 1
+        # rouge_score itself; these texts have one sentence, so that rougeLsum is rougeL.
+        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+        scores = [scorer.score(reference, text) for reference in texts]
+        for measure in ("rouge1", "rouge2", "rougeL"):
+            assert best[measure] == 100 * max(score[measure].fmeasure for score in scores)
+
+
+def test_several_references_are_in_the_evaluation_and_in_the_report(tmp_path: Path) -> None:
+    examples = [
+        Example("a", "A: b", "Ann eats.", ("Bob <drinks> tea.", "Bob.")),
+        Example("b", "A: c", "Dee sleeps."),
+    ]
+    base = [Summary("Bob drinks coffee.", 5), Summary("", 2)]
+    tuned = [Summary("Ann eats.", 4), Summary("Dee.", 3)]
+    evaluation = compare(base, tuned, examples)
+    content = evaluation.to_dict()
+    several, one = content["examples"]
+    assert (several["reference"], several["more_references"]) == ("Ann eats.", examples[0].more)
+    assert "more_references" not in one
+    assert several["rouge1_base"] == pytest.approx(200 * 2 / 6)  # Bob and drinks, of 3 + 3 words
+    assert several["rouge1_finetuned"] == 100
+    write(tmp_path / "config.json", b"{}")
+    write(tmp_path / "evaluation.json", as_json(content))
+    read = runs.read_report(tmp_path).evaluation
+    assert read is not None
+    assert read.examples == evaluation.examples
+    assert terminal.format_examples(read, [0]).count("\n  or          Bob") == 2
+    card, _ = cards(read.examples).split("</article>")[:2]
+    for text in ("<dt>Reference<", "Ann eats.", "<dt>Or<", "Bob &lt;drinks&gt; tea.", ">Bob.<"):
+        assert text in card
+    # What ROUGE-1 counts is marked: the words of the reference that scores best.
+    assert '<mark class="c0">Bob</mark> <mark class="c0">drinks</mark> coffee.' in card
+    assert '<mark class="c1">Ann</mark> <mark class="c1">eats</mark>.' in card
+    for wrong in ("text", [1], None):
+        several["more_references"] = wrong
+        write(tmp_path / "evaluation.json", as_json(content))
+        with pytest.raises(UserError, match=r"examples\[0\]: more_references is not a list of str"):
+            runs.read_report(tmp_path)
 
 
 # Names of files -----------------------------------------------------------------------------------

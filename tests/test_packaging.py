@@ -1,13 +1,20 @@
 """What pip installs: the command, the description and its links; what CI and pre-commit run."""
 
 import importlib.util
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -23,14 +30,48 @@ def setup_script() -> ModuleType:
     return module
 
 
-def test_the_command_is_the_library_s_main(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_is_the_library_s_main(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = re.search(r'^\[project\.scripts\]\nminilora = "(.+)"$', PYPROJECT, re.MULTILINE)
     assert found is not None
     main = EntryPoint("minilora", found.group(1), "console_scripts").load()
+    monkeypatch.setattr(sys, "argv", ["minilora", "--version"])
     with pytest.raises(SystemExit) as end:
-        main(["--version"])
+        main()
     assert end.value.code == 0
     assert capsys.readouterr().out.startswith("minilora ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_ctrl_c_in_the_first_seconds_prints_no_traceback(
+    script: str, seconds: float, tmp_path: Path
+) -> None:
+    """Before PyTorch is imported, while it is, and after. 0.3 s: Python itself has started."""
+    argv = [sys.executable, str(ROOT / script)]
+    argv += ["--output", str(tmp_path / "run")] if script == "train.py" else [str(tmp_path)]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    if process.returncode == 2:  # on a fast machine evaluate.py has found that there is no run
+        pytest.skip("it ended before")
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert error in ("", f"{script}: interrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As under nohup: the process runs to its end, which is an error message."""
+    ignored = f"trap '' INT; exec {sys.executable} {ROOT / 'evaluate.py'} {tmp_path}"
+    process = subprocess.Popen(["sh", "-c", ignored], stderr=subprocess.PIPE, text=True)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 2
 
 
 def test_relative_links_lead_to_the_repository(setup_script: ModuleType) -> None:
@@ -64,12 +105,42 @@ def test_a_workflow_runs_targets_that_exist(name: str) -> None:
     assert [t for t in targets if not re.search(rf"^{t}:", makefile, re.MULTILINE)] == []
 
 
-def test_the_lowest_torch_of_the_workflow_is_that_of_the_package() -> None:
-    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
-    for package in ("torch", "transformers"):
-        lowest = re.search(rf'"{package}>=([\d.]+)"', PYPROJECT)
-        assert lowest is not None
-        assert f"{package}=={lowest.group(1)}.*" in workflow
+def test_every_version_of_python_that_is_claimed_is_tested() -> None:
+    claimed = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PYPROJECT)
+    assert f'requires-python = ">={claimed[0]}"' in PYPROJECT
+    assert f"(Python {claimed[0]} to {claimed[-1]})" in (ROOT / "README.md").read_text()
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    assert workflow["jobs"]["python"]["strategy"]["matrix"]["python"] == claimed
+    ends = workflow["jobs"]["versions"]["strategy"]["matrix"]["include"]
+    assert {(end["python"], end["resolution"]) for end in ends} == {
+        (claimed[0], "lowest-direct"), (claimed[-1], "highest")
+    }  # fmt: skip
+    assert workflow["jobs"]["package"]["strategy"]["matrix"]["python"] == [claimed[0], claimed[-1]]
+
+
+@pytest.mark.parametrize("version", ["3.10.13", "3.11.7", "3.14.8"])
+def test_each_package_has_one_version_for_a_python(version: str) -> None:
+    """And one that pyproject.toml allows."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    environment = {"python_version": ".".join(version.split(".")[:2])}
+    found = [pin for pin in pins if pin.marker is None or pin.marker.evaluate(environment)]
+    versions = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in found}
+    assert len(versions) == len(found)
+    wanted = [Requirement(text) for text in re.findall(r'"([A-Za-z_-]+>=[\d.]+)"', PYPROJECT)]
+    wanted = [requirement for requirement in wanted if requirement.name != "setuptools"]
+    assert len(wanted) > 15
+    for requirement in wanted:
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)])
+
+
+def test_the_source_archive_takes_what_the_tests_read() -> None:
+    lines = (ROOT / "MANIFEST.in").read_text().splitlines()
+    taken = {name for line in lines if line[:1].islower() for name in line.split()[1:]}
+    folders = {"tests", "docs", "lessons", "benchmarks", "examples", "pretraining", ".github"}
+    files = {path.name for path in ROOT.glob("*.*") if path.suffix in (".py", ".txt", ".cff")}
+    files |= {"Makefile", "CHANGELOG.md", "CONTRIBUTING.md", ".pre-commit-config.yaml"}
+    assert folders | files - {"setup.py"} <= taken  # which setuptools takes by itself
 
 
 def test_pre_commit_and_the_constraints_have_one_version_of_ruff() -> None:

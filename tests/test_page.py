@@ -161,7 +161,7 @@ def test_what_was_trained_and_gained_is_said(html: str) -> None:
         "4 dialogues",
     ):
         assert words in text, words
-    assert "ROUGE-1 rose on 1 dialogues, fell on 3 and stayed on 0" in text  # the Chinese one too
+    assert "ROUGE-1 rose on 1 dialogue, fell on 3 and stayed on 0" in text  # the Chinese one too
     assert "Learning rate" in text
     assert "not finished" not in text
     assert "Not scored" not in text
@@ -283,7 +283,7 @@ def test_marks_stand_on_the_words() -> None:
     assert [text[a:b] for a, b in shared_words(text, reference, "rouge_score")] == [
         *("Dee", "meeting", "Ann")
     ]
-    found = page_dialogues._marked("a <b> a", "b", "rouge_score", "c1")
+    found = page_dialogues._marked("a <b> a", ["b"], "rouge_score", "c1")
     assert found == 'a &lt;<mark class="c1">b</mark>&gt; a'
 
 

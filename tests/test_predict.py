@@ -139,6 +139,7 @@ def test_an_error_loses_nothing_that_was_written(tmp_path: Path, whole: bytes) -
     assert output.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_byte_changes_nothing_in_the_end(tmp_path: Path, whole: bytes) -> None:
     output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     run(output, Model(3))
@@ -200,7 +201,7 @@ def lines(path: str) -> list[dict[str, str]]:
 def test_many_chats(here: Path, capfd: Any) -> None:
     assert evaluate_main(["run", "--predict", "chats.jsonl", "--output", "out.jsonl"]) == 0
     assert capfd.readouterr() == (
-        "40 summaries are in out.jsonl\n", "note: columns read: text\n"
+        "summaries of 40 chats are in out.jsonl\n", "note: columns read: text\n"
     )  # fmt: skip
     chats, found = lines("chats.jsonl"), lines("out.jsonl")
     assert [(row["id"], row["dialogue"]) for row in found] == [(c["id"], c["text"]) for c in chats]
@@ -256,6 +257,11 @@ BAD = {
     "both": (["--predict", "x", "--text", "y"], "not allowed with argument"),
     "a split": (["--predict", "x", "--output", "y", "--split", "test"], "does not take --split"),
     "data": (["--predict", "x", "--output", "y", "--data", "z"], "--predict summarizes chats and"),
+    "output in a file": (
+        ["--predict", "chats.jsonl", "--output", "chats.jsonl/out"],
+        "chats.jsonl is a file: name another file",
+    ),
+    "scores in a file": (["--output", "chats.jsonl/out"], "chats.jsonl is a file: name another"),
     "no chats": (["--predict", "no.jsonl", "--output", "y"], "no.jsonl: no such file"),
     "base of scores": (["--base"], "--base is for --text and --predict"),
     "files and data": (["--data", "x", "--test-file", "y"], "--data and --test-file exclude each"),
@@ -276,6 +282,16 @@ def test_bad_flags(here: Path, capfd: Any, flags: list[str], says: str) -> None:
     assert not Path("y").exists()
 
 
+def test_predict_says_what_it_lacks(here: Path, capfd: Any) -> None:
+    for argv in ([], ["run"], ["--output", "x", "run", "chats.jsonl"]):
+        assert main(["predict", *argv]) == 2
+        says = "minilora predict: say RUN and FILE before any flag\n"
+        assert capfd.readouterr() == ("", says)
+    with pytest.raises(SystemExit, match="0"):
+        main(["predict", "--help"])
+
+
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle(here: Path) -> None:
     """Through the shell: exit code 130, and the same command goes on to the same output."""
     script = Path(__file__).parent.parent / "evaluate.py"

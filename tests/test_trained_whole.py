@@ -195,6 +195,59 @@ def test_they_follow_the_model_and_its_copies(settings: dict[str, object]) -> No
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
+HALF = {
+    "a whole module": ({"also_train": ("classifier",)}, "classifier.weight"),
+    "the head of a task": ({"task_type": "SEQ_CLS"}, "classifier.weight"),
+    "biases": ({"bias": "all"}, "q_proj.bias"),
+}
+
+
+def two(dtype: torch.dtype) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    model = {"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8), "classifier": nn.Linear(8, 4)}
+    return nn.ModuleDict(model).to(dtype)
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_would_train_in_half_precision_is_refused_and_trains_in_float32(
+    name: str, dtype: torch.dtype
+) -> None:
+    """A step of 1e-4 moves few entries of a bfloat16 weight: the others round back."""
+    settings, first = HALF[name]
+    model = two(dtype)
+    with pytest.raises(LoRAError, match=rf"{first} cannot train: in {dtype} .* call \.float\(\)"):
+        minilora.inject(model, config(**settings))
+    assert minilora.config_of(model) is None
+    minilora.inject(model, config())  # A and B alone are float32 anyhow
+    minilora.unload(model)
+    for part in model.values() if "bias" in settings else [model["classifier"]]:
+        part.float()
+    minilora.inject(model, config(**settings))
+    assert {p.dtype for p in minilora.trainable_parameters(model)} == {torch.float32}
+    optimizer = torch.optim.AdamW(minilora.trainable_parameters(model), lr=1e-4)
+    x = torch.randn(5, 8, generator=torch.manual_seed(1)).to(model["q_proj"].weight.dtype)
+    with minilora.verify_training(model, optimizer) as report:
+        for _ in range(3):
+            with torch.autocast("cpu", dtype):
+                y = model["classifier"](model["q_proj"](x) + model["v_proj"](x))
+            y.float().square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert min(report.moved.values()) > 0.9
+
+
+def test_a_file_is_read_into_a_half_precision_base(tmp_path: Path) -> None:
+    """To merge or to evaluate: what a file holds is not refused."""
+    model = two(torch.float32)
+    minilora.inject(model, config(also_train=("classifier",), bias="all"))
+    perturb(model)
+    minilora.save_adapter(model, tmp_path)
+    half = two(torch.bfloat16)
+    minilora.load_adapter(half, tmp_path, inference=True)
+    assert torch.equal(half["classifier"].weight, model["classifier"].weight.bfloat16())
+
+
 def test_autocast_remembers_nothing_of_what_was_exchanged(settings: dict[str, object]) -> None:
     base, model = tiny_bart(), trained(**settings)
     with torch.autocast("cpu", torch.bfloat16):

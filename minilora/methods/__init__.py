@@ -47,14 +47,14 @@ from minilora.methods.lora_bias import LoRABiasLinear
 from minilora.methods.token_rows import TokenRows
 from minilora.nf4.loftq import loftq
 from minilora.nf4.model import dequantized
-from minilora.peft_format.apply import CONVERSIONS
+from minilora.peft_format.apply import CONVERSIONS, SavePretrained
 from minilora.peft_format.config import KINDS
 from minilora.trained_whole import TrainedWhole
 
 LAYERS.update(dora=DoRALinear, lora_bias=LoRABiasLinear)
 LAYERS.update(pissa=pissa.PiSSALinear, adalora=adalora.AdaLoRALinear)
 STARTS.update(loftq=loftq, pissa=pissa.refuse)
-EXTRAS.extend((TrainedWhole, TokenRows, adalora.Allocation))
+EXTRAS.extend((TrainedWhole, TokenRows, SavePretrained, adalora.Allocation))
 KINDS.update(ADALORA=adalora_files.KIND)
 CONVERSIONS.update(pissa=pissa.as_lora)
 DEQUANTIZERS.append(dequantized)

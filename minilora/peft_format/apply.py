@@ -71,6 +71,44 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     write_adapter(adapter_of(model), directory)
 
 
+class SavePretrained:
+    """`model.save_pretrained` writes the adapter: an `inject.Extra` in which nothing trains.
+
+    Otherwise it would write the whole model under names that `from_pretrained` does not know, such
+    as `q_proj.base.weight`, and those layers would start at random. Trainers call it.
+    """
+
+    def __init__(self, model: nn.Module, *_: object) -> None:
+        self.model = model
+
+    def find(self, model: nn.Module) -> dict[str, Tensor]:
+        """Nothing trains here."""
+        return {}
+
+    def start(self, model: nn.Module) -> None:
+        """Put it before the method of the class, in this model alone."""
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained = self.save  # type: ignore[assignment]
+
+    def swap(self, model: nn.Module) -> None:
+        """Nothing was trained."""
+
+    def stop(self, model: nn.Module) -> None:
+        """The method of the class again."""
+        vars(model).pop("save_pretrained", None)
+
+    def save(self, directory: str | Path, is_main_process: bool = True, **more: object) -> None:
+        """What `save_adapter` does; nothing in the other processes of a Trainer.
+
+        Raises:
+            LoRAError: as in `save_adapter`; the model is sharded, or an upload is asked for.
+        """
+        if is_sharded(self.model) or more.get("push_to_hub"):
+            raise LoRAError("call minilora.save_adapter, after fully_shard in every process")
+        if is_main_process:
+            save_adapter(self.model, directory)
+
+
 def load_adapter(model: nn.Module, directory: str | Path, inference: bool = False) -> LoadReport:
     """Load an adapter of PEFT's format into a model, in place; the file's keys decide where.
 
@@ -119,8 +157,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     unnamed = trained_whole.Embeddings(_embeddings(model, adapter, config))
     selected = _check_fit(model, adapter, config, named, unnamed)
     held = {key: tensor.shape for key, tensor in _held(model).items()}
-    same = held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
     # A sharded model is refused below. PiSSA's start belongs to a scale, which may be another.
+    same = held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
     swapped = same and not is_sharded(model) and config.init not in LAYERS
     if not swapped:
         refuse_wrapped(wrapped)  # data-parallel copies would never learn of the new parameters
@@ -160,8 +198,7 @@ def _held(model: nn.Module) -> dict[str, Tensor]:
 
 def _extra_tensors(model: nn.Module, extras: Iterable[Extra]) -> dict[str, Tensor]:
     """What trains outside the layers, by its keys on disk; the model may be injected or not."""
-    found = (item for extra in extras for item in extra.find(model).items())
-    return {keys.PREFIX + name: tensor for name, tensor in found}
+    return {keys.PREFIX + name: t for extra in extras for name, t in extra.find(model).items()}
 
 
 def _check_fit(

@@ -67,12 +67,10 @@ class Adapter:
             A, B = (parameters.get(name, torch.empty(0)) for name in ("lora_A", "lora_B"))
             out, in_ = B.shape[:1].numel(), A.shape[-1:].numel()
             expected |= keys.expected_of(self.config, module, out, in_)
-        held = dict(self.tensors)
-        config = self.config
+        held, config = dict(self.tensors), self.config
         some = config.bias != "none" or config.also_train or config.token_rows
         for name in self.extras:  # whether it is one of these, only a model can say
-            unnamed = name.endswith(".weight") and ".lora_" not in name  # PEFT's embeddings
-            if some or unnamed:
+            if some or (name.endswith(".weight") and ".lora_" not in name):  # PEFT's embeddings
                 held.pop(keys.PREFIX + name, None)
         problems = keys.compare(expected, held, self._explain)
         for key, tensor in self.tensors.items():

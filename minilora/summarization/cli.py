@@ -1,8 +1,10 @@
 """The entry points `train.py` and `evaluate.py`: flags, exit codes, processes."""
 
 import logging
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from . import errors, flags, processes
@@ -18,16 +20,34 @@ def evaluate_main(argv: Sequence[str] | None = None) -> int:
     return _entry_point("evaluate.py", flags.parse_evaluation, argv)
 
 
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Inside the block Ctrl-C ends the process at once.
+
+    Its exception could come anywhere in an import, and some packages turn it into other errors.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _entry_point(
     program: str, parse: Callable[[Sequence[str]], Any], argv: Sequence[str] | None
 ) -> int:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set while PyTorch was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Offline it logs every retry; the error that follows is one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     def main() -> int:
         with processes.join():
             settings = parse(sys.argv[1:] if argv is None else argv)
-            from . import commands  # it imports transformers: --help need not wait for that
+            with _ended_by_ctrl_c():
+                from . import commands  # it imports transformers: --help need not wait for that
 
             command = commands.train if program == "train.py" else commands.score
             return command(settings)

@@ -19,19 +19,21 @@ from .data.batches import Encoded, encode
 from .data.formats import is_data
 from .data.reading import Example, load_file
 from .data.splits import load
-from .errors import EXPECTED, UserError, one_line
+from .errors import EXPECTED, UserError, counted, one_line
 from .evaluation.compare import Evaluation
 from .evaluation.generate import evaluate, summarize
 from .evaluation.rouge import require_rouge, rouge_is_installed
-from .files import write_json
+from .files import read_object, write_json
 from .model import loading, requirements, speed
 from .model.device import choose_device, choose_precision
 from .model.loading import load_model
+from .model.start import base_of
 from .predict import Row, read_chats, write_summaries
 from .presets import PRESETS, local_path
 from .report import terminal
 from .report.page import write_report
 from .settings import RunConfig
+from .training.card import write_card
 from .training.failures import out_of_memory, smaller_evaluation_batch, try_out
 from .training.lock import lock
 from .training.session import Session, Split, four_bits, open_session, trained_path, write_config
@@ -46,6 +48,8 @@ def _command(program: str) -> str:
     called = Path(sys.argv[0])
     if called.parts[-2:] == ("minilora", "__main__.py"):
         return f"python -m minilora {program.removesuffix('.py')}"
+    if called.stem == "minilora":  # as pip installs it: there is no train.py
+        return f"minilora {program.removesuffix('.py')}"
     return f"python {program}"
 
 
@@ -93,13 +97,19 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
             _write_report(run, output)
             print(f"\ntrained, not scored; score it with: {_command('evaluate.py')} {again}")
             return 130
-        processes.on_rank0(lambda: write_json(output / "evaluation.json", evaluation.to_dict()))
+        processes.on_rank0(lambda: _write_scores(session.run, output, evaluation.to_dict()))
         print(f"\n{terminal.format_examples(evaluation, terminal.first(evaluation, 3))}")
         print(f"\n{terminal.format_comparison(evaluation)}")
     seconds = time.monotonic() - started
     page = _write_report(run, output)
     print(f"\n{terminal.summary(session, outcome, output, seconds, _command('evaluate.py'), page)}")
     return 0
+
+
+def _write_scores(run: RunConfig, output: Path, evaluation: dict[str, Any]) -> None:
+    write_json(output / "evaluation.json", evaluation)
+    if run.model.method != "full":
+        write_card(run, trained_path(output, run), evaluation)
 
 
 def _write_report(run: RunConfig, output: Path) -> Path | None:
@@ -182,11 +192,14 @@ def score(arguments: argparse.Namespace) -> int:
     """Score or summarize with a run or an adapter. Returns the exit code: 0, or 130 if stopped."""
     directory, run = _run_of(loading.adapter_directory(arguments.run), arguments)
     files = [arguments.predict] if arguments.predict else arguments.text
+    needs_base = not files or arguments.base
+    if needs_base and _is_model(directory) and "model" not in arguments.changes:
+        raise UserError(f"{directory} is a model: say --model BASE, which to compare it with")
     if not files:
         require_rouge()
     examples, split = _chats(run, files) if files else _examples(run, arguments)
     device = processes.own_device(choose_device(run.model.device))
-    models = _load_trained(directory, run, device)
+    models = _load_trained(directory, run, device, needs_base)
     run = models.check(run)
     texts = models.encode(run, examples)
     if arguments.predict:
@@ -211,7 +224,7 @@ def _predict(
     """Write the summaries of many chats to --output."""
     if processes.world_size() > 1:
         raise UserError("--predict takes one process: call evaluate.py without torchrun")
-    trained = directory if _is_adapter(directory) else trained_path(directory, run)
+    trained = _trained(directory, run)
     size, options, output = run.generation.evaluation_batch_size, run.data, Path(arguments.output)
     settings = {
         "run": f"{trained.resolve()} {max(file.stat().st_mtime for file in trained.iterdir())}",
@@ -227,7 +240,7 @@ def _predict(
     if done < len(texts):
         print(f"stopped after {done:,} of {len(texts):,} chats; the same command goes on")
         return 130
-    print(f"{done:,} summaries are in {output}")
+    print(f"summaries of {counted(done, 'chat')} are in {output}")
     return 0
 
 
@@ -235,20 +248,34 @@ def _is_adapter(directory: Path) -> bool:
     return (directory / loading.ADAPTER_FILES[0]).exists()
 
 
+def _is_model(directory: Path) -> bool:
+    """Whether it holds a whole model, as `minilora merge` or transformers writes it."""
+    config = read_object(directory / "config.json") or {}
+    return "model_type" in config and not _is_adapter(directory)
+
+
+def _trained(directory: Path, run: RunConfig) -> Path:
+    """What was trained: the adapter or the model, of a run or alone."""
+    alone = _is_adapter(directory) or _is_model(directory)
+    return directory if alone else trained_path(directory, run)
+
+
 def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunConfig]:
     """A run and its settings. A bare adapter has the preset's settings, and names its base model.
 
-    The adapter directory inside a run means the run, with its own settings.
+    The directory of the adapter or the model inside a run means the run, with its own settings.
     """
-    if directory.name == "adapter" and (directory.parent / "config.json").exists():
+    inside = directory.name in ("adapter", "model")
+    if inside and (directory.parent / "config.json").exists():
         directory = directory.parent
+    flat = PRESETS[arguments.preset] | {"preset": arguments.preset}
     if _is_adapter(directory):
-        adapter, preset = minilora.read_adapter(directory), arguments.preset
-        # An adapter that LoftQ started belongs to a base in four bits.
-        method = "qlora" if adapter.config.init == "loftq" else "lora"
-        flat = PRESETS[preset] | {"preset": preset, "method": method, "model": adapter.base_model}
-        if not adapter.base_model and "model" not in arguments.changes:
+        base = base_of(directory, minilora.read_adapter(directory))
+        if "model" not in base | arguments.changes:
             raise UserError(f"{directory} does not name its base model: say --model")
+        flat |= base
+    elif _is_model(directory):
+        flat |= {"method": "full", "model": str(directory)}
     else:
         flat = flags.read_run(directory).to_dict()
     run = RunConfig.from_dict(flags.changed(flat, arguments.changes))
@@ -284,15 +311,18 @@ def _print(notices: list[str]) -> None:
         print(f"note: {notice}", file=sys.stderr)
 
 
-def _load_trained(directory: Path, run: RunConfig, device: torch.device) -> Models:
+def _load_trained(
+    directory: Path, run: RunConfig, device: torch.device, needs_base: bool = True
+) -> Models:
     """Both models. Nothing trains any more, so all weights are kept as decoding is fastest."""
     tokenizer = loading.load_tokenizer(run.model.model)
     autocast_dtype = choose_precision(run.model.precision, device)
-    tuned = base = load_model(run.model.model, device, four_bits(run))
-    path = directory if _is_adapter(directory) else trained_path(directory, run)
+    path = _trained(directory, run)
     if run.model.method == "full":
         tuned = load_model(str(path.resolve()), device)
+        base = load_model(run.model.model, device) if needs_base else tuned
     else:
+        tuned = base = load_model(run.model.model, device, four_bits(run))
         minilora.load_adapter(tuned, path, inference=True)
     for model in {tuned, base}:
         speed.hold_frozen_linears(model.requires_grad_(False), autocast_dtype)

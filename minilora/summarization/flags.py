@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -111,6 +112,10 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
     given = vars(training_parser().parse(argv))
     before = read_run(Path(given["resume"])).to_dict() if given.get("resume") else None
     flat = before or PRESETS[given.get("preset", "pocket")]
+    if "adapter" in given and not before:
+        from .model.start import decided  # it imports transformers
+
+        flat = flat | decided(given)
     run = RunConfig.from_dict(changed(flat, given))
     run.typed = frozenset(before or given)
     if before:
@@ -243,6 +248,16 @@ def parse_evaluation(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--base is for --text and --predict: scores are always of both models")
     if chats and bool(arguments.predict) != bool(arguments.output):
         raise UserError("--predict requires --output FILE.jsonl, and --text does not take --output")
-    if arguments.output and Path(arguments.output).is_dir():
-        raise UserError(f"--output {arguments.output} is a directory: name a file in it")
+    if arguments.output:
+        _check_file(Path(arguments.output))
     return arguments
+
+
+def _check_file(output: Path) -> None:
+    """Refuse, before the work, what cannot be written after it."""
+    if output.is_dir():
+        raise UserError(f"--output {output} is a directory: name a file in it")
+    folder = next(path for path in output.absolute().parents if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "may not be written to" if folder.is_dir() else "is a file"
+        raise UserError(f"--output {output}: {folder} {why}: name another file")

@@ -15,7 +15,7 @@ from .presets import PRESETS
 
 SPLITS = ("train", "validation", "test")
 FILES = ("train_file", "validation_file", "test_file")
-PATHS = ("model", "data", *FILES)  # settings that may be paths
+PATHS = ("model", "data", "adapter", *FILES)  # settings that may be paths
 
 # The ranges that argparse does not check by the type.
 POSITIVE = (
@@ -80,6 +80,9 @@ class DataOptions:
 class AdapterOptions:
     _argument_group_name = "adapter (LoRA, Hu et al. 2021)"
 
+    adapter: str | None = _flag(
+        None, "start from this adapter or run (directory or hub name), which decides the settings"
+    )
     rank: int = _flag(8, "r: rows of A, columns of B; adalora: the mean in the end")
     alpha: float = _flag(32.0, "numerator of the scale s = alpha / r")
     dropout: float = _flag(0.05, "dropout probability of the adapter's input")
@@ -87,6 +90,10 @@ class AdapterOptions:
         ["attention"], "names, a regular expression, all-linear, or attention: query and value"
     )
     exclude: list[str] = _flag([], "names among the targets to leave alone")
+    layers: list[int] = _flag([], "only these layers, counted from 0 in encoder and decoder alike")
+    rank_pattern: list[str] = _flag([], "other ranks for some modules: NAME=RANK ...")
+    also_train: list[str] = _flag([], "modules to train whole, such as final_layer_norm")
+    dora: bool = _flag(False, "train the length of each row of W apart from it (Liu et al. 2024)")
     rslora: bool = _flag(False, "scale s = alpha / sqrt(r) (Kalajdzievski 2023)")
     init: Literal["kaiming", "gaussian", "loftq", "pissa"] = _flag(
         "kaiming", "initial values of A (loftq, pissa: of A and B)"
@@ -233,7 +240,7 @@ def _is_of(value: object, kind: Any) -> bool:
     if isinstance(kind, UnionType):
         return any(_is_of(value, one) for one in get_args(kind))
     if get_origin(kind) is list:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return isinstance(value, list) and all(_is_of(item, *get_args(kind)) for item in value)
     return type(value) is kind or (kind is float and type(value) is int)
 
 

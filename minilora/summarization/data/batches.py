@@ -38,11 +38,14 @@ class Truncation:
     limits: tuple[int, int] = field(default=(0, 0), compare=False)
 
     def __str__(self) -> str:
-        summaries = f", {self.targets:,} summaries to --max-target-length or them"
-        summaries += f" ({self.limits[1]})"
-        return (
-            f"{self.sources:,} of {self.total:,} dialogues cut to --max-source-length or the "
-            f"model's positions ({self.limits[0]} tokens){summaries * (self.targets > 0)}"
+        sides = (
+            (self.sources, "dialogues cut to --max-source-length", self.limits[0]),
+            (self.targets, "summaries cut to --max-target-length", self.limits[1]),
+        )
+        return ", ".join(
+            f"{count:,} of {self.total:,} {what} or the model's positions ({limit} tokens)"
+            for count, what, limit in sides
+            if count
         )
 
 
@@ -94,8 +97,10 @@ def _limited(
         return [row + added for row in _tokenize(tokenizer, side, texts)["input_ids"]]
 
     if (used := len(tokenize([before + after])[0])) >= limit:
-        what = f"prompt and special tokens alone take {used}: raise it or shorten the prompt"
-        raise UserError(f"--max-{side}-length {limit}: {what}")
+        raise UserError(
+            f"--max-{side}-length {limit}: prompt and special tokens alone take {used}: raise it "
+            "or shorten the prompt"
+        )
     rows, cut = list[list[int]](), 0
     for start in range(0, len(texts), 512):  # not all at once: the tokenizer keeps 120 B a token
         chunk = [before + text + after for text in texts[start : start + 512]]

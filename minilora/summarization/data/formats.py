@@ -165,7 +165,7 @@ def _csv_rows(path: Path, text: str) -> Rows:
     try:
         for fields in reader:
             place, line = f"{path} line {line}", reader.line_num + 1
-            if not header:
+            if not any(header):
                 header = [name.strip() for name in fields]
             elif len(fields) == len(header):
                 yield place, _object([pair for pair in zip(header, fields, strict=True) if pair[0]])
@@ -197,6 +197,7 @@ def datasets_or_error(name: str | Path, failed: str) -> Iterator[Any]:
         import datasets  # here, since text files need neither it nor the second it takes
     except ImportError:
         raise UserError(f"{name}: reading it needs a package: pip install datasets") from None
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says it
     try:
         yield datasets
     except Exception as error:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..settings import DataOptions
 from .formats import BadRow, line_feeds, short, some
 from .sources import Source, file_source
@@ -76,12 +76,14 @@ def read_source(
             (left_out if skip else bad).append(f"{place}{_id_of(row)}: {error}")
     if bad:
         more = f" (the first of {len(bad):,} bad rows)" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}{more}; --skip-bad-rows leaves such rows out")
+        if examples:  # else nothing would be left
+            more += "; --skip-bad-rows leaves such rows out"
+        raise UserError(f"{bad[0]}{more}")
     if not examples:
         raise UserError(f"{source.name}: no rows" + (f" left; {left_out[0]}" if left_out else ""))
     notices = [f"{row}, left out" for row in left_out[:SHOWN]]
     if len(left_out) > SHOWN:
-        notices.append(f"{source.name}: {len(left_out) - SHOWN:,} more bad rows left out")
+        notices.append(f"{source.name}: {counted(len(left_out) - SHOWN, 'more bad row')} left out")
     if {dialogue, *summaries} - {options.dialogue_column, options.summary_column}:
         best = ": training learns the first summary, ROUGE counts the best" * (len(summaries) > 1)
         notices.append(f"columns read: {some([dialogue, *summaries])}{best}")

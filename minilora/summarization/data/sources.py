@@ -52,7 +52,7 @@ def find(options: DataOptions) -> tuple[dict[str, Source], list[str]]:
     except OSError as error:  # no permission, too long a name
         raise UserError(f"{data}: cannot be read ({error})") from None
     is_path = suffix(path) in FORMATS or ("/" in data and path.parent.is_dir())
-    if is_path or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", data):
+    if is_path or not re.fullmatch(r"\w[\w.-]{,95}(/[\w.-]{1,95})?", data):
         raise UserError(no_such(path))
     return _hub(data), []
 

@@ -33,6 +33,12 @@ class Compared:
     finetuned: str
     rouge1_base: float
     rouge1_finetuned: float
+    more_references: tuple[str, ...] = ()
+    """Where there are several: each measure of ROUGE takes the best."""
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return (self.reference, *self.more_references)
 
     @property
     def gain(self) -> float:
@@ -56,6 +62,11 @@ class Evaluation:
     def n(self) -> int:
         return len(self.examples)
 
+    @property
+    def references(self) -> list[str]:
+        """Of all dialogues."""
+        return [text for example in self.examples for text in example.references]
+
     def to_dict(self) -> dict[str, Any]:
         """The content of evaluation.json: [low, high], and [mean, low, high] for differences."""
         means, bounds = {}, {}
@@ -70,10 +81,13 @@ class Evaluation:
             "split": self.split,
             "n": self.n,
             **means,
-            "rouge_tokenizer": tokenizer_for([example.reference for example in self.examples]),
+            "rouge_tokenizer": tokenizer_for(self.references),
             "intervals": bounds,
             "generation": self.generation,
-            "examples": [asdict(example) for example in self.examples],
+            "examples": [
+                {name: value for name, value in asdict(example).items() if value != ()}
+                for example in self.examples
+            ],
         }
 
 
@@ -100,9 +114,7 @@ def compare(
         for side, rows in (("base", before), ("finetuned", after), ("difference", change))
     }
     compared = [
-        Compared(
-            e.id, e.dialogue, "\n".join(e.references), b.text, f.text, r["rouge1"], s["rouge1"]
-        )
+        Compared(e.id, e.dialogue, e.summary, b.text, f.text, r["rouge1"], s["rouge1"], e.more)
         for e, b, f, r, s in zip(examples, base, finetuned, before, after, strict=True)
     ]
     dialogues = [e.dialogue for e in compared]

@@ -126,7 +126,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     """
     new = directory.with_name(f".{directory.name}{PARTIAL}")
     shutil.rmtree(new, ignore_errors=True)
-    with _quiet():
+    with quiet():
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
     put_directory(new, directory)
@@ -148,7 +148,7 @@ def adapter_directory(name: str) -> Path:
         raise UserError(f"{name}: no such directory; name a run or an adapter")
     hub.look_for_network()
     try:
-        with _quiet(bars=True):
+        with quiet(bars=True):
             directory = Path(snapshot_download(name, allow_patterns=ADAPTER_FILES))
     except Exception as error:  # the network, the hub and its cache raise many kinds
         raise UserError(
@@ -187,7 +187,7 @@ def loading(name: str, what: str = "") -> Iterator[str]:
     if not is_local:
         hub.look_for_network()
     try:
-        with _quiet(bars=not is_local):  # the bar of a download is shown
+        with quiet(bars=not is_local):  # the bar of a download is shown
             yield source
     except UserError:
         raise
@@ -197,7 +197,7 @@ def loading(name: str, what: str = "") -> Iterator[str]:
 
 
 @contextmanager
-def _quiet(bars: bool = False) -> Iterator[None]:
+def quiet(bars: bool = False) -> Iterator[None]:
     """Inside the block transformers prints no warnings, and bars only if `bars`."""
     verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -15,6 +15,7 @@ from string import Template
 
 from minilora.files import write_file
 
+from ..errors import counted
 from ..evaluation.compare import Evaluation
 from ..presets import ASSETS
 from ..settings import GROUPS
@@ -79,14 +80,15 @@ def _title(run: Run) -> str:
 def _lead(run: Run) -> str:
     """The result in one sentence."""
     if run.evaluation is None:
-        trained = f"{len(run.steps):,} steps trained" if run.steps else "Not trained yet"
+        trained = f"{counted(len(run.steps), 'step')} trained" if run.steps else "Not trained yet"
         return f"{trained}; not scored yet."
     before, after, change = (
         run.evaluation.intervals[side]["rouge1"] for side in ("base", "finetuned", "difference")
     )
     return (
         f"<strong>ROUGE-1 {before.mean:.1f} → {after.mean:.1f}</strong> ({change.mean:+.1f}, 95% "
-        f"interval {change.low:+.1f} to {change.high:+.1f}) on {run.evaluation.n:,} dialogues of "
+        f"interval {change.low:+.1f} to {change.high:+.1f}) on "
+        f"{counted(run.evaluation.n, 'dialogue')} of "
         f"{escape(run.evaluation.data)}, {escape(run.evaluation.split)} split."
     )
 
@@ -141,9 +143,10 @@ def _scores(evaluation: Evaluation) -> str:
     gains = [example.gain for example in evaluation.examples]
     up, down = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
     same = len(gains) - up - down
+    rose = f"rose on {counted(up, 'dialogue')}, fell on {down:,} and stayed on {same:,}"
     parts = [
         _numbers("ROUGE and length", score_table(evaluation)),
-        f"<p>ROUGE-1 rose on {up:,} dialogues, fell on {down:,} and stayed on {same:,}.</p>",
+        f"<p>ROUGE-1 {rose}.</p>",
     ]
     if nonsense := nonsense_table(evaluation):
         parts += [f"<h3>{NONSENSE_TITLE}</h3>", _numbers(NONSENSE_TITLE, nonsense)]

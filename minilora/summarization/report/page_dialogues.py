@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from ..evaluation.compare import Compared
 from ..evaluation.rouge import tokenizer_for, words
@@ -10,19 +11,20 @@ from .markup import escape
 
 def cards(examples: list[Compared]) -> str:
     """A card for each dialogue; the page's script sorts them by `data-gain`."""
-    tokenizer = tokenizer_for([example.reference for example in examples])
+    tokenizer = tokenizer_for([text for example in examples for text in example.references])
     count = len(examples)
     return "".join(_card(i, example, count, tokenizer) for i, example in enumerate(examples))
 
 
 def _card(position: int, example: Compared, of: int, tokenizer: str) -> str:
-    reference, gain = example.reference, example.gain
-    base = _marked(example.base, reference, tokenizer, "c0")
-    tuned = _marked(example.finetuned, reference, tokenizer, "c1")
+    gain = example.gain
+    base = _marked(example.base, example.references, tokenizer, "c0")
+    tuned = _marked(example.finetuned, example.references, tokenizer, "c1")
     kind = "up" if gain > 0 else "down" if gain < 0 else ""
     change = f'<span class="{kind}">{gain:+.1f}</span>'
     rows = (
-        ("Reference", "", escape(reference)),
+        ("Reference", "", escape(example.reference)),
+        *(("Or", "", escape(text)) for text in example.more_references),
         ("Base", f"ROUGE-1 {example.rouge1_base:.1f}", base),
         ("Fine-tuned", f"ROUGE-1 {example.rouge1_finetuned:.1f} {change}", tuned),
     )
@@ -50,10 +52,15 @@ def _turn(line: str) -> str:
 # Marked words: those that ROUGE-1 counts as shared with the reference -----------------------------
 
 
-def _marked(text: str, reference: str, tokenizer: str, kind: str) -> str:
-    """Text as HTML, with the words that it shares with the reference marked."""
+def _marked(text: str, references: Sequence[str], tokenizer: str, kind: str) -> str:
+    """Text as HTML, with the words that it shares with the reference of the best ROUGE-1 marked."""
     parts, done = [], 0
-    for start, end in shared_words(text, reference, tokenizer):
+
+    def rouge1(reference: str) -> float:
+        both = len(words(text, tokenizer)) + len(words(reference, tokenizer))
+        return 2 * len(shared_words(text, reference, tokenizer)) / max(both, 1)
+
+    for start, end in shared_words(text, max(references, key=rouge1), tokenizer):
         parts.append(escape(text[done:start]))
         parts.append(f'<mark class="{kind}">{text[start:end]}</mark>')
         done = end

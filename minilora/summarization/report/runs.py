@@ -164,12 +164,17 @@ def _evaluation(path: Path) -> Evaluation | None:
 def _compared(example: Any, where: str) -> Compared:
     if not isinstance(example, dict):
         raise UserError(f"{where} is not a JSON object")
+    more = example.get("more_references", [])
     for field in fields(Compared):
         if field.type is float:
             _number(example, where, field.name)
+        elif field.name == "more_references":
+            if not isinstance(more, list) or not all(isinstance(text, str) for text in more):
+                raise UserError(f"{where}: more_references is not a list of strings")
         elif not isinstance(example.get(field.name), str):
             raise UserError(f"{where}: {field.name} is not a string")
-    return Compared(**{field.name: example[field.name] for field in fields(Compared)})
+    known = {field.name: example.get(field.name) for field in fields(Compared)}
+    return Compared(**known | {"more_references": tuple(more)})
 
 
 def _interval(content: Record, side: str, measure: str, where: str) -> Interval:

@@ -39,7 +39,7 @@ def format_comparison(evaluation: Evaluation) -> str:
         "the difference is paired."
     )
     lines = [textwrap.fill(printable(title), 100), *_columns(score_table(evaluation))]
-    if tokenizer_for([example.reference for example in evaluation.examples]) == "unicode":
+    if tokenizer_for(evaluation.references) == "unicode":
         lines.append("ROUGE compares Unicode words: the references are not in a-z alone.")
     if nonsense := nonsense_table(evaluation):
         lines += ["", NONSENSE_TITLE, *_columns(nonsense)]
@@ -77,6 +77,7 @@ def _format_example(evaluation: Evaluation, position: int, dialogue_lines: int) 
     for label, texts in (
         ("dialogue", dialogue),
         ("reference", _wrap(example.reference)),
+        *(("or", _wrap(text)) for text in example.more_references),
         ("base", _wrap(example.base)),
         ("fine-tuned", _wrap(example.finetuned)),
     ):

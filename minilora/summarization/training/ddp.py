@@ -30,14 +30,11 @@ class Replica:
         self.parallel: DistributedDataParallel | None = None
         if not processes.active():
             return
-        # With LayerDrop each process skips other layers, so some gradients never arrive.
-        drops = [getattr(model.config, f"{side}_layerdrop", 0) for side in ("encoder", "decoder")]
         self.parallel = DistributedDataParallel(
             self.summed,
             init_sync=False,  # all have read the same files and drawn the same start
             **dict[str, Any]({_SYNC_BUFFERS: False}),
             gradient_as_bucket_view=True,
-            find_unused_parameters=any(drops),
         )
         # DDP arranges its buckets by the first backward pass. With the same first pass in every
         # run, a resumed one adds in the same order and ends with the same bits.
@@ -66,7 +63,24 @@ class _SummedLoss(nn.Module):
         self.model = model
 
     def forward(self, batch: dict[str, Tensor] | None) -> Tensor:
-        if batch is None:
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            return torch.stack([(0.0 * parameter).sum().float() for parameter in trained]).sum()
-        return summed_loss(self.model, batch)[0]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        loss = trained[0].new_zeros(()) if batch is None else summed_loss(self.model, batch)[0]
+        reaching: Tensor = _ReachAll.apply(loss, *trained)  # type: ignore[no-untyped-call]
+        return reaching
+
+
+class _ReachAll(torch.autograd.Function):
+    """The loss as it is, from which the backward pass also reaches every parameter that trains.
+
+    DistributedDataParallel waits for the gradient of each. Those of layers that LayerDrop skips in
+    this process, of experts that no token was sent to or of an empty shard come as none at all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *trained: Tensor) -> Tensor:
+        ctx.count = len(trained)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+        return G, *[None] * ctx.count

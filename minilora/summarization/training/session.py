@@ -15,6 +15,7 @@ import minilora
 from minilora import InjectReport, LoRAConfig
 from minilora.config import ATTENTION
 from minilora.files import write_file
+from minilora.inject import report as inject_report
 from minilora.methods import AdaLoRAConfig
 
 from .. import processes
@@ -30,8 +31,10 @@ from ..model.device import autocast, choose_device, choose_precision
 from ..model.four_bits import FourBits
 from ..model.loading import check_vocabulary, load_model, load_tokenizer, save_model
 from ..model.requirements import limit_lengths
+from ..model.start import apply_start, start
 from ..presets import stored
 from ..settings import FILES, PATHS, SPLITS, RunConfig
+from .card import write_card
 from .failures import try_out
 from .fingerprint import fingerprints, of_tensors
 from .first_steps import STEPS
@@ -90,7 +93,9 @@ def open_session(run: RunConfig) -> Session:
             f"--batch-size {run.training.batch_size} is less than the {count} processes that "
             "share each batch: raise it (and lower --accumulate), or start fewer"
         )
-    if run.model.method != "full":
+    adapter = start(run)
+    anew = run.model.method != "full" and not adapter
+    if anew:
         adapter_config(run)  # refuses impossible settings before anything is read
     data, notices = load(run.data, SPLITS if run.output.evaluate else SPLITS[:2])
     tokenizer = load_tokenizer(run.model.model)
@@ -120,13 +125,18 @@ def open_session(run: RunConfig) -> Session:
         notices.append(f"rouge_score is not installed: {without}")
     origin = fingerprints(splits, model)
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
-    if run.model.method != "full":
+    if adapter:
+        origin["adapter it starts from"] = of_tensors(adapter.tensors)
+        notices += apply_start(model, adapter, str(run.adapter.adapter))
+        report = inject_report(model)
+    elif anew:
         steps = last_step(run.training, len(splits["train"]))
         report = minilora.inject(model, adapter_config(run, steps))
-        notices += requirements.not_adapted(model)
     else:
         trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
         report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
+    if report.modules:
+        notices += requirements.not_adapted(model)
     prepare(model, run, autocast_dtype)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     processes.require_same(origin | {"start": of_tensors(trained), "settings": run.to_dict()})
@@ -167,8 +177,11 @@ def adapter_config(run: RunConfig, steps: int = 100) -> LoRAConfig:
         run: its settings.
         steps: how many it takes.
     """
-    names = {side: _targets(getattr(run.adapter, side)) for side in ("targets", "exclude")}
-    settings: dict[str, Any] = asdict(run.adapter) | names | {"task_type": "SEQ_2_SEQ_LM"}
+    settings: dict[str, Any] = asdict(run.adapter) | {"task_type": "SEQ_2_SEQ_LM"}
+    del settings["adapter"]
+    settings |= {side: _targets(settings[side]) for side in ("targets", "exclude")}
+    settings["layers"] = settings["layers"] or None
+    settings["rank_pattern"] = _ranks(settings["rank_pattern"])
     if run.model.method != "adalora":
         return LoRAConfig(**settings)
     rank = math.ceil(1.5 * run.adapter.rank)
@@ -177,6 +190,19 @@ def adapter_config(run: RunConfig, steps: int = 100) -> LoRAConfig:
     initial = min(max(STEPS, steps // 10), steps - final - 1)  # the first are checked: all learn
     settings |= {"initial_steps": initial, "final_steps": final, "total_steps": steps}
     return AdaLoRAConfig(**settings, target_rank=run.adapter.rank)
+
+
+def _ranks(entries: list[str]) -> dict[str, int]:
+    """What --rank-pattern says, NAME=RANK each."""
+    found = dict[str, int]()
+    for entry in entries:
+        name, _, rank = entry.rpartition("=")
+        if not (name and rank.isdecimal()):
+            raise UserError(f"--rank-pattern {entry}: must be NAME=RANK, such as q_proj=4")
+        if name in found:
+            raise UserError(f"--rank-pattern gives {name} twice: leave one out")
+        found[name] = int(rank)
+    return found
 
 
 def four_bits(run: RunConfig, start: bool = False) -> FourBits | None:
@@ -189,7 +215,8 @@ def four_bits(run: RunConfig, start: bool = False) -> FourBits | None:
     """
     if run.model.method != "qlora":
         return None
-    return FourBits(adapter_config(run) if start and run.adapter.init == "loftq" else None)
+    anew = start and run.adapter.adapter is None
+    return FourBits(adapter_config(run) if anew and run.adapter.init == "loftq" else None)
 
 
 def write_config(run: RunConfig, output: Path) -> None:
@@ -212,6 +239,7 @@ def save_trained(session: Session, output: Path) -> None:
     path = trained_path(output, session.run)
     if session.run.model.method != "full":
         minilora.save_adapter(session.model, path)
+        write_card(session.run, path)
     else:
         save_model(session.model, session.tokenizer, path)
 

@@ -1,0 +1,114 @@
+"""The adapter that a run starts from, with --adapter: it decides the settings of the new one."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+import minilora
+from minilora import Adapter, LoRAConfig
+from minilora.methods import AdaLoRAConfig
+from minilora.peft_format.apply import apply_adapter
+
+from ..errors import UserError
+from ..files import read_object
+from ..presets import restored
+from ..settings import AdapterOptions, RunConfig, spelt
+from .loading import adapter_directory
+
+FREE = ("dropout",)
+"""It changes no parameter, so that a flag may say another one than the adapter."""
+
+
+def base_of(directory: Path, adapter: Adapter) -> dict[str, str]:
+    """The base model and the method of an adapter: by its run, or else by its own file."""
+    run = directory.parent if directory.name == "adapter" else directory
+    settings = read_object(run / "config.json") or {}
+    # An adapter that LoftQ started belongs to a base in four bits.
+    method = settings.get("method") or ("qlora" if adapter.config.init == "loftq" else "lora")
+    if model := settings.get("model"):
+        return {"model": restored(str(model), run), "method": str(method)}
+    return {"method": str(method)} | ({"model": adapter.base_model} if adapter.base_model else {})
+
+
+def decided(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the adapter of --adapter decides. The base model may be another one.
+
+    Args:
+        given: the flags that were typed.
+
+    Raises:
+        UserError: it cannot be found, or a flag says something else.
+        LoRAError: it cannot be read.
+    """
+    name = given["adapter"]
+    if not name:
+        raise UserError("--adapter must not be empty: name a directory, a run or a hub name")
+    directory = adapter_directory(name)
+    adapter = minilora.read_adapter(directory)
+    if isinstance(adapter.config, AdaLoRAConfig):  # its budget was for another number of steps
+        raise UserError(f"--adapter {name} is AdaLoRA: minilora.methods.as_lora makes LoRA of it")
+    base, found = base_of(directory, adapter), _settings(adapter.config)
+    if "model" not in base | given:
+        raise UserError(f"--adapter {name} does not name its base model: say --model")
+    if given.get("method", "lora") not in ("lora", "qlora"):
+        raise UserError(f"--adapter goes with --method lora or qlora, not {given['method']}")
+    if found["init"] == "loftq" and given.get("method", "qlora") != "qlora":
+        raise UserError(f"--adapter {name} was started by LoftQ: it needs --method qlora")
+    typed = (found.keys() & given.keys()).difference(FREE)
+    if other := sorted(n for n in typed if _unordered(given[n]) != _unordered(found[n])):
+        what = " and ".join(f"{spelt(n)} {_shown(found[n])}, not {_shown(given[n])}" for n in other)
+        raise UserError(f"--adapter {name} has {what}: leave such flags out")
+    if found["init"] == "random":  # no flag has it, and nothing starts anew
+        del found["init"]
+    return base | found
+
+
+def start(run: RunConfig) -> Adapter | None:
+    """The adapter of --adapter, with the dropout of the run."""
+    if run.adapter.adapter is None:
+        return None
+    adapter = minilora.read_adapter(adapter_directory(run.adapter.adapter))
+    return replace(adapter, config=replace(adapter.config, dropout=run.adapter.dropout))
+
+
+def apply_start(model: PreTrainedModel, adapter: Adapter, name: str) -> list[str]:
+    """Put the adapter into the model, to train; notices of what it decides."""
+    loaded = apply_adapter(model, adapter)
+    plain, config = LoRAConfig(), adapter.config
+    named = ("rank", "alpha", "targets")
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    told = {n: v for n, v in values.items() if n in named or v != getattr(plain, n)}
+    what = ", ".join(
+        f"{name} {_shown(value)}"
+        for name, value in told.items()
+        if name not in ("init", "task_type")
+    )
+    notices = [f"--adapter {name}: the run starts from it, with {what}"]
+    return notices + ([loaded.notice] if loaded.notice else [])
+
+
+def _settings(config: LoRAConfig) -> dict[str, Any]:
+    """The configuration of an adapter as the flags would say it."""
+    names = {f.name for f in fields(AdapterOptions)} - {"adapter"}
+    found = {name: getattr(config, name) for name in names}
+    for name in ("targets", "exclude", "also_train"):
+        found[name] = [found[name]] if isinstance(found[name], str) else list(found[name])
+    found["layers"] = list(config.layers or ())
+    found["rank_pattern"] = [f"{key}={rank}" for key, rank in config.rank_pattern.items()]
+    return found
+
+
+def _unordered(value: Any) -> Any:
+    """PEFT writes the targets in any order."""
+    return sorted(value) if isinstance(value, list) else value
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        value = [f"{key}={item}" for key, item in value.items()]
+    if not isinstance(value, list | tuple):
+        return str(value)
+    more = f" and {len(value) - 4} more" if len(value) > 4 else ""
+    return " ".join(map(str, value[:4])) + more or "none"

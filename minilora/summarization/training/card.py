@@ -1,0 +1,89 @@
+"""The model card beside an adapter: README.md, which a hub shows. PEFT and minilora do not read it.
+
+A local model or data set is named without its folder, which is nobody's business but the owner's.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minilora.files import write_file
+
+from ..evaluation.rouge import METRICS
+from ..presets import local_path
+from ..settings import FILES, RunConfig
+
+CARD = """---
+library_name: peft
+pipeline_tag: summarization
+tags: [lora, minilora]
+{hub}---
+
+# {base}, fine-tuned on {data}
+
+{how}
+
+{scores}
+
+`ADAPTER` is the directory of this file; PEFT also takes its name on a hub:
+
+```python
+from transformers import AutoModelForSeq2SeqLM
+model = AutoModelForSeq2SeqLM.from_pretrained("{base}")
+
+from peft import PeftModel  # with PEFT
+model = PeftModel.from_pretrained(model, "ADAPTER")
+
+import minilora  # or with minilora
+minilora.load_adapter(model, "ADAPTER", inference=True)
+```
+
+To share it, add a licence and what the summaries are for, then: `hf upload USER/NAME ADAPTER`
+"""
+
+
+def write_card(run: RunConfig, adapter: Path, evaluation: Mapping[str, Any] | None = None) -> None:
+    """Write README.md into an adapter's directory, atomically.
+
+    Args:
+        run: the settings of the run.
+        adapter: the directory.
+        evaluation: what evaluation.json holds; None before the run is scored.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = card(run, evaluation).encode("utf-8", "replace")  # a file name need not be UTF-8
+    write_file(adapter / "README.md", text)
+
+
+def card(run: RunConfig, evaluation: Mapping[str, Any] | None) -> str:
+    """The text, in Markdown. Its head names for the hub the model and data that come from there."""
+    files = filter(None, (getattr(run.data, split) for split in FILES))
+    base, *data = map(_shown, (run.model.model, *(list(files) or [run.data.data])))
+    hub = [f"base_model: {base}\n", *(f"datasets: {name}\n" for name in data)]
+    how = f"LoRA of rank {run.adapter.rank} and alpha {run.adapter.alpha:g}."
+    if run.model.method == "qlora":
+        how += " The base was in four bits: `minilora.quantize(model)` before the adapter."
+    return CARD.format(
+        hub="".join(line for line in hub if "/" in line),
+        base=base,
+        data=", ".join(data),
+        how=how,
+        scores=_scores(evaluation) if evaluation else "Not scored yet.",
+    )
+
+
+def _scores(evaluation: Mapping[str, Any]) -> str:
+    title = f"{evaluation['n']:,} dialogues of {evaluation['split']}, F1 x 100"
+    rows = [f"| {title} | base | fine-tuned |", "| --- | ---: | ---: |"]
+    for name in METRICS:
+        base, tuned = (evaluation[side][name] for side in ("base", "finetuned"))
+        rows.append(f"| {name} | {base:.2f} | {tuned:.2f} |")
+    return "\n".join(rows)
+
+
+def _shown(name: str) -> str:
+    """A name on the hub, or the last part of a path."""
+    path = local_path(name)
+    return path.resolve().name if path.is_absolute() or path.exists() else name
