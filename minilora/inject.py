@@ -80,7 +80,7 @@ def wrap(model: nn.Module, selected: dict[str, nn.Module], config: LoRAConfig) -
 
 def layer_for(config: LoRAConfig) -> type[LoRALinear]:
     """The class of the layers that this configuration asks for."""
-    asked = (layer for flag, layer in LAYERS.items() if getattr(config, flag))
+    asked = (layer for key, layer in LAYERS.items() if getattr(config, key, config.init == key))
     return next(asked, LoRALinear)
 
 
@@ -189,8 +189,7 @@ def config_of(model: nn.Module) -> LoRAConfig | None:
         >>> config_of(nn.Linear(8, 8)) is None
         True
     """
-    injection = injection_of(plain_model(model))
-    return injection.config if injection is not None else None
+    return getattr(injection_of(plain_model(model)), "config", None)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -251,7 +250,7 @@ def injection_of(model: nn.Module) -> Injection | None:
 
 # For plain LoRA these tables are empty; `minilora/methods/__init__.py` fills them and says how.
 LAYERS: dict[str, type[LoRALinear]] = {}
-"""A flag of the configuration -> the layer that it asks for."""
+"""A flag of the configuration, or a value of `init` -> the layer that it asks for."""
 EXTRAS: list[Callable[[nn.Module, LoRAConfig, Collection[str]], Extra]] = []
 """Makers of what trains outside the layers."""
 DEQUANTIZERS: list[Callable[[nn.Module], AbstractContextManager[None]]] = []

@@ -23,7 +23,7 @@ from minilora.files import write_directory
 from minilora.functional import scale
 from minilora.modules import naming
 from minilora.peft_format import keys
-from minilora.peft_format.config import CONFIG_FILE, FIELDS, config_from_peft, config_to_peft
+from minilora.peft_format.config import CONFIG_FILE, config_from_peft, config_to_peft, kind_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -114,7 +114,7 @@ class Adapter:
     def _explain(self, key: str) -> str:
         for suffix, _, field in keys.PARAMETERS.values():
             if field is not None and key.endswith(suffix):
-                return f": {FIELDS[field][0]} is false"
+                return f": the configuration asks for no {field}"
         return ""
 
 
@@ -141,8 +141,8 @@ def read_adapter(directory: str | Path) -> Adapter:
     directory = _adapter_directory(Path(directory))
     entries = _read_json(directory / CONFIG_FILE)
     with naming(directory):
-        tensors = _read_tensors(directory)
-        config = config_from_peft(entries, keys.modules_of(tensors))
+        said, tensors = kind_of(entries).read(entries, _read_tensors(directory))
+        config = config_from_peft(said, keys.modules_of(tensors))
         if config.bias == "all" and config.also_train:
             tensors = _without_repeats(tensors)
         base_model = entries.get("base_model_name_or_path")
@@ -178,12 +178,13 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise LoRAError(f"{directory} is a file, not a directory")
-    tensors = {key: adapter.tensors[key].contiguous() for key in sorted(adapter.tensors)}
-    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     entries = config_to_peft(adapter.config, adapter.modules) | {
         "base_model_name_or_path": adapter.base_model,
         "fan_in_fan_out": adapter.fan_in_fan_out,
     }
+    entries, tensors = kind_of(entries).write(entries, adapter.tensors)
+    tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
     write_directory(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode()})
 

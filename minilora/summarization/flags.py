@@ -1,6 +1,7 @@
 """From flags to settings: one parser for training and one for evaluating."""
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -119,10 +120,12 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
     run.typed = frozenset(before or given)
     if before:
         _require_same(before, run)
+    run.check()
     if run.training.learning_rate is None:
         rates, method = LEARNING_RATES[run.preset], run.model.method
-        run.training.learning_rate = rates.get(run.adapter.init, rates[method])
-    run.check()
+        rate = rates.get(run.adapter.init, rates.get(method, rates["lora"]))
+        # With LoRA+ it is the geometric mean of the rates of A and B.
+        run.training.learning_rate = rate / math.sqrt(run.training.lora_plus_ratio)
     return run
 
 

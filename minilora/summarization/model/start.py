@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 import minilora
 from minilora import Adapter, LoRAConfig
+from minilora.methods import AdaLoRAConfig
 from minilora.peft_format.apply import apply_adapter
 
 from ..errors import UserError
@@ -46,6 +47,8 @@ def decided(given: dict[str, Any]) -> dict[str, Any]:
         raise UserError("--adapter must not be empty: name a directory, a run or a hub name")
     directory = adapter_directory(name)
     adapter = minilora.read_adapter(directory)
+    if isinstance(adapter.config, AdaLoRAConfig):  # its budget was for another number of steps
+        raise UserError(f"--adapter {name} is AdaLoRA: minilora.methods.as_lora makes LoRA of it")
     base, found = base_of(directory, adapter), _settings(adapter.config)
     if "model" not in base | given:
         raise UserError(f"--adapter {name} does not name its base model: say --model")

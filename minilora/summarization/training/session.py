@@ -1,6 +1,7 @@
 """Data, tokenizer and model of a run: read, checked, and ready to train."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from minilora.config import ATTENTION
 from minilora.conventions import PROJECTIONS
 from minilora.files import write_file
 from minilora.inject import report as inject_report
+from minilora.methods import AdaLoRAConfig
 
 from .. import processes
 from ..data.batches import Encoded, collate, encode
@@ -37,6 +39,7 @@ from ..settings import FILES, PATHS, SPLITS, RunConfig
 from .card import write_card
 from .failures import out_of_memory, try_out
 from .fingerprint import fingerprints
+from .first_steps import STEPS
 from .schedule import last_step
 
 _NAMES = "|".join(name for names in PROJECTIONS for name in names)
@@ -103,7 +106,9 @@ def open_session(run: RunConfig) -> Session:
             "share each batch: raise it (and lower --accumulate), or start fewer"
         )
     adapter = start(run)
-    config = adapter_config(run) if run.model.method != "full" and not adapter else None
+    anew = run.model.method != "full" and not adapter
+    if anew:
+        adapter_config(run)  # refuses impossible settings before anything is read
     data, notices = load(run.data, SPLITS if run.output.evaluate else SPLITS[:2])
     tokenizer = load_tokenizer(run.model.model)
     model = load_model(run.model.model, device, four_bits(run, start=True))
@@ -136,8 +141,9 @@ def open_session(run: RunConfig) -> Session:
         origin["adapter it starts from"] = of_tensors(adapter.tensors)
         notices += apply_start(model, adapter, str(run.adapter.adapter))
         report = inject_report(model)
-    elif config:
-        report = minilora.inject(model, config)
+    elif anew:
+        steps = last_step(run.training, len(splits["train"]))
+        report = minilora.inject(model, adapter_config(run, steps))
     else:
         trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
         report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
@@ -194,14 +200,30 @@ def keep(
         splits[name].states = kept
 
 
-def adapter_config(run: RunConfig) -> LoRAConfig:
-    """The library's configuration for a run's settings."""
-    settings = asdict(run.adapter)
+def adapter_config(run: RunConfig, steps: int = 100) -> LoRAConfig:
+    """The library's configuration for a run's settings.
+
+    AdaLoRA begins with one and a half times the ranks, as in the paper (section 3.3), and with the
+    scale that LoRA of the final rank has. The ranks fall after a tenth of the steps, and stay in
+    the last third.
+
+    Args:
+        run: its settings.
+        steps: how many it takes.
+    """
+    settings: dict[str, Any] = asdict(run.adapter) | {"task_type": "SEQ_2_SEQ_LM"}
     del settings["adapter"]
     settings |= {side: _targets(settings[side]) for side in ("targets", "exclude")}
     settings["layers"] = settings["layers"] or None
     settings["rank_pattern"] = _ranks(settings["rank_pattern"])
-    return LoRAConfig(**settings, task_type="SEQ_2_SEQ_LM")
+    if run.model.method != "adalora":
+        return LoRAConfig(**settings)
+    rank = math.ceil(1.5 * run.adapter.rank)
+    settings |= {"rank": rank, "alpha": run.adapter.alpha * rank / run.adapter.rank}
+    final = steps // 3
+    initial = min(max(STEPS, steps // 10), steps - final - 1)  # the first are checked: all learn
+    settings |= {"initial_steps": initial, "final_steps": final, "total_steps": steps}
+    return AdaLoRAConfig(**settings, target_rank=run.adapter.rank)
 
 
 def _ranks(entries: list[str]) -> dict[str, int]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import minilora
 from minilora import TrainingReport
+from minilora.methods import AdaLoRAConfig
 
 from .. import processes
 from ..data.batches import Encoded
@@ -86,9 +87,12 @@ class Trainer:
         self.last = last_step(training, len(session.splits["train"]))
         self.warmup = max(1, round(training.warmup * self.last))
         self.parameters = list(minilora.trainable_parameters(session.model))
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.peak, weight_decay=training.weight_decay, fused=True
-        )
+        groups: list[dict[str, Any]] = [{"params": self.parameters, "lr": self.peak}]
+        if training.lora_plus_ratio != 1:
+            ratio = training.lora_plus_ratio
+            groups = minilora.parameter_groups(session.model, self.peak, ratio)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=training.weight_decay, fused=True)
+        self.ratios = [group["lr"] / self.peak for group in groups]
         fp16 = session.autocast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=fp16)
         self.replica = Replica(session.model)
@@ -157,8 +161,8 @@ class Trainer:
 
     def set_learning_rate(self) -> None:
         rate = learning_rate(self.progress.step, self.last, self.warmup, self.peak)
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = rate
+        for settings, ratio in zip(self.optimizer.param_groups, self.ratios, strict=True):
+            settings["lr"] = rate * ratio
 
     def cheap_step(self, group: Group) -> AbstractContextManager[None]:
         """On a CPU `speed.cheap_step`; not for layers that are compiled or computed twice."""
@@ -247,8 +251,11 @@ class Trainer:
             return False
         score, loss = selection_score(scores), cast(float, scores["loss"])
         by_loss = score == progress.best and loss < (progress.best_loss or 0)
-        better = progress.best is None or score > progress.best or by_loss
-        self.log.write("validation", step=progress.step, epoch=progress.epoch + 1, **scores)
+        settled = self.settled(progress.step)
+        first = progress.best is None or settled > self.settled(progress.best_step)
+        better = first or score > cast(float, progress.best) or by_loss
+        said = scores if settled else scores | {"settled": False}
+        self.log.write("validation", step=progress.step, epoch=progress.epoch + 1, **said)
         epochs = self.session.run.training.epochs
         line = f"epoch {progress.epoch + 1}/{epochs}, step {progress.step}: {describe(scores)}"
         why = "ROUGE-1 ties, the loss is lower: " if by_loss else ""
@@ -259,6 +266,13 @@ class Trainer:
         progress.epoch, progress.position = progress.epoch + 1, 0
         self.checkpoint()
         return True
+
+    def settled(self, step: int) -> bool:
+        """False as long as AdaLoRA has more ranks than its budget: such an adapter is not kept."""
+        config = minilora.config_of(self.session.model)
+        if not isinstance(config, AdaLoRAConfig):
+            return True
+        return step >= config.total_steps - config.final_steps
 
     def save_trained(self) -> None:
         processes.on_rank0(lambda: save_trained(self.session, self.output))
