@@ -3,8 +3,9 @@
 None but torch is imported: what they are is seen by their names and attributes.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -58,21 +59,59 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def completed(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+class Method(Protocol):
+    """The configuration of a method that adapts no layer: a PromptConfig or a PrefixConfig."""
+
+    folder: str
+    """The name of its directory in that of the adapter."""
+
+    def completed(self, model: nn.Module) -> "Method":
+        """With what it leaves to the model."""
+
+
+Configs = LoRAConfig | Method | Sequence[LoRAConfig | Method]
+"""What `inject` takes."""
+
+
+def together(given: Configs) -> LoRAConfig:
+    """One configuration for several: the LoRAConfig with the others beside it.
+
+    Raises:
+        LoRAError: there are none, two of a kind, or what is not a configuration.
+    """
+    configs: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+    kinds = [getattr(c, "folder", "lora" if isinstance(c, LoRAConfig) else None) for c in configs]
+    if not configs or None in kinds or len(set(kinds)) < len(kinds):
+        wanted = "a LoRAConfig, a PromptConfig, a PrefixConfig, or a list with one of each at most"
+        raise LoRAError(f"config must be {wanted}, not {given!r}")
+    beside = tuple(c for c in configs if not isinstance(c, LoRAConfig))
+    lora = [replace(c, beside=c.beside + beside) for c in configs if isinstance(c, LoRAConfig)]
+    return lora[0] if lora else LoRAConfig(targets=(), beside=beside)
+
+
+def separated(config: LoRAConfig) -> Any:
+    """The other way: a configuration, or the list of them if there are several."""
+    configs = [*([replace(config, beside=())] if config.targets else []), *config.beside]
+    return configs if len(configs) > 1 else configs[0]
+
+
+def completed(model: nn.Module, given: Configs) -> LoRAConfig:
     """The configuration with what it leaves to the model: names of projections, a task's head.
 
     Raises:
-        LoRAError: as in `refuse_wrapped`; the model carries an adapter of minilora; or it has no
-            projection of a known name.
+        LoRAError: as in `refuse_wrapped` and `together`; the model carries an adapter of minilora;
+            or it has no projection of a known name.
     """
     refuse_wrapped(model)
-    if any(hasattr(module, "lora_A") for module in model.modules()):
+    if hasattr(model, "_minilora") or any(hasattr(module, "lora_A") for module in model.modules()):
         raise LoRAError("the model carries an adapter already: minilora.unwrap(model) first")
+    config = together(given)
+    config = replace(config, beside=tuple(c.completed(model) for c in config.beside))
     ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     targets = config.targets
     if targets == ATTENTION:
         targets = tuple(name for names in PROJECTIONS if ends.issuperset(names) for name in names)
-    if not targets:
+    if not targets and config.targets:
         raise LoRAError(f"targets: {ATTENTION!r}: no projection of a known name: name the linears")
     head = [name for name in HEADS.get(config.task_type or "", ()) if name in ends]
     also_train = dict.fromkeys((*config.also_train, *head))  # each once

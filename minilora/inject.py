@@ -11,13 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 from minilora import conventions, linears
 from minilora.config import LoRAConfig, LoRAError
+from minilora.conventions import Configs
 from minilora.layer import LoRALinear, refuse_merged
 from minilora.modules import naming, plain_model, plain_name, replace_modules, require_grad, seeded
 from minilora.reports import InjectReport
 from minilora.targets import select
 
 
-def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> InjectReport:
+def inject(model: nn.Module, config: Configs, seed: int | None = None) -> InjectReport:
     """Freeze the model and wrap every target into a LoRALinear, in place.
 
     Only the adapter trains afterwards: `lora_A`, `lora_B` and what the configuration adds to them.
@@ -27,9 +28,10 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Inj
 
     Args:
         model: any module; not yet wrapped by torch.compile or DistributedDataParallel.
-        config: what to adapt.
-        seed: of A's random start, and recorded in the report; torch's global random state is then
-            left as it is. Without it A is drawn from that state.
+        config: what to adapt; or a PromptConfig or PrefixConfig, which adapts no layer; or a list
+            with one of each kind at most.
+        seed: of the random start, and recorded in the report; torch's global random state is then
+            left as it is. Without it the start is drawn from that state.
 
     Returns:
         The modules and the parameter counts.
@@ -44,13 +46,13 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Inj
         LoRAError: the model carries an adapter already, or the configuration does not fit it: a
             target that matches nothing or is no linear layer, a rank above a layer's smaller side.
     """
-    config = conventions.completed(model, config)
-    selected = select(model, config)
+    lora = conventions.completed(model, config)
+    selected = select(model, lora)
     for name, module in selected.items():
-        if (rank := config.rank_of(name)) > (side := min(linears.shape(module))):
+        if (rank := lora.rank_of(name)) > (side := min(linears.shape(module))):
             raise LoRAError(f"rank {rank} is above the smaller side of {name!r}, {side}: lower it")
     with seeded(model, seed):
-        wrap(model, selected, config)
+        wrap(model, selected, lora)
     return report(model, seed)
 
 
@@ -179,8 +181,8 @@ def merge_layers(layers: dict[str, LoRALinear]) -> None:
         raise
 
 
-def config_of(model: nn.Module) -> LoRAConfig | None:
-    """The LoRAConfig the model carries, or None.
+def config_of(model: nn.Module) -> Any:
+    """The configuration the model carries, or the list of them if there are several, or None.
 
     Args:
         model: any module, wrapped by torch.compile or DistributedDataParallel or not.
@@ -190,7 +192,7 @@ def config_of(model: nn.Module) -> LoRAConfig | None:
         True
     """
     injection = injection_of(plain_model(model))
-    return injection.config if injection is not None else None
+    return conventions.separated(injection.config) if injection is not None else None
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

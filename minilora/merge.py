@@ -117,7 +117,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def _layers(model: nn.Module) -> dict[str, LoRALinear]:
     layers = lora_layers(model)
-    if not layers:
+    if not layers and injection_of(plain_model(model)) is None:
         raise LoRAError("the model carries no adapter: minilora.inject or load_adapter first")
     return layers
 
