@@ -335,6 +335,12 @@ class Ids:
     """What the step and `summarize` ask of a tokenizer; texts are ids."""
 
     pad_token_id = PAD
+    all_special_ids = (PAD, EOS)
+
+    def __call__(self, text_target: list[str], **_: Any) -> dict[str, Any]:
+        """A target ends with EOS, and nothing begins it."""
+        rows = [[EOS + 1, EOS] if text else [EOS] for text in text_target]
+        return {"input_ids": rows, "special_tokens_mask": [[0] * len(row) for row in rows]}
 
     def batch_decode(self, rows: Any, **_: Any) -> list[str]:
         return [" ".join(str(i) for i in row if i > EOS) for row in rows.tolist()]

@@ -1,72 +1,130 @@
-"""The best length settings for the base, on the validation split, before any fine-tuning.
+"""Are the lengths that `train.py` takes from the training references near the best ones?
 
-    python benchmarks/lengths.py [--preset pocket]
-    python benchmarks/lengths.py --data ../shared/data/samsum --limit 100 --name lengths_samsum
+    python benchmarks/lengths.py --shared ../shared/data --work /tmp/lengths [--only samsum]
 
-If the base scored less than it can, every fine-tune would look better than it is. So the preset
-decodes with the settings at which the *base* scores highest here (the shortest within 0.1 ROUGE-1
-of the best), for base and fine-tuned model alike.
+For each data set pocket-bart is fine-tuned on a subset, and the validation rows are summarized with
+every setting of a grid and with those that `fit_lengths` takes. The grid's best setting is chosen
+on the very rows that it is scored on, so the difference is at most what is lost. A setting that was
+measured before, in --work, is not measured again.
 """
 
-import argparse
 import itertools
+import json
+import lzma
+import random
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from common import write_result
+import torch
+from common import parser, write_result
 
-from minilora.summarization.data.batches import encode
-from minilora.summarization.data.splits import load
+import minilora
+from minilora.summarization.cli import train_main
+from minilora.summarization.data.batches import Encoded, encode
+from minilora.summarization.data.lengths import fit_lengths
+from minilora.summarization.data.reading import Example
 from minilora.summarization.evaluation.generate import summarize
 from minilora.summarization.evaluation.rouge import rouge
-from minilora.summarization.model.device import choose_device, choose_precision
 from minilora.summarization.model.loading import load_model, load_tokenizer
-from minilora.summarization.presets import PRESETS
 from minilora.summarization.settings import RunConfig
 
 GRID = {
-    "min_length": (5, 15, 20, 25, 30, 40, 50),
+    "min_length": (0, 5, 10, 20, 40),
+    "max_length": (30, 60, 120),
     "length_penalty": (1.0, 2.0),
 }
+PAIRS = "pretraining/dialogue_summary_pairs.jsonl.xz"
+SETS = {"samsum": None, "MTS-Dialog": PAIRS, "QMSum": PAIRS}
+MARGIN = 2.0
+"""ROUGE-1 that may be lost."""
+TRAINING = ["--epochs", "2", "--validation-limit", "1", "--no-evaluate", "--no-report"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--preset", default="pocket", choices=PRESETS)
-    parser.add_argument("--data", default=None, help="other than the preset's")
-    parser.add_argument("--limit", type=int, default=0, help="the first so many dialogues; 0: all")
-    parser.add_argument("--name", default="lengths", help="benchmarks/results/NAME.json")
-    options = parser.parse_args()
-    run = RunConfig.from_dict(PRESETS[options.preset] | {"preset": options.preset})
-    run.data.data = options.data or run.data.data
-    device = choose_device(run.model.device)
-    dtype = choose_precision(run.model.precision, device)
-    model, tokenizer = load_model(run.model.model, device), load_tokenizer(run.model.model)
-    examples = load(run.data, ("validation",))[0]["validation"]
-    examples = examples[: options.limit or None]
-    encoded, _ = encode(examples, tokenizer, run.data)
-    references = [example.summary for example in examples]
+    flags = parser(__doc__)
+    flags.add_argument("--shared", type=Path, required=True, help="the folder with samsum/ ...")
+    flags.add_argument("--work", type=Path, required=True, help="runs, and what was measured")
+    flags.add_argument("--only", choices=SETS, action="append", help="instead of all three")
+    flags.add_argument("--train", type=int, default=320, help="dialogues to train on")
+    flags.add_argument("--validation", type=int, default=40, help="dialogues to score")
+    options = flags.parse_args()
+    torch.set_num_threads(1)
+    found = {}
+    for name in options.only or SETS:
+        work = options.work / name
+        if not (work / "train.jsonl").exists():
+            write_subset(name, options.shared, work, options.train, options.validation)
+        found[name] = measure(work)
+        print(name, {k: v for k, v in found[name].items() if k != "grid"}, file=sys.stderr)
+    not_run = [name for name in SETS if name not in found]
+    print(write_result("lengths", {"model": "pocket-bart", "sets": found, "not run": not_run}))
 
-    rows = []
-    for values in itertools.product(*GRID.values()):
-        settings = dict(zip(GRID, values, strict=True))
-        generation = replace(run.generation, **settings)
-        summaries = summarize(model, tokenizer, encoded, generation, dtype)
-        scores = rouge([summary.text for summary in summaries], references)
-        means = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
-        length = sum(summary.tokens for summary in summaries) / len(summaries)
-        rows.append({**settings, **means, "gen_len": length})
-        print({key: round(value, 2) for key, value in rows[-1].items()}, file=sys.stderr)
-    rows.sort(key=lambda row: -row["rouge1"])
-    settings = {
-        "preset": options.preset,
-        "model": run.model.model,
-        "data": "samsum" if "samsum" in run.data.data else run.data.data,
-        "split": "validation",
-        "dialogues": len(examples),
-    }
-    print(f"best: {rows[0]}")
-    print(write_result(options.name, {"settings": settings, "rows": rows}))
+
+def write_subset(name: str, shared: Path, work: Path, train: int, validation: int) -> None:
+    """train.jsonl and validation.jsonl, drawn without looking at them."""
+    if pairs := SETS[name]:
+        with lzma.open(shared / pairs, "rt", encoding="utf-8") as lines:
+            rows = [row for row in map(json.loads, lines) if row["source"] == name]
+        random.Random(0).shuffle(rows)
+        parts = {"train": rows[validation:], "validation": rows[:validation]}
+    else:
+        files = {"train": "train", "validation": "val"}
+        parts = {k: json.loads((shared / name / f"{v}.json").read_text()) for k, v in files.items()}
+    work.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train), ("validation", validation)):
+        full = [row for row in parts[split] if row["dialogue"]]
+        some = random.Random(1).sample(full, min(count, len(full)))
+        text = "".join(
+            json.dumps({k: r[k] for k in ("id", "dialogue", "summary")}) + "\n" for r in some
+        )
+        (work / f"{split}.jsonl").write_text(text)
+
+
+def measure(work: Path) -> dict[str, Any]:
+    """Train unless it was, then score the grid and the lengths that fit."""
+    run = RunConfig()
+    if not (work / "run" / "adapter").exists():
+        argv = ["--data", str(work), "--output", str(work / "run"), *TRAINING]
+        assert train_main([*argv, "--device", "cpu", "--precision", "fp32"]) == 0
+    model, tokenizer = load_model("pocket-bart", torch.device("cpu")), load_tokenizer("pocket-bart")
+    minilora.load_adapter(model, work / "run" / "adapter", inference=True)
+
+    def read(split: str) -> tuple[list[Example], list[Encoded]]:
+        rows = map(json.loads, (work / f"{split}.jsonl").read_text().splitlines())
+        examples = [Example(row["id"], row["dialogue"], row["summary"]) for row in rows]
+        return examples, encode(examples, tokenizer, run.data)[0]
+
+    lengths = [len(row.target) + 1 for row in read("train")[1]]
+    fitted, _ = fit_lengths(run.generation, lengths, ())
+    chosen = {name: getattr(fitted, name) for name in GRID}
+    examples, encoded = read("validation")
+    file = work / "measured.jsonl"
+    measured = file.read_text().splitlines() if file.exists() else []
+    rows: list[dict[str, Any]] = [json.loads(line) for line in measured]
+
+    def score(settings: dict[str, Any]) -> dict[str, Any]:
+        for row in rows:
+            if settings.items() <= row.items():
+                return row
+        written = summarize(model, tokenizer, encoded, replace(run.generation, **settings))
+        scores = rouge([summary.text for summary in written], [e.summary for e in examples])
+        rouge1 = sum(row["rouge1"] for row in scores) / len(scores)
+        tokens = sum(summary.tokens for summary in written) / len(written)
+        rows.append({**settings, "rouge1": round(rouge1, 2), "gen_len": round(tokens, 1)})
+        with file.open("a") as lines:
+            lines.write(json.dumps(rows[-1]) + "\n")
+        return rows[-1]
+
+    mine = score(chosen)
+    cells = (dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values()))
+    grid = [score(cell) for cell in cells if cell["min_length"] <= cell["max_length"]]
+    best = max(grid, key=lambda row: float(row["rouge1"]))
+    lost = round(best["rouge1"] - mine["rouge1"], 2)
+    rows_of = {"train": len(lengths), "validation": len(examples)}
+    result = {"chosen": mine, "best": best, "lost": lost, "within": lost <= MARGIN}
+    return {"dialogues": rows_of, **result, "grid": grid}
 
 
 if __name__ == "__main__":

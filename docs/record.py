@@ -31,7 +31,7 @@ Mia: Lovely, thanks!
 COMMANDS = (
     "python train.py --rank 8",
     "cat chat.txt",
-    "python evaluate.py runs/pocket-lora-r8 --text chat.txt",
+    "python evaluate.py runs/pocket-lora-r8 --text chat.txt --base",
 )
 
 

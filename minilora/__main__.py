@@ -2,6 +2,7 @@
 
     train ...                 what `python train.py ...` does
     evaluate RUN ...          what `python evaluate.py RUN ...` does
+    predict RUN FILE ...      summaries of own chats: `python evaluate.py RUN --predict FILE ...`
     inspect ADAPTER           layers, ranks, scales, norms and singular values, as a table
     merge ADAPTER OUT         a checkpoint that plain transformers loads
     report RUN                report.html of a run
@@ -31,6 +32,7 @@ from minilora.reports import fold_names
 from minilora.summarization import errors
 from minilora.summarization.errors import UserError
 from minilora.summarization.files import read_object
+from minilora.summarization.presets import restored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,9 +43,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 if a layer fails, or 2 on bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] in (["train"], ["evaluate"]):
+    if arguments[:1] in (["train"], ["evaluate"], ["predict"]):
         from minilora.summarization import cli  # it imports transformers: only when it is needed
 
+        if arguments[0] == "predict":
+            arguments[2:2] = ["--predict"]
         entry_point = cli.train_main if arguments[0] == "train" else cli.evaluate_main
         return entry_point(arguments[1:])
     parsed = _parser().parse_args(arguments)
@@ -68,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="fine-tune a model", add_help=False)
     commands.add_parser("evaluate", help="score a run", add_help=False)
+    commands.add_parser("predict", help="summarize chats", add_help=False)
     inspect = commands.add_parser("inspect", help="show what an adapter holds")
     inspect.add_argument("adapter", metavar="ADAPTER")
     inspect.set_defaults(
@@ -234,7 +239,10 @@ def _merge(parsed: argparse.Namespace) -> None:
 def _settings(directory: Path) -> dict[str, Any]:
     """The config.json of the run that the adapter is of; nothing where it is of none."""
     run = directory.parent if directory.name == "adapter" else directory
-    return read_object(run / "config.json") or {}
+    settings = read_object(run / "config.json") or {}
+    if model := settings.get("model"):
+        settings["model"] = restored(str(model), run)
+    return settings
 
 
 def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":
@@ -255,7 +263,7 @@ def _load(name: str) -> "tuple[PreTrainedModel, torch.dtype]":
             ignore_mismatched_sizes=True,  # to be told which they are
             output_loading_info=True,
         )
-    check_complete(name, info)
+    check_complete(name, model, info)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return model.eval(), stored
 

@@ -71,7 +71,7 @@ def require(field: str, entries: Iterable[str], names: list[str], by: Matcher = 
     """Refuse an entry that matches no module. PEFT lets a misspelt one pass."""
     if isinstance(entries, str):  # one regular expression, or "all-linear"
         entries, by = () if entries in ("", ALL_LINEAR) else (entries,), matches
-    part = "'s adapted modules" if by is matches_end else ""
+    part = "'s adapted modules" if by is matches_end else " by regular expression" * (by is matches)
     for entry in entries:
         if not any(by(entry, name) for name in names):
             near = modules.nearest(entry, names)

@@ -31,8 +31,8 @@ LIBRARY_LINES = 1444  # DESIGN: 1,300
 APART = ("nf4", "methods", "conformance", "many", "__main__")  # topics by themselves
 
 # The folders of the task. Each imports only those before it, and files of its own.
-TASK = ("errors", "presets", "settings", "files", "processes", "data", "model", "evaluation",
-        "training", "report", "flags", "commands", "cli")  # fmt: skip
+TASK = ("errors", "presets", "settings", "files", "hub", "processes", "data", "model", "evaluation",
+        "training", "predict", "report", "flags", "commands", "cli")  # fmt: skip
 
 # The public names of the design, and how Python spells what is not a function of the package.
 PUBLIC = (

@@ -116,8 +116,8 @@ def nesting(draw: random.Random) -> Case:
 
 
 def shallow_nesting(draw: random.Random) -> Case:
-    """A dialogue that is a list or an object, however shallow, is no text."""
-    value: Any = draw.choice([["a", "b"], {"text": "a"}, [], {}, [["a"]], [{"speaker": "A"}]])
+    """A dialogue that is an object, or a list of anything but turns, is no text."""
+    value: Any = draw.choice([["a", 1], {"text": "a"}, [], {}, [["a"]], [{"speaker": "A"}]])
     return spoil(draw, lambda row: row | {draw.choice(["dialogue", "summary"]): value})
 
 
@@ -137,7 +137,7 @@ def missing_columns(draw: random.Random) -> Case:
     def without(row: Row) -> Row:
         value = row.pop(column)
         if draw.random() < 0.5:
-            row[draw.choice(["Dialogue", "text", "sumary", "dialog", ""])] = value
+            row[draw.choice(["Chat", "txt", "sumary", "dialog", ""])] = value
         return row
 
     return spoil(draw, without)

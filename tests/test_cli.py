@@ -224,9 +224,9 @@ def test_bad_models(here: Path, capfd: Any, damage: Any, says: list[str]) -> Non
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "pocket"])
 def test_hub_presets_fail_offline_in_one_line(here: Path, capfd: Any, preset: str) -> None:
     argv = ["--preset", preset]
-    refused(train_main, here, capfd, argv, "knkarthick/samsum", "and the hub does not have it")
+    refused(train_main, here, capfd, argv, "knkarthick/samsum", "offline it is not in the")
     argv += ["--data", "../data"]
-    refused(train_main, here, capfd, argv, "facebook/bart", "and the hub does not have it")
+    refused(train_main, here, capfd, argv, "facebook/bart", "offline it is not in the")
 
 
 def test_an_output_that_holds_a_run_is_never_written_over(here: Path, capfd: Any) -> None:
@@ -284,7 +284,7 @@ def test_the_last_screen_shows_what_was_trained_what_it_cost_and_what_it_gained(
     assert err == ""
     for part in (
         r"trainable parameters  576 of [\d,]+ \(\d+\.\d{4}%\)",
-        r"time                  \d+ seconds, of which .* took \d+ seconds \(1 steps\)",
+        r"time                  \d+ seconds, of which .* took \d+ seconds \(1 step\)",
         r"peak memory           [\d,]+ MiB",
         r"\nrouge1 .*\nrouge2 .*\nrougeL ",
         r"python evaluate\.py runs/pocket-lora-r3 --text",
@@ -463,16 +463,21 @@ def test_a_text_is_summarized_without_and_with_the_fine_tuning(
 ) -> None:
     text = "Ann: shall we meet at school?\r\nBob: ok"
     write(here / "chat.txt", b"\xef\xbb\xbf" + text.encode() + b"\n\n")
-    assert call(evaluate_main, "../run", "--text", "chat.txt") == 0
+    assert call(evaluate_main, "../run", "--text", "chat.txt", "--base") == 0
     out, err = capfd.readouterr()
     assert err == ""
     assert re.fullmatch(r"base        .*\nfine-tuned  .*\n", out)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    assert call(evaluate_main, "../run", "--text", "-") == 0
+    assert call(evaluate_main, "../run", "--text", "-", "--base") == 0
     assert capfd.readouterr().out == out
+    write(here / "two.txt", b"Bob: hello\n---\nAnn: hi\n")
+    assert call(evaluate_main, "../run", "--text", "chat.txt", "--text", "two.txt") == 0
+    three = capfd.readouterr().out.split("\n---\n")
+    assert len(three) == 3
+    assert f"fine-tuned  {three[0]}" == out.splitlines()[1]
     write(here / "chat.txt", text.encode() * 9)
     assert call(evaluate_main, "../run", "--text", "chat.txt") == 0
-    assert capfd.readouterr().err == "note: only the first 64 tokens are read\n"
+    assert capfd.readouterr().err == "note: 1 of 1 dialogues cut to --max-source-length\n"
 
 
 def test_a_summary_cannot_harm_a_terminal_or_fail_on_its_alphabet(
@@ -487,7 +492,7 @@ def test_a_summary_cannot_harm_a_terminal_or_fail_on_its_alphabet(
     monkeypatch.setattr(commands, "summarize", summarize)
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
-    assert call(evaluate_main, "../run", "--text", "chat.txt") == 0
+    assert call(evaluate_main, "../run", "--text", "chat.txt", "--base") == 0
     out.seek(0)
     assert out.read() == "base        (empty)\nfine-tuned  [2J caf? ?\n"
 
@@ -516,15 +521,21 @@ BAD_EVALUATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["../other/adapter", "--model", "../bart"],
         ["unexpected key base_model.model.model.encoder.layers.1.self_attn", "no such module"],
     ),
-    "no such text": (["../run", "--text", "nothing.txt"], ["--text nothing.txt: No such file"]),
-    "a text that is a directory": (["../run", "--text", "../data"], ["--text ../data: Is a dir"]),
+    "no such text": (["../run", "--text", "nothing.txt"], ["nothing.txt: no such file"]),
+    "a text that is a directory": (
+        ["../run", "--text", "../data"],
+        ["../data: cannot be read (Is"],
+    ),
     "a text that is none": (["../run", "--text", "../bart/model.safetensors"], ["not UTF-8"]),
     "an empty text": (["../run", "--text", "/dev/null"], ["nothing to summarize"]),
     "a text of spaces": (["../run", "--text", "../blank.txt"], ["nothing to summarize"]),
-    "a text in Latin-1": (["../run", "--text", "../latin.txt"], ["not UTF-8 at byte 8"]),
+    "a text in Latin-1": (
+        ["../run", "--text", "../latin.txt"],
+        ["not UTF-8 (byte 0xe9 at offset 8)"],
+    ),
     "a text and a file for scores": (["../run", "--text", "x", "--output", "y"], ["--output"]),
     "a negative limit": (["../run", "--limit", "-1"], ["--limit"]),
-    "no such split": (["../run", "--split", "dev"], ["no split is called 'dev'"]),
+    "no such split": (["../run", "--split", "dev"], ["--split", "'dev'"]),
     "no such data": (["../run", "--data", "../dtaa"], ["../dtaa: no such file"]),
     "a directory for the scores": (["../run", "--output", ".."], ["--output .. is a directory"]),
     "a misspelt flag": (["../run", "--splt", "test"], ["--splt", "nearest: --split"]),

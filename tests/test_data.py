@@ -151,13 +151,13 @@ def test_small_files(tmp_path: Path, count: int) -> None:
 
 def test_an_empty_dialogue_only_stops_what_is_scored(tmp_path: Path) -> None:
     empty = GOOD | {"id": "e-9", "dialogue": " \r\n"}
-    for split in ("train", "validation", "test"):
-        write(tmp_path / f"{split}.json", as_json(rows(5)))
+    write(tmp_path / "validation.json", as_json(rows(5, 10)))
+    write(tmp_path / "test.json", as_json(rows(5, 20)))
     write(tmp_path / "train.json", as_json([*rows(5), empty]))
     found, notices = load(tmp_path)
     assert len(found["train"]) == 5
     assert notices == f"{tmp_path}/train.json row 6 (id e-9): empty dialogue, left out"
-    write(tmp_path / "test.json", as_json([*rows(5), empty]))
+    write(tmp_path / "test.json", as_json([*rows(5, 20), empty]))
     with pytest.raises(UserError, match=r"test\.json row 6 \(id e-9\): empty dialogue; --skip"):
         load(tmp_path)
     assert len(load(tmp_path, skip_bad_rows=True)[1].split("\n")) == 2
@@ -170,19 +170,18 @@ def test_the_embedded_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert notices == ""
 
 
-def test_unknown_split() -> None:
-    with pytest.raises(UserError, match="no split is called 'dev'; there are train"):
-        load("anything", "dev")
-
-
 # SAMSum -------------------------------------------------------------------------------------------
 
 
 def test_samsum(samsum: Path) -> None:
     found, notices = load(samsum)
     assert [len(examples) for examples in found.values()] == [14_731, 818, 819]
-    assert notices.endswith("train.json row 6055 (id 13828807): empty dialogue, left out")
-    assert "\n" not in notices
+    empty, *twice = notices.split("\n")
+    assert empty.endswith("train.json row 6055 (id 13828807): empty dialogue, left out")
+    assert twice == [
+        "validation: 47 dialogues of 818 also in the training data",
+        "test: 42 dialogues of 819 also in the training data",
+    ]
     assert not any("\r" in e.dialogue + e.summary for part in found.values() for e in part)
 
 
@@ -217,11 +216,15 @@ PROMPT = DataOptions(
 )
 
 
+def read(dialogue: str, options: DataOptions) -> str:
+    """The text that the model reads."""
+    before, after = batches.prompt(options)
+    return before + dialogue + after
+
+
 def test_prompt() -> None:
-    assert batches.build_prompt("A: b", PROMPT) == (
-        "Summarize the following conversation.\n\nA: b\n\nSummary: "
-    )
-    assert batches.build_prompt("A: b\\n", DataOptions()) == "A: b\\n"
+    assert read("A: b", PROMPT) == "Summarize the following conversation.\n\nA: b\n\nSummary: "
+    assert read("A: b\\n", DataOptions()) == "A: b\\n"
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
@@ -230,7 +233,7 @@ def test_short_texts_are_the_tokenizers_own(name: str, request: pytest.FixtureRe
     encoded, truncation = batches.encode(EXPECTED * 300, tokenizer, PROMPT)
     assert [row.id for row in encoded] == ["a-1", "a-2"] * 300
     for row, example in zip(encoded, EXPECTED * 300, strict=True):
-        assert row.source == tokenizer(batches.build_prompt(example.dialogue, PROMPT)).input_ids
+        assert row.source == tokenizer(read(example.dialogue, PROMPT)).input_ids
         assert row.target == tokenizer(text_target=example.summary).input_ids
     assert truncation == batches.Truncation(0, 0, 600)
 
@@ -250,7 +253,7 @@ def test_a_long_dialogue_loses_its_end(
     )
     (_, long), truncation = batches.encode([EXPECTED[1], whole], tokenizer, options)
     assert (len(long.source), len(long.target)) == (250, 20)
-    full = tokenizer(batches.build_prompt(whole.dialogue, options), verbose=False).input_ids
+    full = tokenizer(read(whole.dialogue, options), verbose=False).input_ids
     kept = tokenizer.decode(long.source, skip_special_tokens=True)
     start = tokenizer.decode(full[:200], skip_special_tokens=True)
     assert kept.startswith(start)
@@ -286,7 +289,7 @@ def test_a_dialogue_writes_no_special_tokens(bart: Any) -> None:
 
 
 def test_no_room_for_the_dialogue(bart: Any) -> None:
-    used = len(bart(batches.build_prompt("", PROMPT)).input_ids)
+    used = len(bart(read("", PROMPT)).input_ids)
     settings = {"prompt_before": PROMPT.prompt_before, "prompt_after": PROMPT.prompt_after}
     with pytest.raises(UserError, match=rf"--max-source-length {used}: .* alone take {used}"):
         batches.encode(EXPECTED, bart, DataOptions(**settings, max_source_length=used))
@@ -395,3 +398,16 @@ def test_collate(rows: list[tuple[list[int], list[int]]], pad: int) -> None:
         assert batch["attention_mask"][number].tolist() == [1] * end + [0] * (width - end)
         assert batch["labels"][number].tolist() == target + [-100] * (depth - stop)
     assert {tensor.dtype for tensor in batch.values()} == {torch.long}
+
+
+def test_files_that_are_no_split_are_named(tmp_path: Path) -> None:
+    for i, name in enumerate(("train", "more", "validation", "test", "extra")):
+        write(tmp_path / f"{name}.jsonl", as_jsonl(rows(3, 3 * i)))
+    write(tmp_path / "README.md", b"about")
+    found, notices = load(tmp_path)
+    assert len(found["train"]) == 3
+    assert notices == f"{tmp_path}: not read: extra.jsonl, more.jsonl"
+    write(tmp_path / "train_2.jsonl", as_jsonl(rows(3)))
+    with pytest.raises(UserError, match=r"train\.jsonl and .*train_2\.jsonl are both train"):
+        load(tmp_path)
+    assert load("bookings")[1] == ""

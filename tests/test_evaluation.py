@@ -173,7 +173,6 @@ PAIRS = [
     ("", "Ann buys cakes."),
     ("Ann buys cakes.", ""),
     ("😂😂", "😂"),
-    ("安娜买了两个蛋糕。", "安娜买了两个蛋糕。"),
     ("Ann buys cakes.", "Ann buys cakes."),
 ]
 
@@ -190,7 +189,7 @@ def test_rouge_equals_rouge_score() -> None:
         assert row["rougeLsum"] == pytest.approx(100 * scorer.score(*lines)["rougeLsum"].fmeasure)
     assert found[1]["rougeLsum"] > found[1]["rougeL"]  # the order of sentences does not matter
     assert found[-1] == dict.fromkeys(rouge.METRICS, 100.0)
-    for row in found[2:6]:
+    for row in found[2:5]:
         assert row == dict.fromkeys(rouge.METRICS, 0.0)
 
 
@@ -451,8 +450,8 @@ def test_json_has_the_fixed_shape(comparison, tmp_path) -> None:
     files.write_json(path, comparison.to_dict())
     data = json.loads(path.read_text("utf-8"))
     assert list(data) == [
-        "data", "split", "n", "base", "finetuned", "reference", "intervals", "generation",
-        "examples",
+        "data", "split", "n", "base", "finetuned", "reference", "rouge_tokenizer",
+        "intervals", "generation", "examples",
     ]  # fmt: skip
     assert (data["data"], data["split"], data["n"]) == ("minichat", "test", 3)
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum", "gen_len"]

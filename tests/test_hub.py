@@ -1,6 +1,8 @@
 """An adapter by its hub name: the real loading code on a cache in the hub client's layout."""
 
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,11 @@ from huggingface_hub import constants
 import minilora
 from minilora import LoRAConfig
 from minilora.__main__ import main
+from minilora.summarization import hub
+from minilora.summarization.data.sources import find
 from minilora.summarization.errors import UserError
-from minilora.summarization.model.loading import adapter_directory
+from minilora.summarization.model.loading import adapter_directory, load_model
+from minilora.summarization.settings import DataOptions
 
 NAME, REVISION = "someone/bart-lora-samsum", "0" * 40
 
@@ -72,3 +77,21 @@ def test_a_repository_without_an_adapter_is_named(cached: Path) -> None:
     (cached / "adapter_config.json").unlink()
     with pytest.raises(UserError, match="it is no adapter"):
         adapter_directory(NAME)
+
+
+@pytest.mark.parametrize("read", [load_model, adapter_directory, find])
+def test_without_a_network_it_takes_no_minute(
+    read: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client of the hub would try again and again. What is in the cache is still found."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(hub, "getproxies", dict)
+    name = DataOptions(data="nobody/nothing") if read is find else "nobody/nothing"
+    started = time.monotonic()
+    with pytest.raises(UserError, match="offline it is not in the hub's cache: name a path"):
+        read(*([name] if read is not load_model else [name, torch.device("cpu")]))
+    assert time.monotonic() - started < 3
+    assert constants.HF_HUB_OFFLINE

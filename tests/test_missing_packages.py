@@ -53,7 +53,7 @@ def test_scoring_and_hub_data_end_in_one_line_and_a_text_is_summarized(
     text = tmp_path / "chat.txt"
     text.write_text("Ann: shall we meet at school?\nBob: ok")
     assert evaluate_main([str(tmp_path / "run"), "--text", str(text)]) == 0
-    assert "fine-tuned  " in capfd.readouterr().out
+    assert capfd.readouterr().out.strip()
     assert train_main(["--data", "someone/chats", "--output", str(tmp_path / "other")]) == 2
-    message = "train.py: someone/chats: hub data needs a package: pip install datasets\n"
+    message = "train.py: someone/chats: reading it needs a package: pip install datasets\n"
     assert capfd.readouterr() == ("", message)

@@ -27,11 +27,11 @@ from minilora.summarization.model import device
 from minilora.summarization.model.device import choose_device, choose_precision
 from minilora.summarization.model.loading import (
     check_vocabulary,
-    limit_lengths,
     load_model,
     load_tokenizer,
     save_model,
 )
+from minilora.summarization.model.requirements import limit_lengths
 from minilora.summarization.presets import PRESETS
 from minilora.summarization.settings import RunConfig
 from tests.helpers import byte_level_bpe, save_bart, small_bart
@@ -153,8 +153,10 @@ def test_no_such_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     "name", sorted({str(p["model"]) for p in PRESETS.values() if "model" in p} | {"nosuch", "a b"})
 )
 def test_hub_models_fail_offline_in_one_line(name: str) -> None:
-    refused(name, "no such directory, and the hub does not have it")
-    refused(name, "no such directory, and the hub does not have it", load=load_tokenizer)
+    refused(name, "no such directory, and offline it is not in the hub's cache")
+    refused(
+        name, "no such directory, and offline it is not in the hub's cache", load=load_tokenizer
+    )
 
 
 def test_a_directory_without_weights(copy: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from minilora import InjectReport
 from minilora.summarization.data.reading import Example
+from minilora.summarization.errors import counted
 from minilora.summarization.evaluation import compare, rouge
 from minilora.summarization.report import terminal
 from minilora.summarization.settings import RunConfig
@@ -46,7 +47,7 @@ def test_table(comparison) -> None:
     assert all(len(line) <= 100 and line.isascii() for line in lines)
     assert f"{comparison.intervals['base']['rouge1'].mean:.2f} [" in rows[1]
     assert re.search(r"\s\+22\.22 \[[+-]", rows[1])
-    assert rows[6].startswith("1 references score 0")
+    assert rows[6].startswith("ROUGE compares Unicode words")
 
 
 def test_table_with_the_widest_numbers() -> None:
@@ -130,3 +131,9 @@ def test_closing_says_what_it_cost_and_what_to_do_next() -> None:
     full = terminal.summary(session("full"), outcome, Path("a run"), 200.0, command)
     assert str(Path("a run/model")) in full
     assert "python -m minilora evaluate 'a run' --text chat.txt" in full
+
+
+def test_one_of_a_thing_is_no_plural() -> None:
+    assert [counted(n, "dialogue") for n in (0, 1, 1200)] == [
+        "0 dialogues", "1 dialogue", "1,200 dialogues"
+    ]  # fmt: skip

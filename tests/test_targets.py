@@ -224,3 +224,12 @@ def test_the_nearest_names_are_those_of_the_ends_or_of_the_whole() -> None:
     known = ["encoder.layers.0.q_proj", "encoder.layers.0.k_proj", "encoder.layers.0.fc1"]
     assert re.fullmatch(r"; nearest: q_proj, k_proj", nearest("q_prj", known))
     assert nearest("xyz", known) == ""
+
+
+def test_a_string_is_an_expression_and_the_error_says_so() -> None:
+    model = tiny_bart()
+    with pytest.raises(LoRAError, match=r"'q_proj': nothing .* by regular expression; nearest"):
+        select(model, LoRAConfig(targets="q_proj"))
+    with pytest.raises(LoRAError, match=r"'q_prj': nothing matches it in the model; nearest"):
+        select(model, LoRAConfig(targets=("q_prj",)))
+    assert select(model, LoRAConfig(targets=r".*\.q_proj"))

@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import minilora
 
 from . import flags, processes
-from .data.batches import encode
-from .data.reading import Example, line_feeds, load_file
+from .data.batches import Encoded, encode
+from .data.formats import is_data
+from .data.reading import Example, load_file
 from .data.splits import load
 from .errors import EXPECTED, UserError, one_line
 from .evaluation.compare import Evaluation
 from .evaluation.generate import evaluate, summarize
 from .evaluation.rouge import require_rouge, rouge_is_installed
 from .files import write_json
-from .model import loading, speed
+from .model import loading, requirements, speed
 from .model.device import choose_device, choose_precision
 from .model.loading import load_model
-from .presets import PRESETS
+from .predict import Row, read_chats, write_summaries
+from .presets import PRESETS, local_path
 from .report import terminal
 from .report.page import write_report
 from .settings import RunConfig
-from .training.failures import out_of_memory, smaller_evaluation_batch
+from .training.failures import out_of_memory, smaller_evaluation_batch, try_out
 from .training.lock import lock
 from .training.session import Session, Split, four_bits, open_session, trained_path, write_config
 from .training.stopping import stop_requests
@@ -67,8 +69,7 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
         processes.on_rank0(lambda: write_config(run, output))
     if not all(processes.gather((output / "config.json").exists())):
         raise UserError(f"{output} must be on a file system that the machines share")
-    for notice in session.notices:
-        print(f"note: {notice}", file=sys.stderr)
+    _print(session.notices)
     print(terminal.header(session, output), flush=True)
     again = shlex.quote(str(output))
     try:
@@ -134,21 +135,41 @@ class Models:
     tokenizer: PreTrainedTokenizerBase
     autocast_dtype: torch.dtype | None
 
+    def check(self, run: RunConfig) -> RunConfig:
+        """The settings as the models allow; what is set right is noted."""
+        for model in filter(None, (self.base, self.tuned)):
+            _print(requirements.check(model, self.tokenizer, run.model.model))
+        return requirements.limit_lengths(run, self.tuned)
+
     def score(self, run: RunConfig, name: str, split: Split) -> Evaluation:
         """Both models on a split of the run's data."""
         smaller = smaller_evaluation_batch(run.generation.evaluation_batch_size)
-        how: dict[str, Any] = {"data": run.data.data, "split": name, "base_model": self.base}
+        how: dict[str, Any] = {"data": run.data.name, "split": name, "base_model": self.base}
         how |= {"autocast_dtype": self.autocast_dtype, "progress": sys.stderr.isatty()}
         texts = (split.examples, split.encoded)
         with out_of_memory("while writing summaries", smaller):
             return evaluate(self.tuned, self.tokenizer, *texts, run.generation, **how)
 
-    def encode(self, run: RunConfig, examples: list[Example], cut: str) -> Split:
-        """Token ids; dialogues that are cut are noted as `cut` says, with `{truncation}`."""
+    def summaries(self, run: RunConfig, encoded: list[Encoded], base: bool) -> list[Row]:
+        """Of own chats, in their order."""
+        how = (self.tokenizer, encoded, run.generation, self.autocast_dtype)
+        smaller = smaller_evaluation_batch(run.generation.evaluation_batch_size)
+        with out_of_memory("while writing summaries", smaller):
+            rows = [{"summary": written.text} for written in summarize(self.tuned, *how)]
+            if base:
+                with minilora.disabled(self.tuned) if self.base is None else nullcontext():
+                    before = summarize(self.base or self.tuned, *how)
+                rows = [{**r, "base": b.text} for r, b in zip(rows, before, strict=True)]
+        return rows
+
+    def encode(self, run: RunConfig, examples: list[Example]) -> Split:
+        """Token ids; that dialogues are cut is noted."""
         encoded, truncation = encode(examples, self.tokenizer, run.data)
         loading.check_vocabulary(self.tuned, encoded, run.model.model)
+        for model in filter(None, (self.base, self.tuned)):
+            try_out(model, self.tokenizer, encoded[0], run.generation, self.autocast_dtype)
         if truncation.sources:
-            print(f"note: {cut.format(truncation=truncation)}", file=sys.stderr)
+            print(f"note: {truncation}", file=sys.stderr)
         return Split(examples, encoded)
 
 
@@ -156,25 +177,55 @@ class Models:
 
 
 def score(arguments: argparse.Namespace) -> int:
-    """Score or summarize with a run or an adapter. Returns the exit code 0."""
+    """Score or summarize with a run or an adapter. Returns the exit code: 0, or 130 if stopped."""
     directory, run = _run_of(loading.adapter_directory(arguments.run), arguments)
-    text = _read_text(arguments.text) if arguments.text else None
-    device = processes.own_device(choose_device(arguments.device or run.model.device))
-    if text is None:
+    files = [arguments.predict] if arguments.predict else arguments.text
+    if not files:
         require_rouge()
-        examples, split = _examples(run, arguments)
+    examples, split = _chats(run, files) if files else _examples(run, arguments)
+    device = processes.own_device(choose_device(run.model.device))
     models = _load_trained(directory, run, device)
-    run = loading.limit_lengths(run, models.tuned)
-    if text is not None:
-        print(_summaries_of(text, run, models))
+    run = models.check(run)
+    texts = models.encode(run, examples)
+    if arguments.predict:
+        return _predict(arguments, directory, run, models, texts)
+    if arguments.text:
+        found = models.summaries(run, texts.encoded, arguments.base)
+        print("\n---\n".join(map(terminal.format_summary, found)))
         return 0
-    evaluation = models.score(run, split, models.encode(run, examples, "{truncation}"))
+    evaluation = models.score(run, split, texts)
     if arguments.output:
         path, scores = Path(arguments.output), evaluation.to_dict()
         processes.on_rank0(lambda: write_json(path, scores))
     changed = terminal.most_changed(evaluation, 3)
     print(f"the largest differences:\n\n{terminal.format_examples(evaluation, changed)}")
     print(f"\n{terminal.format_comparison(evaluation)}")
+    return 0
+
+
+def _predict(
+    arguments: argparse.Namespace, directory: Path, run: RunConfig, models: Models, texts: Split
+) -> int:
+    """Write the summaries of many chats to --output."""
+    if processes.world_size() > 1:
+        raise UserError("--predict takes one process: call evaluate.py without torchrun")
+    trained = directory if _is_adapter(directory) else trained_path(directory, run)
+    size, options, output = run.generation.evaluation_batch_size, run.data, Path(arguments.output)
+    settings = {
+        "run": f"{trained.resolve()} {max(file.stat().st_mtime for file in trained.iterdir())}",
+        "lengths": asdict(run.generation) | {"evaluation_batch_size": 0},
+        "prompt": [options.prompt_before, options.prompt_after, options.max_source_length],
+        "--base": arguments.base,
+    }
+
+    def summarize(encoded: list[Encoded]) -> list[Row]:
+        return models.summaries(run, encoded, arguments.base)
+
+    done = write_summaries(output, texts.examples, texts.encoded, settings, size, summarize)
+    if done < len(texts):
+        print(f"stopped after {done:,} of {len(texts):,} chats; the same command goes on")
+        return 130
+    print(f"{done:,} summaries are in {output}")
     return 0
 
 
@@ -190,34 +241,45 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
     if directory.name == "adapter" and (directory.parent / "config.json").exists():
         directory = directory.parent
     if _is_adapter(directory):
-        run = RunConfig.from_dict(PRESETS[arguments.preset] | {"preset": arguments.preset})
-        adapter = minilora.read_adapter(directory)
-        model = arguments.model or adapter.base_model
-        if model is None:
+        adapter, preset = minilora.read_adapter(directory), arguments.preset
+        # An adapter that LoftQ started belongs to a base in four bits.
+        method = "qlora" if adapter.config.init == "loftq" else "lora"
+        flat = PRESETS[preset] | {"preset": preset, "method": method, "model": adapter.base_model}
+        if not adapter.base_model and "model" not in arguments.changes:
             raise UserError(f"{directory} does not name its base model: say --model")
-        run.model.model = model
-        if adapter.config.init == "loftq":  # such an adapter belongs to a base in four bits
-            run.model.method = "qlora"
     else:
-        run = flags.read_run(directory)
-        run.model.model = arguments.model or run.model.model
-    run.data.data = arguments.data or run.data.data
-    size = arguments.evaluation_batch_size
-    run.generation.evaluation_batch_size = size or run.generation.evaluation_batch_size
+        flat = flags.read_run(directory).to_dict()
+    run = RunConfig.from_dict(flags.changed(flat, arguments.changes))
+    run.check()
     return directory, run
+
+
+def _chats(run: RunConfig, files: list[str]) -> tuple[list[Example], str]:
+    """The chats of files of one's own."""
+    chats: list[Example] = []
+    for name in files:
+        found, notices = read_chats(name, run.data)
+        chats += found
+        _print(notices)
+    return chats, ""
 
 
 def _examples(run: RunConfig, arguments: argparse.Namespace) -> tuple[list[Example], str]:
     """The dialogues to score. If --data is a file and no split is asked for, all of it."""
-    split = arguments.split or "test"
-    if arguments.data and Path(arguments.data).is_file() and arguments.split is None:
-        split, (examples, notices) = "all", load_file(arguments.data, run.data)
+    path = local_path(run.data.data)
+    if "data" in arguments.changes and arguments.split is None and path.exists() and is_data(path):
+        split, (examples, notices) = "all", load_file(path, run.data)
     else:
+        split = arguments.split or "test"
         data, notices = load(run.data, (split,))
         examples = data[split]
+    _print(notices)
+    return (examples[: arguments.limit] if arguments.limit else examples), split
+
+
+def _print(notices: list[str]) -> None:
     for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
-    return (examples[: arguments.limit] if arguments.limit else examples), split
 
 
 def _load_trained(directory: Path, run: RunConfig, device: torch.device) -> Models:
@@ -234,31 +296,3 @@ def _load_trained(directory: Path, run: RunConfig, device: torch.device) -> Mode
         speed.hold_frozen_linears(model.requires_grad_(False), autocast_dtype)
         speed.release_file(model)
     return Models(tuned, None if base is tuned else base, tokenizer, autocast_dtype)
-
-
-def _read_text(name: str) -> str:
-    try:
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        text = line_feeds(content.decode("utf-8-sig")).strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--text {name}: not UTF-8 at byte {error.start}") from None
-    except OSError as error:
-        raise UserError(f"--text {name}: {error.strerror}") from None
-    if not text:
-        raise UserError(f"--text {name}: there is nothing to summarize")
-    return text
-
-
-def _summaries_of(text: str, run: RunConfig, models: Models) -> str:
-    """The text summarized by both models."""
-    cut = f"only the first {run.data.max_source_length} tokens are read"
-    encoded = models.encode(run, [Example("text", text, "")], cut).encoded
-
-    def write(model: PreTrainedModel) -> str:
-        written = summarize(model, models.tokenizer, encoded, run.generation, models.autocast_dtype)
-        return terminal.printable(written[0].text).strip() or "(empty)"
-
-    tuned = write(models.tuned)
-    with minilora.disabled(models.tuned) if models.base is None else nullcontext():
-        base = write(models.base or models.tuned)
-    return f"base        {base}\nfine-tuned  {tuned}"

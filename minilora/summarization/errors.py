@@ -25,6 +25,11 @@ def one_line(error: BaseException, name: bool = False) -> str:
     return text[:300] if name else text
 
 
+def counted(number: int, what: str) -> str:
+    """As in 1 dialogue, 1,200 dialogues."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def exit_code(error: BaseException) -> int:
     """2 on bad input, 130 when interrupted, else 1."""
     if isinstance(error, EXPECTED):

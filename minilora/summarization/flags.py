@@ -11,8 +11,18 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from .errors import UserError
 from .files import read_object
-from .presets import LEARNING_RATES, PRESETS
-from .settings import GROUPS, REMOVED, RunConfig, spelt
+from .presets import LEARNING_RATES, PRESETS, restored
+from .settings import (
+    FILES,
+    GROUPS,
+    PATHS,
+    REMOVED,
+    SPLITS,
+    DataOptions,
+    GenerationOptions,
+    RunConfig,
+    spelt,
+)  # fmt: skip
 
 # A resumed run may change the device, the checkpoints it keeps and what it does at its end. What
 # changes its result needs --accept-changes, and its directory cannot change.
@@ -58,16 +68,21 @@ def training_parser() -> Parser:
     parser = Parser("train.py", what, usage=usage, argument_default=argparse.SUPPRESS)
     _add_preset(parser, f"a whole configuration that the other flags change: {', '.join(PRESETS)}")
     for kind in GROUPS.values():
-        group = parser.add_argument_group(kind._argument_group_name)
-        types, defaults = get_type_hints(kind), vars(kind())
-        for setting in fields(kind):
-            default, text = defaults[setting.name], setting.metadata["help"]
-            shown = " ".join(default) if isinstance(default, list) else default
-            if shown not in (None, "", True, False):
-                text += f" (default: {shown})"
-            takes = _takes(types[setting.name], setting.name)
-            group.add_argument(spelt(setting.name), help=text, **takes)
+        _add_settings(parser, kind)
     return parser
+
+
+def _add_settings(parser: Parser, kind: Any, show_defaults: bool = True) -> None:
+    """A flag for each field of a class of settings."""
+    group = parser.add_argument_group(kind._argument_group_name)
+    types, defaults = get_type_hints(kind), vars(kind())
+    for setting in fields(kind):
+        default, text = defaults[setting.name], setting.metadata["help"]
+        shown = " ".join(default) if isinstance(default, list) else default
+        if show_defaults and shown not in (None, "", True, False):
+            text += f" (default: {shown})"
+        takes = _takes(types[setting.name], setting.name)
+        group.add_argument(spelt(setting.name), help=text, default=argparse.SUPPRESS, **takes)
 
 
 def _takes(kind: Any, name: str) -> dict[str, Any]:
@@ -94,7 +109,9 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
     """
     given = vars(training_parser().parse(argv))
     before = read_run(Path(given["resume"])).to_dict() if given.get("resume") else None
-    run = RunConfig.from_dict((before or PRESETS[given.get("preset", "pocket")]) | given)
+    flat = before or PRESETS[given.get("preset", "pocket")]
+    run = RunConfig.from_dict(changed(flat, given))
+    run.typed = frozenset(before or given)
     if before:
         _require_same(before, run)
     if run.training.learning_rate is None:
@@ -102,6 +119,19 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
         run.training.learning_rate = rates.get(run.adapter.init, rates[method])
     run.check()
     return run
+
+
+def changed(flat: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Settings with those that were typed. --data and --train-file and its like end each other.
+
+    Raises:
+        UserError: both were typed.
+    """
+    if (files := given.keys() & set(FILES)) and "data" in given:
+        raise UserError(f"--data and {spelt(min(files))} exclude each other")
+    if files or "data" in given:
+        flat = flat | dict.fromkeys(FILES)
+    return flat | given
 
 
 def _require_same(before: dict[str, Any], run: RunConfig) -> None:
@@ -156,45 +186,60 @@ def read_run(directory: Path) -> RunConfig:
         if (value := flat.pop(name, default)) != default:
             said = f"{spelt(name)} (was {value!r}) was removed and has no effect: {instead}"
             print(f"note: {path}: {said}", file=sys.stderr)
+    paths = {n: restored(flat[n], directory) for n in PATHS if isinstance(flat.get(n), str)}
     try:
-        return RunConfig.from_dict(flat)
+        return RunConfig.from_dict(flat | paths)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def evaluation_parser() -> Parser:
-    what = "Score the base and the fine-tuned model side by side, or summarize a text."
+    """Of the settings of the run it holds only those that are typed."""
+    what = "Score the base and the fine-tuned model side by side, or summarize chats."
     parser = Parser("evaluate.py", what)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run, an adapter, or its hub name")
-    add("--data", help="data to use instead of the run's own")
-    add("--split", help="train, validation or test (default: test)")
+    add("--split", choices=SPLITS, help="what to score (default: test, or all of a file)")
     add("--limit", type=int, default=0, help="only the first N dialogues; 0: all (default: 0)")
-    add("--text", help="summarize this file; - is standard input")
-    add("--output", help="write all scores and texts to FILE.json")
-    add("--evaluation-batch-size", type=int, metavar="SIZE", help="dialogues summarized at once")
-    add("--device", help="auto, cpu, cuda, ...")
-    add("--model", help="base model of an adapter directory")
+    chats = parser.add_mutually_exclusive_group()
+    chats.add_argument(
+        "--text", action="append", help="summarize this file; - is standard input; may be repeated"
+    )
+    chats.add_argument("--predict", metavar="FILE", help="summarize its chats, into --output")
+    add("--base", action="store_true", help="of the chats, also the summaries of the base")
+    add("--output", metavar="FILE", help="write all scores and texts (JSON), or the summaries")
+    add("--device", default=argparse.SUPPRESS, help="auto, cpu, cuda, ...")
+    add("--model", default=argparse.SUPPRESS, help="base model of an adapter directory")
     _add_preset(parser, "settings for an adapter directory (default: pocket)", default="pocket")
+    for kind in (DataOptions, GenerationOptions):
+        _add_settings(parser, kind, show_defaults=False)
     return parser
 
 
 def parse_evaluation(argv: Sequence[str]) -> argparse.Namespace:
-    """What to evaluate. Refuses what would be ignored, or fail after all summaries are written.
+    """What to evaluate; `changes` are settings unlike the run's. Refuses what would be ignored.
 
     Raises:
         UserError: flags that exclude each other, or a value out of its range.
         SystemExit: an unknown flag or value (exit code 2), or --help.
     """
     arguments = evaluation_parser().parse(argv)
-    size = arguments.evaluation_batch_size
+    names = {
+        "model",
+        "device",
+        *(f.name for k in (DataOptions, GenerationOptions) for f in fields(k)),
+    }
+    arguments.changes = {name: value for name, value in vars(arguments).items() if name in names}
+    chats = "--text" if arguments.text else "--predict" if arguments.predict else None
     if arguments.limit < 0:
         raise UserError(f"--limit must be 0 or more, not {arguments.limit}")
-    if size is not None and size < 1:
-        raise UserError(f"--evaluation-batch-size must be above 0, not {size}")
-    for name in ("data", "split", "limit", "output"):
-        if arguments.text and getattr(arguments, name):
-            raise UserError(f"--text summarizes one text and does not take --{name}")
+    for name in ("data", *FILES, "split", "limit"):
+        if chats and getattr(arguments, name, None):
+            raise UserError(f"{chats} summarizes chats and does not take {spelt(name)}")
+    if arguments.base and not chats:
+        raise UserError("--base is for --text and --predict: scores are always of both models")
+    if chats and bool(arguments.predict) != bool(arguments.output):
+        raise UserError("--predict requires --output FILE.jsonl, and --text does not take --output")
     if arguments.output and Path(arguments.output).is_dir():
         raise UserError(f"--output {arguments.output} is a directory: name a file in it")
     return arguments

@@ -1,5 +1,6 @@
 """The presets: a name for a whole configuration, as the settings that differ from the defaults."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,13 @@ LEARNING_RATES: dict[str, dict[str, float]] = {
 
 
 def embedded(name: str) -> str:
-    """The path of an embedded model or data set; any other name as it is."""
-    return str(ASSETS / name) if name in EMBEDDED else name
+    """The path of an embedded model or data set; any other name as it is.
+
+    So is a path of one: that of another machine's package, which an adapter may name.
+    """
+    inside = Path(name).parent.parts[-2:] == ASSETS.parts[-2:]
+    end = Path(name).name if inside else name
+    return str(ASSETS / end) if end in EMBEDDED else name
 
 
 def local_path(name: str) -> Path:
@@ -57,3 +63,17 @@ def local_path(name: str) -> Path:
         return Path(embedded(name)).expanduser()
     except RuntimeError:
         return Path(name)
+
+
+def stored(name: str, directory: Path) -> str:
+    """A name as the run in `directory` stores it: a relative path is relative to the run."""
+    path = local_path(name)
+    if path.is_absolute() or not path.exists():  # embedded, or of the hub
+        return name
+    return f"./{os.path.relpath(path, directory)}"
+
+
+def restored(name: str, directory: Path) -> str:
+    """Inverse of `stored`. Runs of earlier versions store a path as it was typed."""
+    path = directory / name
+    return os.path.normpath(path) if name.startswith(".") and path.exists() else name

@@ -13,6 +13,10 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 from .errors import UserError
 from .presets import PRESETS
 
+SPLITS = ("train", "validation", "test")
+FILES = ("train_file", "validation_file", "test_file")
+PATHS = ("model", "data", *FILES)  # settings that may be paths
+
 # The ranges that argparse does not check by the type.
 POSITIVE = (
     *("epochs", "learning_rate", "batch_size", "accumulate", "beams", "validation_beams"),
@@ -47,16 +51,26 @@ class DataOptions:
 
     data: str = _flag(
         "bookings",
-        "bookings, minichat, minichat-hard, a hub name, a file (.json, .jsonl, .csv), or a "
-        "directory with train, validation and test files",
+        "bookings, minichat, minichat-hard, a hub name, a file (.json, .jsonl, .csv, .tsv, "
+        ".parquet), or a directory with train, validation and test files",
     )
-    dialogue_column: str = _flag("dialogue", "column with the text to summarize")
-    summary_column: str = _flag("summary", "column with the reference summary")
+    train_file: str | None = _flag(None, "file of the training split, instead of --data")
+    validation_file: str | None = _flag(None, "file of the validation split, instead of --data")
+    test_file: str | None = _flag(None, "file of the test split, instead of --data")
+    dialogue_column: str = _flag("dialogue", "column with the text to summarize, or its turns")
+    summary_column: str = _flag(
+        "summary", "column with the reference summary; several are numbered"
+    )
     prompt_before: str = _flag("", "text put before every dialogue (\\n is a line break)")
     prompt_after: str = _flag("", "text put after every dialogue")
     max_source_length: int = _flag(512, "longer dialogues are cut (tokens, with prompt)")
     max_target_length: int = _flag(128, "longer reference summaries are cut (tokens)")
     skip_bad_rows: bool = _flag(False, "leave malformed rows out instead of stopping")
+
+    @property
+    def name(self) -> str:
+        """What is read, in messages."""
+        return ", ".join(filter(None, (getattr(self, name) for name in FILES))) or self.data
 
 
 @dataclass
@@ -131,6 +145,8 @@ class RunConfig:
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     preset: str = "pocket"
+    typed = frozenset[str]()  # no setting itself
+    """The settings that a flag or a file gave: nothing adapts them to the data."""
 
     def to_dict(self) -> dict[str, Any]:
         """Flat: one entry per flag."""
@@ -162,7 +178,14 @@ class RunConfig:
             group: kind(**{f.name: flat[f.name] for f in fields(kind) if f.name in flat})
             for group, kind in GROUPS.items()
         }
-        return cls(**cast(Any, groups), preset=flat.get("preset", "pocket"))
+        run = cls(**cast(Any, groups), preset=flat.get("preset", "pocket"))
+        run.typed = frozenset(flat)
+        return run
+
+    def of_preset(self, *names: str) -> bool:
+        """Whether these settings are those of the preset."""
+        preset = self.from_dict(PRESETS[self.preset]).to_dict()
+        return all(self.to_dict()[name] == preset[name] for name in names)
 
     def check(self) -> None:
         """Refuse values that argparse does not.
@@ -172,7 +195,7 @@ class RunConfig:
         """
         flat = self.to_dict()
         for name in POSITIVE:
-            if flat[name] is None or not 0 < flat[name] < math.inf:
+            if flat[name] is not None and not 0 < flat[name] < math.inf:
                 raise UserError(f"{spelt(name)} must be above 0, not {flat[name]}")
         for name in NOT_NEGATIVE:
             if not flat[name] >= 0:  # NaN too

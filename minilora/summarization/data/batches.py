@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from .reading import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Side = Literal["source", "target"]
 IGNORED = -100  # label of padding; cross-entropy leaves it out
 
 
@@ -34,24 +35,22 @@ class Truncation:
     sources: int
     targets: int
     total: int
+    limits: tuple[int, int] = field(default=(0, 0), compare=False)
 
     def __str__(self) -> str:
+        summaries = f", {self.targets:,} summaries to --max-target-length or them"
+        summaries += f" ({self.limits[1]})"
         return (
-            f"{self.sources:,} of {self.total:,} dialogues cut to --max-source-length, "
-            f"{self.targets:,} summaries to --max-target-length"
+            f"{self.sources:,} of {self.total:,} dialogues cut to --max-source-length or the "
+            f"model's positions ({self.limits[0]} tokens){summaries * (self.targets > 0)}"
         )
 
 
 # Tokenizing ---------------------------------------------------------------------------------------
 
 
-def build_prompt(dialogue: str, options: DataOptions) -> str:
-    r"""The text the model reads. `\n` in the prompt's flags is a line break."""
-    before, after = _prompt(options)
-    return before + dialogue + after
-
-
-def _prompt(options: DataOptions) -> tuple[str, str]:
+def prompt(options: DataOptions) -> tuple[str, str]:
+    r"""The texts around every dialogue. `\n` in the prompt's flags is a line break."""
     return options.prompt_before.replace("\\n", "\n"), options.prompt_after.replace("\\n", "\n")
 
 
@@ -68,43 +67,74 @@ def encode(
     dialogues = [example.dialogue for example in examples]
     summaries = [example.summary for example in examples]
     sources, long_sources = _limited(
-        tokenizer, "source", dialogues, options.max_source_length, _prompt(options)
+        tokenizer, "source", dialogues, options.max_source_length, prompt(options)
     )
     targets, long_targets = _limited(tokenizer, "target", summaries, options.max_target_length)
     encoded = [
         Encoded(example.id, source, target)
         for example, source, target in zip(examples, sources, targets, strict=True)
     ]
-    return encoded, Truncation(long_sources, long_targets, len(encoded))
+    limits = options.max_source_length, options.max_target_length
+    return encoded, Truncation(long_sources, long_targets, len(encoded), limits)
 
 
 def _limited(
     tokenizer: "PreTrainedTokenizerBase",
-    side: Literal["source", "target"],
+    side: Side,
     texts: Sequence[str],
     limit: int,
-    prompt: tuple[str, str] = ("", ""),
+    around: tuple[str, str] = ("", ""),
 ) -> tuple[list[list[int]], int]:
     """Token ids of the texts inside the prompt, at most `limit` each, and how many were cut."""
-    before, after = prompt
+    before, after = around
+    _, ending = frame(tokenizer, side, after)
+    added = [] if ending or side == "source" else [end_token(tokenizer)]
 
-    def tokenize(texts: Sequence[str], **more: bool) -> Any:
-        arguments: dict[str, Any] = {"text" if side == "source" else "text_target": list(texts)}
-        # "</s>" in a dialogue is four characters: without split_special_tokens it ends the text.
-        return tokenizer(**arguments, **more, split_special_tokens=True, verbose=False)
+    def tokenize(texts: Sequence[str]) -> list[list[int]]:
+        return [row + added for row in _tokenize(tokenizer, side, texts)["input_ids"]]
 
-    opening = tokenize(["x"], return_special_tokens_mask=True)["special_tokens_mask"][0].index(0)
-    ending = tokenize([after])["input_ids"][0][opening:]  # the prompt's end, then </s>
-    if (used := len(tokenize([before + after])["input_ids"][0])) >= limit:
+    if (used := len(tokenize([before + after])[0])) >= limit:
         what = f"prompt and special tokens alone take {used}: raise it or shorten the prompt"
         raise UserError(f"--max-{side}-length {limit}: {what}")
     rows, cut = list[list[int]](), 0
     for start in range(0, len(texts), 512):  # not all at once: the tokenizer keeps 120 B a token
         chunk = [before + text + after for text in texts[start : start + 512]]
-        for row in tokenize(chunk)["input_ids"]:
+        for row in tokenize(chunk):
             cut += len(row) > limit
-            rows.append(row if len(row) <= limit else row[: limit - len(ending)] + ending)
+            end = ending + added
+            rows.append(row if len(row) <= limit else row[: limit - len(end)] + end)
     return rows, cut
+
+
+def frame(
+    tokenizer: "PreTrainedTokenizerBase", side: Side = "target", after: str = ""
+) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer puts before a text, and `after` with those behind it."""
+    probe = _tokenize(tokenizer, side, ["x"], return_special_tokens_mask=True)
+    first = probe["special_tokens_mask"][0].index(0)
+    ending: list[int] = _tokenize(tokenizer, side, [after])["input_ids"][0][first:]
+    return probe["input_ids"][0][:first], ending
+
+
+def end_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The end of a summary. Where the tokenizer adds none, the model would not learn to stop.
+
+    Raises:
+        UserError: the tokenizer has no such token.
+    """
+    _, ending = frame(tokenizer)
+    end = ending[0] if ending else tokenizer.eos_token_id
+    if isinstance(end, int):
+        return end
+    raise UserError("its tokenizer has no eos_token to end a summary with: set it in its config")
+
+
+def _tokenize(
+    tokenizer: "PreTrainedTokenizerBase", side: Side, texts: Sequence[str], **more: bool
+) -> Any:
+    arguments: dict[str, Any] = {"text" if side == "source" else "text_target": list(texts)}
+    # "</s>" in a dialogue is four characters: without split_special_tokens it ends the text.
+    return tokenizer(**arguments, **more, split_special_tokens=True, verbose=False)
 
 
 # Batching -----------------------------------------------------------------------------------------

@@ -4,18 +4,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 
-from ..errors import UserError
-from ..settings import DataOptions
-from .reading import Example, find, read_source
+from ..errors import UserError, counted
+from ..settings import SPLITS, DataOptions
+from .reading import Example, read_source
+from .sources import find
 
-SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.05  # share of the rows that becomes a split the data does not bring
 
 
 def load(
     options: DataOptions, splits: Sequence[str] = SPLITS
 ) -> tuple[dict[str, list[Example]], list[str]]:
-    """Read splits from `options.data`: a directory, a file or a hub name.
+    """Read splits from a directory, files or the hub.
 
     A missing split is held out of train; where only test is missing, validation is used for it.
 
@@ -25,9 +25,7 @@ def load(
     Raises:
         UserError: there is no such data or split, or a row is malformed.
     """
-    if unknown := [split for split in splits if split not in SPLITS]:
-        raise UserError(f"no split is called {unknown[0]!r}; there are {', '.join(SPLITS)}")
-    sources, notices = find(options.data), list[str]()
+    sources, notices = find(options)
     absent = [split for split in SPLITS[1:] if split not in sources]
     if absent == ["test"]:
         absent, sources["test"] = [], sources["validation"]
@@ -48,8 +46,14 @@ def load(
             continue
         if split not in sources:
             found = ", ".join(source.name for source in sources.values())
-            raise UserError(f"{options.data}: no {split} data; found: {found}")
+            raise UserError(f"{options.name}: no {split} data; found: {found}")
         data[split] = read(split)
+    trained_on = {example.dialogue for example in data.get("train", ())}
+    for split in SPLITS[1:]:
+        examples = data.get(split, [])
+        if count := sum(example.dialogue in trained_on for example in examples):
+            some = f"{counted(count, 'dialogue')} of {len(examples):,}"
+            notices.append(f"{split}: {some} also in the training data")
     return {split: data[split] for split in splits}, list(dict.fromkeys(notices))
 
 
@@ -73,8 +77,8 @@ def _hold_out(
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """SHA-256 over ids, dialogues and summaries in their order, in hexadecimal."""
+    """SHA-256 over ids, dialogues and references in their order, in hexadecimal."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.id, example.dialogue, example.summary]).encode())
+        digest.update(json.dumps([example.id, example.dialogue, *example.references]).encode())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 from ..data.reading import Example
 from ..errors import UserError
 from .nonsense import shares
-from .rouge import MEASURES, Interval, bootstrap, rouge
+from .rouge import MEASURES, Interval, bootstrap, rouge, tokenizer_for
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Evaluation:
             "split": self.split,
             "n": self.n,
             **means,
+            "rouge_tokenizer": tokenizer_for([example.reference for example in self.examples]),
             "intervals": bounds,
             "generation": self.generation,
             "examples": [asdict(example) for example in self.examples],
@@ -99,7 +100,9 @@ def compare(
         for side, rows in (("base", before), ("finetuned", after), ("difference", change))
     }
     compared = [
-        Compared(e.id, e.dialogue, e.summary, b.text, f.text, r["rouge1"], s["rouge1"])
+        Compared(
+            e.id, e.dialogue, "\n".join(e.references), b.text, f.text, r["rouge1"], s["rouge1"]
+        )
         for e, b, f, r, s in zip(examples, base, finetuned, before, after, strict=True)
     ]
     dialogues = [e.dialogue for e in compared]
@@ -114,5 +117,5 @@ def compare(
 
 
 def _measure(summaries: Sequence[Summary], examples: Sequence[Example]) -> list[dict[str, float]]:
-    scores = rouge([s.text for s in summaries], [example.summary for example in examples])
+    scores = rouge([s.text for s in summaries], [example.references for example in examples])
     return [row | {"gen_len": s.tokens} for row, s in zip(scores, summaries, strict=True)]

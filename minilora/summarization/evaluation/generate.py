@@ -6,18 +6,25 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import minilora
 
 from .. import processes
-from ..data.batches import Encoded, by_length, collate
+from ..data.batches import Encoded, by_length, collate, end_token
 from ..data.reading import Example
 from ..errors import UserError
 from ..model.device import autocast
+from ..model.requirements import positions, special_tokens
 from ..model.speed import uncompiled
 from ..settings import GenerationOptions
 from .compare import Evaluation, Summary, compare
@@ -35,6 +42,30 @@ class _BeamCache(EncoderDecoderCache):
         self.self_attention_cache.reorder_cache(cast(torch.LongTensor, beam_idx))
 
 
+class _Finite(LogitsProcessor):
+    """Remembers, on the device, for which rows a logit was NaN or infinite."""
+
+    bad: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        bad = ~scores.amax(dim=-1).isfinite()  # (rows,); -inf forbids a token, but never all
+        self.bad = bad if self.bad is None else self.bad | bad
+        return scores
+
+    def check(self, ids: Sequence[str]) -> None:
+        """Refuse the summaries that such logits chose.
+
+        Args:
+            ids: of the dialogues. Each has as many rows as beams, or one.
+        """
+        bad = [] if self.bad is None else self.bad.view(len(ids), -1).any(dim=1).tolist()
+        if named := [name for name, is_bad in zip(ids, bad, strict=False) if is_bad]:
+            raise UserError(
+                f"the logits are not finite while summarizing {', '.join(named)}: the weights or "
+                "the adapter hold NaN, or --precision fp32 is needed"
+            )
+
+
 def summarize(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -47,16 +78,19 @@ def summarize(
 
     Dialogues of similar length share a batch, so there is little padding. With several processes
     each takes its shard of the batches, and all get all summaries. The settings override the
-    checkpoint's, except for its special tokens. Mode and generation config are restored.
+    checkpoint's; the special tokens are those of training. Mode and generation config are restored.
 
     Args:
         autocast_dtype: the precision; None: that of the weights.
         progress: the title of a bar; None: no bar.
 
     Raises:
-        UserError: settings that contradict each other or go beyond the model's positions.
+        UserError: settings that contradict each other or go beyond the model's positions; logits
+            that are not finite.
     """
     settings = generate_arguments(model, generation)
+    target = encoded[0].target if encoded else [end_token(tokenizer)]
+    tokens = GenerationConfig(**special_tokens(model, tokenizer, target))
     batches = processes.shard(by_length(encoded, generation.evaluation_batch_size))
     device, pad = next(model.parameters()).device, cast(int, tokenizer.pad_token_id)
 
@@ -65,15 +99,18 @@ def summarize(
         found: list[tuple[int, str, int]] = []
         total = sum(map(len, batches))
         bar = tqdm(total=total, desc=progress, unit="dialogue", disable=progress is None)
-        with bar, _evaluation_mode(model), uncompiled(model), autocast(device, autocast_dtype):
+        modes = _evaluation_mode(model, tokens)
+        with bar, modes, uncompiled(model), autocast(device, autocast_dtype):
             for chosen in batches:
-                batch = collate([encoded[i] for i in chosen], pad)
+                batch, finite = collate([encoded[i] for i in chosen], pad), _Finite()
                 output = cast(Any, model).generate(  # `generate` computes no gradients
                     input_ids=batch["input_ids"].to(device),
                     attention_mask=batch["attention_mask"].to(device),
                     past_key_values=_BeamCache(DynamicCache(), DynamicCache()),
+                    logits_processor=LogitsProcessorList([finite]),
                     **settings,
                 )
+                finite.check([encoded[i].id for i in chosen])
                 texts = tokenizer.batch_decode(output, skip_special_tokens=True)
                 lengths = (output != pad).sum(dim=1).tolist()
                 found += zip(chosen, map(str.strip, texts), lengths, strict=True)
@@ -91,12 +128,12 @@ def generate_arguments(model: PreTrainedModel, options: GenerationOptions) -> di
     Raises:
         UserError: settings that contradict each other or go beyond the model's positions.
     """
-    positions = getattr(model.config, "max_position_embeddings", None) or options.max_length
+    most = positions(model, "decoder") or options.max_length
     if min(options.beams, options.evaluation_batch_size) < 1:
         raise UserError("--beams and --evaluation-batch-size must be at least 1")
-    if not 0 <= options.min_length <= options.max_length <= positions:
+    if not 0 <= options.min_length <= options.max_length <= most:
         raise UserError(
-            f"need 0 <= --min-length <= --max-length <= {positions} (the model's positions), not "
+            f"need 0 <= --min-length <= --max-length <= {most} (the model's positions), not "
             f"{options.min_length} and {options.max_length}"
         )
     settings: dict[str, Any] = {
@@ -104,13 +141,7 @@ def generate_arguments(model: PreTrainedModel, options: GenerationOptions) -> di
         "min_length": options.min_length,
         "max_length": options.max_length,
         "no_repeat_ngram_size": options.no_repeat_ngram,
-        # a checkpoint's own limits on new tokens would override min_length and max_length
-        "min_new_tokens": None,
-        "max_new_tokens": None,
         "do_sample": False,
-        "num_return_sequences": 1,
-        "return_dict_in_generate": False,
-        "use_cache": True,
     }
     if options.beams > 1:  # greedy search would warn
         settings |= {"length_penalty": options.length_penalty, "early_stopping": True}
@@ -118,13 +149,18 @@ def generate_arguments(model: PreTrainedModel, options: GenerationOptions) -> di
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off; the mode of each module is restored, even if they were mixed."""
+def _evaluation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Dropout off, and nothing but `config` from the checkpoint's ways of decoding.
+
+    The mode of each module is restored, even if they were mixed.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    before, model.generation_config = model.generation_config, config
     model.eval()
     try:
         yield
     finally:
+        model.generation_config = before
         for module, mode in modes:
             module.training = mode
 

@@ -2,8 +2,10 @@
 
 import importlib.util
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,11 +71,24 @@ def _is_abbreviation(word: str) -> bool:
     return initial or word.lower() in _TITLES or _DOTTED.fullmatch(word) is not None
 
 
-def rouge(predictions: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
+def tokenizer_for(references: Sequence[str]) -> str:
+    """How ROUGE splits texts into words: "rouge_score", or "unicode" for other alphabets.
+
+    rouge_score's own tokenizer, with which published scores were computed, reads only a-z and 0-9.
+    It stays where at most one letter in a thousand is another one, such as the é of a name.
+    """
+    letters = [letter for text in references for letter in text if letter.isalnum()]
+    others = sum(not letter.isascii() for letter in letters)
+    return "unicode" if 1000 * others > len(letters) else "rouge_score"
+
+
+def rouge(
+    predictions: Sequence[str], references: Sequence[str | Sequence[str]]
+) -> list[dict[str, float]]:
     """ROUGE-1, -2, -L and -Lsum of every prediction: F1 x 100 with stemming (Lin, 2004).
 
-    rouge_score's tokenizer, with which published scores were computed, reads only a-z and 0-9: a
-    text in another script scores 0. So does an empty one.
+    Each prediction has one reference or several. Of several, each measure takes the best. Words are
+    as `tokenizer_for` all references says. An empty text scores 0.
 
     Raises:
         UserError: rouge_score is not installed.
@@ -81,12 +96,62 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> list[dict[st
     require_rouge()
     from rouge_score.rouge_scorer import RougeScorer  # here: training and decoding do not need it
 
-    scorer = RougeScorer(list(METRICS), use_stemmer=True)
+    several = [[texts] if isinstance(texts, str) else texts for texts in references]
+    tokenizer = tokenizer_for([text for texts in several for text in texts])
+    split = UnicodeWords() if tokenizer == "unicode" else None
+    scorer = RougeScorer(list(METRICS), use_stemmer=True, tokenizer=split)
     scores = [
-        scorer.score(split_sentences(reference), split_sentences(prediction))
-        for prediction, reference in zip(predictions, references, strict=True)
+        scorer.score_multi(list(map(split_sentences, texts)), split_sentences(prediction))
+        for prediction, texts in zip(predictions, several, strict=True)
     ]
     return [{metric: 100 * score[metric].fmeasure for metric in METRICS} for score in scores]
+
+
+# Chinese characters, Japanese kana and Thai letters: no space divides them into words.
+_ALONE = r"\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e46\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_ALONE += r"\U00020000-\U0003ffff"
+
+
+class UnicodeWords:
+    """The tokenizer "unicode" for RougeScorer."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return [stem for _, stem in words(text, "unicode")]
+
+
+def words(text: str, tokenizer: str) -> list[tuple[tuple[int, int], str]]:
+    """Position and stem of every word.
+
+    For "unicode" a word is letters with their marks and digits of any script, and in Chinese,
+    Japanese and Thai a single character. English words are the same for both tokenizers.
+    """
+    found = _any_script().finditer(text) if tokenizer == "unicode" else _ENGLISH.finditer(text)
+    return [(word.span(), _stem(word[0])) for word in found]
+
+
+_ENGLISH = re.compile("[A-Za-z0-9]+")
+
+
+@cache
+def _any_script() -> re.Pattern[str]:
+    codes = map(chr, range(0x300, 0x20000))
+    marks = "".join(mark for mark in codes if unicodedata.category(mark)[0] == "M")
+    return re.compile(rf"[{_ALONE}][{marks}]*|(?:(?![{_ALONE}_])\w[{marks}]*)+")
+
+
+@cache
+def _stem(word: str) -> str:
+    if not word.isascii():
+        return unicodedata.normalize("NFKC", word).lower()  # é is one character, not two
+    return str(_english().tokenize(word)[0])
+
+
+@cache
+def _english() -> Any:
+    require_rouge()
+    from rouge_score.tokenizers import DefaultTokenizer  # here: it imports NLTK
+
+    return DefaultTokenizer(use_stemmer=True)
 
 
 class Interval(NamedTuple):

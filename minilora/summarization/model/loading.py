@@ -4,9 +4,8 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,11 +20,11 @@ from transformers.utils import logging
 
 from minilora.files import PARTIAL
 
+from .. import hub
 from ..data.batches import Encoded
 from ..errors import UserError, one_line
 from ..files import put_directory
 from ..presets import local_path
-from ..settings import RunConfig
 from .four_bits import FourBits
 
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
@@ -64,23 +63,32 @@ def load_model(
         )
     if four_bits and four_bits.refused:  # a weight holds an infinity or NaN
         raise UserError(f"model {name}: {four_bits.refused[0]}")
-    check_complete(name, info)
+    check_complete(name, model, info)
     assert isinstance(model, PreTrainedModel)
     model.eval().to(device)
     return model
 
 
-def check_complete(name: str, info: Mapping[str, Any]) -> None:
+def check_complete(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
     """Refuse a model for which transformers did not find every weight: it would draw random ones.
+
+    Pegasus and others compute their positions, a parameter that never trains. It may be missing.
 
     Args:
         name: its name in messages.
+        model: as loaded.
         info: from `from_pretrained(..., ignore_mismatched_sizes=True, output_loading_info=True)`.
 
     Raises:
         UserError: a weight is missing, or its shape does not agree with config.json.
     """
-    if missing := sorted(info["missing_keys"]):
+    missing = sorted(info["missing_keys"])
+    if missing:
+        with torch.device("meta"):  # as the architecture makes it, without memory
+            plain = type(model)(model.config)
+        learned = {key for key, tensor in plain.named_parameters() if tensor.requires_grad}
+        missing = [key for key in missing if key in learned]
+    if missing:
         raise UserError(
             f"model {name}: its weights lack {len(missing)} tensors ({missing[0]}, ...): the file "
             "is incomplete or belongs to another architecture"
@@ -138,31 +146,17 @@ def adapter_directory(name: str) -> Path:
     # `runs/misspelt` has the form of a hub name; but there is a folder `runs` here.
     if len(path.parts) != 2 or name.startswith((".", "/", "~")) or path.parent.is_dir():
         raise UserError(f"{name}: no such directory; name a run or an adapter")
+    hub.look_for_network()
     try:
         with _quiet(bars=True):
             directory = Path(snapshot_download(name, allow_patterns=ADAPTER_FILES))
     except Exception as error:  # the network, the hub and its cache raise many kinds
         raise UserError(
-            f"{name}: no such directory, and the hub does not have it: {one_line(error, name=True)}"
+            f"{name}: no such directory, and {hub.not_found()}: {one_line(error, name=True)}"
         ) from None
     if not (directory / ADAPTER_FILES[0]).is_file():
         raise UserError(f"{name}: the hub has it, but without {ADAPTER_FILES[0]}: it is no adapter")
     return directory
-
-
-def limit_lengths(run: RunConfig, model: PreTrainedModel) -> RunConfig:
-    """The settings with lengths cut to the positions of the model (T5 has no such limit)."""
-
-    def limit(side: str, wanted: int) -> int:
-        names = (f"max_{side}_position_embeddings", "max_position_embeddings")  # LED has two
-        positions = (getattr(model.config, name, None) for name in names)
-        return min([wanted, *(n for n in positions if isinstance(n, int))])
-
-    limited = deepcopy(run)
-    limited.data.max_source_length = limit("encoder", run.data.max_source_length)
-    limited.data.max_target_length = limit("decoder", run.data.max_target_length)
-    limited.generation.max_length = limit("decoder", run.generation.max_length)
-    return limited
 
 
 def check_vocabulary(model: PreTrainedModel, encoded: Sequence[Encoded], name: str) -> None:
@@ -174,9 +168,12 @@ def check_vocabulary(model: PreTrainedModel, encoded: Sequence[Encoded], name: s
     Raises:
         UserError: the tokenizer belongs to another model.
     """
-    rows = len(cast(Any, model.get_input_embeddings()).weight)  # (vocabulary, d)
-    largest = max(max(*row.source, *row.target) for row in encoded)
-    if largest >= rows:
+    sides = ("encoder", [row.source for row in encoded]), ("decoder", [r.target for r in encoded])
+    for side, found in sides:
+        weight = getattr(model, f"get_{side}")().get_input_embeddings().weight  # (vocabulary, d)
+        rows, largest = weight.shape[0], max(max(tokens) for tokens in found)
+        if largest < rows:
+            continue
         raise UserError(
             f"model {name}: its tokenizer has token {largest:,}, but it has only {rows:,} "
             "embeddings: the tokenizer belongs to another model"
@@ -187,13 +184,15 @@ def check_vocabulary(model: PreTrainedModel, encoded: Sequence[Encoded], name: s
 def loading(name: str, what: str = "") -> Iterator[str]:
     """Where to load `name` from. Inside the block every error of transformers ends in one line."""
     source, is_local = _locate(name)
+    if not is_local:
+        hub.look_for_network()
     try:
         with _quiet(bars=not is_local):  # the bar of a download is shown
             yield source
     except UserError:
         raise
     except Exception as error:
-        where = "" if is_local else "no such directory, and the hub does not have it: "
+        where = "" if is_local else f"no such directory, and {hub.not_found()}: "
         raise UserError(f"model {name}: {what}{where}{one_line(error, name=True)}") from None
 
 
@@ -218,7 +217,7 @@ def _locate(name: str) -> tuple[str, bool]:
     if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model {name}: the directory has no config.json; is it a model?")
-        return str(path), True
+        return str(path.resolve()), True
     if path.exists() or not re.fullmatch("[^./~][^/]*(/[^/]+)?", name):
         raise UserError(f"model {name}: no such directory")
     return name, False

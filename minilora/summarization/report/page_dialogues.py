@@ -2,23 +2,23 @@
 
 import re
 from collections import Counter
-from functools import cache
-from typing import Any
 
 from ..evaluation.compare import Compared
-from ..evaluation.rouge import require_rouge
+from ..evaluation.rouge import tokenizer_for, words
 from .markup import escape
 
 
 def cards(examples: list[Compared]) -> str:
     """A card for each dialogue; the page's script sorts them by `data-gain`."""
-    return "".join(_card(i, example, len(examples)) for i, example in enumerate(examples))
+    tokenizer = tokenizer_for([example.reference for example in examples])
+    count = len(examples)
+    return "".join(_card(i, example, count, tokenizer) for i, example in enumerate(examples))
 
 
-def _card(position: int, example: Compared, of: int) -> str:
+def _card(position: int, example: Compared, of: int, tokenizer: str) -> str:
     reference, gain = example.reference, example.gain
-    base = _marked(example.base, reference, "c0")
-    tuned = _marked(example.finetuned, reference, "c1")
+    base = _marked(example.base, reference, tokenizer, "c0")
+    tuned = _marked(example.finetuned, reference, tokenizer, "c1")
     kind = "up" if gain > 0 else "down" if gain < 0 else ""
     change = f'<span class="{kind}">{gain:+.1f}</span>'
     rows = (
@@ -50,44 +50,26 @@ def _turn(line: str) -> str:
 # Marked words: those that ROUGE-1 counts as shared with the reference -----------------------------
 
 
-def _marked(text: str, reference: str, kind: str) -> str:
+def _marked(text: str, reference: str, tokenizer: str, kind: str) -> str:
     """Text as HTML, with the words that it shares with the reference marked."""
     parts, done = [], 0
-    for start, end in shared_words(text, reference):
+    for start, end in shared_words(text, reference, tokenizer):
         parts.append(escape(text[done:start]))
         parts.append(f'<mark class="{kind}">{text[start:end]}</mark>')
         done = end
     return "".join([*parts, escape(text[done:])])
 
 
-def shared_words(text: str, other: str) -> list[tuple[int, int]]:
+def shared_words(text: str, other: str, tokenizer: str) -> list[tuple[int, int]]:
     """The positions in `text` of the words that it shares with `other`, as ROUGE-1 counts them.
 
     A word that is twice in `text` and once in `other` is shared once, the first time. With n shared
     words, ROUGE-1's F1 is 2 n over the words of both.
     """
-    left = Counter(stem for _, stem in words(other))
+    left = Counter(stem for _, stem in words(other, tokenizer))
     found = []
-    for position, stem in words(text):
+    for position, stem in words(text, tokenizer):
         if left[stem]:
             left[stem] -= 1
             found.append(position)
     return found
-
-
-def words(text: str) -> list[tuple[tuple[int, int], str]]:
-    """Position and stem of every word as rouge_score reads them: a-z and 0-9 only."""
-    return [(found.span(), _stem(found[0])) for found in re.finditer("[A-Za-z0-9]+", text)]
-
-
-@cache
-def _stem(word: str) -> str:
-    return str(_tokenizer().tokenize(word)[0])
-
-
-@cache
-def _tokenizer() -> Any:
-    require_rouge()
-    from rouge_score.tokenizers import DefaultTokenizer  # here: it imports NLTK
-
-    return DefaultTokenizer(use_stemmer=True)

@@ -9,7 +9,9 @@ from pathlib import Path
 from minilora.nf4.model import quantize_report
 
 from .. import processes
+from ..errors import counted
 from ..evaluation.compare import Evaluation
+from ..evaluation.rouge import tokenizer_for
 from ..training.session import Session, trained_path
 from ..training.trainer import Outcome
 from .figures import Table, duration, nonsense_table, score_table
@@ -32,12 +34,13 @@ def most_changed(evaluation: Evaluation, k: int = 3) -> list[int]:
 def format_comparison(evaluation: Evaluation) -> str:
     """The scores and the nonsense measures as plain text tables."""
     title = (
-        f"{evaluation.n} dialogues, {evaluation.split} split of {evaluation.data}. ROUGE as "
-        "F1 x 100, gen_len in tokens: mean [95% bootstrap interval]; the difference is paired."
+        f"{counted(evaluation.n, 'dialogue')}, {evaluation.split} split of {evaluation.data}. "
+        "ROUGE as F1 x 100, gen_len in tokens: mean [95% bootstrap interval]; "
+        "the difference is paired."
     )
     lines = [textwrap.fill(printable(title), 100), *_columns(score_table(evaluation))]
-    if unseen := sum(not re.search("[a-z0-9]", e.reference.lower()) for e in evaluation.examples):
-        lines.append(f"{unseen} references score 0: rouge_score reads a-z and 0-9 only.")
+    if tokenizer_for([example.reference for example in evaluation.examples]) == "unicode":
+        lines.append("ROUGE compares Unicode words: the references are not in a-z alone.")
     if nonsense := nonsense_table(evaluation):
         lines += ["", NONSENSE_TITLE, *_columns(nonsense)]
     else:
@@ -86,6 +89,14 @@ def _wrap(text: str) -> list[str]:
     return textwrap.wrap(printable(text), 86)
 
 
+def format_summary(row: dict[str, str]) -> str:
+    """The summary of a chat of one's own, with the base's if that is there."""
+    said = {name: printable(text).strip() or "(empty)" for name, text in row.items()}
+    if "base" not in said:
+        return said["summary"]
+    return f"base        {said['base']}\nfine-tuned  {said['summary']}"
+
+
 def printable(text: str) -> str:
     """Without control characters, which a terminal executes, and lone surrogates, which raise."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text)
@@ -97,10 +108,11 @@ def header(session: Session, output: Path) -> str:
     count = processes.world_size()
     shared = f", {count} processes that share each batch" if count > 1 else ""
     precision = str(session.autocast_dtype or "float32").removeprefix("torch.")
-    report, sizes = session.report, f"{len(train):,} dialogues to train, {len(validation):,}"
+    report = session.report
+    sizes = f"{counted(len(train), 'dialogue')} to train, {len(validation):,}"
     trained = f"{report.trainable:,} trainable of {report.total:,} parameters"
     lines = [
-        f"{run.model.model} on {run.data.data}: {sizes} to validate; {session.device.type}, "
+        f"{run.model.model} on {run.data.name}: {sizes} to validate; {session.device.type}, "
         f"{precision}{shared}",
         f"{run.model.method}: {report if report.modules else trained}",
     ]
@@ -130,7 +142,7 @@ def summary(
         [
             f"trainable parameters  {report.trainable:,} of {report.total:,} ({share:.4f}%)",
             f"time                  {duration(seconds)}, of which training and validation took "
-            f"{duration(progress.seconds)} ({progress.step:,} steps)",
+            f"{duration(progress.seconds)} ({counted(progress.step, 'step')})",
             f"peak memory           {outcome.peak_bytes / 2**20:,.0f} MiB",
             f"saved                 {trained_path(output, session.run)}",
             *([f"report                {page}"] if page else []),

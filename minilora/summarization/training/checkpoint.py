@@ -41,6 +41,8 @@ class Progress:
     """Optimizer steps taken in this epoch."""
     best: float | None = None
     """Best validation ROUGE-1 so far."""
+    best_loss: float | None = None
+    """The validation loss of the best. None: from a run that did not keep it."""
     best_step: int = 0
     """The step of the best."""
     seconds: float = 0.0

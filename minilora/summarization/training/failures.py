@@ -1,14 +1,17 @@
-"""What can fail in the middle of a run: memory, and numbers that are not finite."""
+"""What can fail in the middle of a run: memory, numbers that are not finite, decoding."""
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batches import Encoded
-from ..errors import UserError
-from ..settings import TrainingOptions
+from ..errors import UserError, counted, one_line
+from ..evaluation.generate import summarize
+from ..settings import GenerationOptions, TrainingOptions
 from .schedule import Group
 
 
@@ -64,9 +67,33 @@ def step_memory(
     source = max((len(row.source) for row in batch), default=0)
     target = max((len(row.target) for row in batch), default=0)
     return out_of_memory(
-        f"in step {step} on a batch of {len(batch)} dialogues of up to {source} tokens, summaries "
-        f"of up to {target} ({', '.join(row.id for row in batch)})",
+        f"in step {step} on a batch of {counted(len(batch), 'dialogue')} of up to {source} tokens, "
+        f"summaries of up to {target} ({', '.join(row.id for row in batch)})",
         f"use {same}: the same update with less memory"
         if size > 1
         else "lower --max-source-length",
     )
+
+
+def try_out(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    row: Encoded,
+    generation: GenerationOptions,
+    autocast_dtype: torch.dtype | None = None,
+) -> None:
+    """Decode three tokens: what a model cannot do shows before it is trained.
+
+    Raises:
+        UserError: transformers raised an error, which is named; or memory ran out.
+    """
+    short = replace(generation, min_length=0, max_length=min(3, generation.max_length))
+    smaller = smaller_evaluation_batch(generation.evaluation_batch_size)
+    try:
+        with out_of_memory("while summarizing one dialogue", smaller):
+            summarize(model, tokenizer, [row], short, autocast_dtype)
+    except UserError:
+        raise
+    except Exception as error:  # each model reports in its own way what it does not support
+        kind, why = model.config.model_type, one_line(error, name=True)
+        raise UserError(f"this {kind} model cannot write summaries here: {why}") from None

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from ..data.batches import IGNORED
+from ..model.requirements import decoder_inputs
 
 # Models whose logits are the head's output plus `final_logits_bias`, if there is one. Others scale
 # or cap them.
@@ -115,18 +115,3 @@ class FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return G * gradient, None, None, None
-
-
-def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
-    """The target shifted by one, (b, t): the decoder reads </s> y1 y2 ... to predict y1 y2 y3 ...
-
-    Most models have a method for it: mBART, for example, starts with the language. NLLB and
-    Blenderbot do it in their forward, as here.
-    """
-    config, prepare = model.config, getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    shifted: Tensor = (
-        shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
-        if prepare is None
-        else prepare(labels)
-    )
-    return shifted

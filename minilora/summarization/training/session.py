@@ -16,16 +16,20 @@ from minilora.files import write_file
 
 from .. import processes
 from ..data.batches import Encoded, collate, encode
+from ..data.lengths import fit_lengths
 from ..data.reading import Example
-from ..data.splits import SPLITS, load
+from ..data.splits import load
 from ..errors import UserError
 from ..evaluation.generate import generate_arguments
 from ..evaluation.rouge import rouge_is_installed
-from ..model import speed
+from ..model import requirements, speed
 from ..model.device import autocast, choose_device, choose_precision
 from ..model.four_bits import FourBits
-from ..model.loading import check_vocabulary, limit_lengths, load_model, load_tokenizer, save_model
-from ..settings import RunConfig
+from ..model.loading import check_vocabulary, load_model, load_tokenizer, save_model
+from ..model.requirements import limit_lengths
+from ..presets import stored
+from ..settings import FILES, PATHS, SPLITS, RunConfig
+from .failures import try_out
 from .fingerprint import fingerprints, of_tensors
 
 
@@ -85,23 +89,36 @@ def open_session(run: RunConfig) -> Session:
     data, notices = load(run.data, SPLITS if run.output.evaluate else SPLITS[:2])
     tokenizer = load_tokenizer(run.model.model)
     model = load_model(run.model.model, device, four_bits(run, start=True))
-    run = limit_lengths(run, model)
-    generate_arguments(model, run.generation)  # refuses impossible settings
+    notices += requirements.check(model, tokenizer, run.model.model)
+    options = limit_lengths(run, model).data
     splits = {}
     for name, examples in data.items():
-        encoded, truncation = encode(examples, tokenizer, run.data)
+        encoded, truncation = encode(examples, tokenizer, options)
         check_vocabulary(model, encoded, run.model.model)
         splits[name] = Split(examples, encoded)
         if truncation.sources or truncation.targets:
             notices.append(f"{name}: {truncation}")
+    if not run.of_preset("model", "data", *FILES):
+        lengths = [len(row.target) + 1 for row in splits["train"].encoded]
+        notices += _fit(run, [min(length, options.max_target_length) for length in lengths])
+    wanted, run = run.generation.max_length, limit_lengths(run, model)
+    if wanted > run.generation.max_length:
+        positions = f"{run.generation.max_length}, the positions of the model"
+        notices.append(f"--max-length {wanted} is cut to {positions}")
+    # Refuses impossible settings; after a full fine-tune they are saved with the model.
+    model.generation_config.update(**generate_arguments(model, run.generation))
     autocast_dtype = choose_precision(run.model.precision, device)
-    if not rouge_is_installed():
+    if rouge_is_installed():
+        row = splits["validation"].encoded[0]
+        try_out(model, tokenizer, row, run.generation, autocast_dtype)
+    else:
         without = "the validation loss chooses the best epoch, and nothing is scored at the end"
         notices.append(f"rouge_score is not installed: {without}")
     origin = fingerprints(splits, model)
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
     if config:
         report = minilora.inject(model, config)
+        notices += requirements.not_adapted(model)
     else:
         trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
         report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
@@ -111,6 +128,17 @@ def open_session(run: RunConfig) -> Session:
     processes.seed_by_rank(run.model.seed)
     parts = (model, tokenizer, splits, report, notices, origin)
     return Session(run, device, autocast_dtype, *parts)
+
+
+def _fit(run: RunConfig, lengths: Sequence[int]) -> list[str]:
+    """Adapt to other data what a preset says for its own, in place, or say that it is not."""
+    run.generation, notices = fit_lengths(run.generation, lengths, run.typed)
+    if run.training.learning_rate and "learning_rate" not in run.typed:
+        notices.append(
+            f"--learning-rate {run.training.learning_rate:g} is that of the preset {run.preset}, "
+            "measured with its own model and data: others may need another one"
+        )
+    return notices
 
 
 def prepare(model: PreTrainedModel, run: RunConfig, autocast_dtype: torch.dtype | None) -> None:
@@ -145,6 +173,7 @@ def four_bits(run: RunConfig, start: bool = False) -> FourBits | None:
 def write_config(run: RunConfig, output: Path) -> None:
     """config.json: every setting that a resumed run takes over."""
     settings = run.to_dict() | {"resume": None, "accept_changes": False}
+    settings |= {name: stored(settings[name], output) for name in PATHS if settings[name]}
     write_file(output / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
 
 

@@ -3,7 +3,7 @@
 output/
     config.json      every setting, the learning rate resolved
     log.jsonl        one record a line: start, step, validation, end
-    adapter/         the best by validation ROUGE-1 (model/ after --method full)
+    adapter/         the best by validation ROUGE-1, then by the loss (model/ after --method full)
     checkpoints/     for --resume
 """
 
@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 import minilora
+from minilora.reports import fold_names
 
 from .. import processes
 from ..data.batches import Encoded
@@ -60,6 +61,8 @@ def fit(session: Session, output: Path) -> Outcome:
     trainer = Trainer(session, output)
     for notice in trainer.restore():
         print(f"note: {notice}", file=sys.stderr)
+    if trainer.progress.step == trainer.last:
+        print(f"note: {output} is finished: it is only scored again", file=sys.stderr)
     processes.on_rank0(lambda: sweep(output))
     with trainer.open():
         finished = trainer.run()
@@ -218,6 +221,11 @@ class Trainer:
         False if stopped before: an interrupted validation is discarded.
         """
         progress = self.progress
+        if not progress.epoch and (names := self.without_gradient()):
+            print(
+                f"note: no gradient reached {', '.join(names)}: unused, they do not train",
+                file=sys.stderr,
+            )
         doing = f"validating after step {progress.step}"
         instead = smaller_evaluation_batch(self.session.run.generation.evaluation_batch_size)
         try:
@@ -225,18 +233,25 @@ class Trainer:
                 scores = validate(self.session)
         except KeyboardInterrupt:
             return False
-        score = selection_score(scores)
-        better = progress.best is None or score > progress.best
+        score, loss = selection_score(scores), cast(float, scores["loss"])
+        by_loss = score == progress.best and loss < (progress.best_loss or 0)
+        better = progress.best is None or score > progress.best or by_loss
         self.log.write("validation", step=progress.step, epoch=progress.epoch + 1, **scores)
         epochs = self.session.run.training.epochs
         line = f"epoch {progress.epoch + 1}/{epochs}, step {progress.step}: {describe(scores)}"
-        self.bar.write(line + (" (best so far, saved)" if better else ""), file=sys.stdout)
+        why = "ROUGE-1 ties, the loss is lower: " if by_loss else ""
+        self.bar.write(line + f" ({why}best so far, saved)" * better, file=sys.stdout)
         if better:
-            progress.best, progress.best_step = score, progress.step
+            progress.best, progress.best_loss, progress.best_step = score, loss, progress.step
             self.save_trained()
         progress.epoch, progress.position = progress.epoch + 1, 0
         self.checkpoint()
         return True
+
+    def without_gradient(self) -> list[str]:
+        """The parameters that AdamW never stepped, such as those of a layer that is not used."""
+        named, stepped = self.session.model.named_parameters(), self.optimizer.state
+        return fold_names(tuple(n for n, p in named if p.requires_grad and p not in stepped))
 
     def save_trained(self) -> None:
         processes.on_rank0(lambda: save_trained(self.session, self.output))

@@ -1,11 +1,13 @@
 """After each epoch: the loss and ROUGE on the validation split."""
 
+import math
 from dataclasses import replace
 
 import torch
 
 from .. import processes
 from ..data.batches import by_length
+from ..errors import UserError
 from ..evaluation.generate import summarize
 from ..evaluation.rouge import METRICS, rouge, rouge_is_installed
 from .loss import summed_loss
@@ -27,7 +29,7 @@ def validate(session: Session) -> Scores:
     summaries = summarize(
         model, session.tokenizer, split.encoded[:some], generation, session.autocast_dtype
     )
-    references = [example.summary for example in split.examples[:some]]
+    references = [example.references for example in split.examples[:some]]
     rows = rouge([summary.text for summary in summaries], references)
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     return {"loss": loss / tokens, **{name: round(mean, 4) for name, mean in means.items()}}
@@ -42,6 +44,12 @@ def _summed_losses(session: Session, split: Split) -> tuple[float, int]:
         with session.autocast():
             batch = session.tensors([split.encoded[i] for i in chosen])
             summed, count = summed_loss(session.model, batch)
+        if not math.isfinite(summed.item()):
+            ids = ", ".join(split.encoded[i].id for i in chosen)
+            raise UserError(
+                f"the validation loss is {summed.item()} on the dialogues {ids}: lower "
+                "--learning-rate or use --precision fp32"
+            )
         loss, tokens = loss + summed.item(), tokens + count
     return loss, tokens
 

@@ -1,0 +1,203 @@
+"""The rows of one file, each with the place where it stands.
+
+Python's own readers read CSV, TSV, JSON and JSON Lines, gzipped or not, so that an error names the
+line. `datasets` reads parquet and the folders of `save_to_disk`, and is imported only then.
+"""
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, one_line
+
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+DELIMITERS = ",;\t|"
+
+Rows = Iterable[tuple[str, object]]  # where a row stands ("a.csv line 7"), what stands there
+
+
+class BadRow(ValueError):
+    """A row that cannot be used, and why. Readers yield it in the row's place."""
+
+
+def is_data(path: Path) -> bool:
+    """Whether it is called as a data file is, or is a folder that `save_to_disk` wrote."""
+    return _is_saved(path) or (suffix(path) in FORMATS and not path.is_dir())
+
+
+def suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "state.json").is_file()
+
+
+def file_rows(path: Path) -> Rows:
+    """The rows of a file.
+
+    Raises:
+        UserError: it cannot be read, or not beyond some row.
+    """
+    if suffix(path) == ".parquet" or _is_saved(path):
+        return _arrow_rows(path)
+    text = read_text(path)
+    if suffix(path) in (".csv", ".tsv"):
+        return _csv_rows(path, text)
+    # The content tells a JSON list from JSON Lines: both are called .json.
+    opening = _LIST.match(text)
+    return _json_list(path, text, opening) if opening else _json_lines(path, text)
+
+
+# Text files ---------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file (- is standard input), gzipped or not, with line feeds at its line ends.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):  # gzip, whatever the name
+            content = gzip.decompress(content)
+        return line_feeds(content.decode("utf-8").removeprefix("\ufeff"))
+    except FileNotFoundError:
+        raise UserError(no_such(path)) from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        byte = f"byte 0x{content[error.start]:02x} at offset {error.start:,}"
+        raise UserError(f"{path} line {line}: not UTF-8 ({byte}); save it as UTF-8") from None
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path}: damaged or cut off ({one_line(error)})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def line_feeds(text: str) -> str:
+    """Line ends of Windows and of old Macs become line feeds."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def no_such(path: Path) -> str:
+    near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*")], n=1)
+    hint = f" (but there is {path.parent / near[0]})" if near else ""
+    return f"{path}: no such file or directory{hint}"
+
+
+def some(names: Iterable[object]) -> str:
+    """Names for a message: the first ten, each on one line."""
+    shown = list(map(short, names))
+    return (", ".join(shown[:10]) or "none") + (
+        f" and {len(shown) - 10:,} more" * (len(shown) > 10)
+    )
+
+
+def short(value: object) -> str:
+    """At most 40 characters, on one line."""
+    text = str(value) if str(value).isprintable() else ascii(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _object(pairs: list[tuple[str, object]]) -> object:
+    """A row as a dict; a column that occurs twice is an error."""
+    row = dict(pairs)
+    return row if len(row) == len(pairs) else BadRow("a column occurs twice")
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
+_COMMA = re.compile(r"\s*(,|(?=]))\s*")
+# `[`, or `{"data": [` with nothing but texts and numbers before it, such as a version.
+_SINGLE = r'\s*"\w*"\s*:\s*(?:"[^"]*"|[\w.+-]+)\s*,'
+_LIST = re.compile(rf'\s*(?P<wrapped>\{{(?:{_SINGLE})*\s*"data"\s*:\s*)?\[\s*')
+
+
+def _json_list(path: Path, text: str, opening: re.Match[str]) -> Rows:
+    """`[{...}, {...}]`, element by element, so that an error can name its row."""
+    place, number, position = str(path), 0, opening.end()
+    while not text.startswith("]", position):
+        number += 1
+        place = f"{path} row {number}"
+        try:
+            row, position = _JSON.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: not JSON ({_why(error)})") from None
+        yield place, row
+        if not (comma := _COMMA.match(text, position)):
+            raise UserError(f"{place}: no comma and no ] follows; is the file cut off?")
+        position = comma.end()
+    if text[position + 1 :].rstrip()[-1:] != ("}" if opening["wrapped"] else ""):
+        raise UserError(f"{place}: the list ends here, but the file does not end as it should")
+
+
+def _json_lines(path: Path, text: str) -> Rows:
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split inside strings
+        if line.strip():
+            try:
+                row = _JSON.decode(line)
+            except (ValueError, RecursionError) as error:
+                row = BadRow(f"not JSON ({_why(error)})")
+            yield f"{path} line {number}", row
+
+
+def _why(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return one_line(error).replace(": line 1 column", ", column")
+
+
+def _csv_rows(path: Path, text: str) -> Rows:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # 131,072 refuses long dialogues
+    delimiter = max(DELIMITERS, key=text.lstrip("\n").partition("\n")[0].count)  # in the header
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    header: list[str] = []
+    line = 1  # where the row begins: quoted fields run over several lines
+    try:
+        for fields in reader:
+            place, line = f"{path} line {line}", reader.line_num + 1
+            if not header:
+                header = [name.strip() for name in fields]
+            elif len(fields) == len(header):
+                yield place, _object([pair for pair in zip(header, fields, strict=True) if pair[0]])
+            elif fields:
+                count = f"{len(fields)} fields where the header has {len(header)}"
+                yield place, BadRow(f"{count}; text with {delimiter!r} or line breaks needs quotes")
+    except csv.Error as error:
+        raise UserError(f"{path} line {line}: not CSV ({error}); check the quotes") from None
+
+
+# What `datasets` reads ----------------------------------------------------------------------------
+
+
+def _arrow_rows(path: Path) -> Rows:
+    with datasets_or_error(path, f"{path}: cannot be read") as datasets:
+        datasets.disable_progress_bars()
+        read = datasets.load_from_disk if path.is_dir() else datasets.Dataset.from_parquet
+        yield from table_rows(path, read(str(path)))
+
+
+def table_rows(name: str | Path, table: Iterable[object]) -> Rows:
+    return ((f"{name} row {number}", row) for number, row in enumerate(table, 1))
+
+
+@contextmanager
+def datasets_or_error(name: str | Path, failed: str) -> Iterator[Any]:
+    """The package; every error of the hub, the network or a file format becomes a `UserError`."""
+    try:
+        import datasets  # here, since text files need neither it nor the second it takes
+    except ImportError:
+        raise UserError(f"{name}: reading it needs a package: pip install datasets") from None
+    try:
+        yield datasets
+    except Exception as error:
+        raise UserError(f"{failed} ({one_line(error, name=True)})") from None

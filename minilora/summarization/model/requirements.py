@@ -1,0 +1,172 @@
+"""What a run relies on: one source for training and decoding, checked before the first step.
+
+A summary starts from one token and ends with one. Training puts them into the targets, decoding
+starts and stops there, and both ask this file. Where a checkpoint's configuration lacks a token or
+names another one, it is set right if the rest decides it, and said; else the run is refused.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from minilora import LoRALinear
+from minilora.linears import is_linear
+
+from ..data.batches import IGNORED, encode, end_token, frame
+from ..data.reading import Example
+from ..errors import UserError
+from ..settings import DataOptions, RunConfig
+
+TOKENS = ("decoder_start_token_id", "pad_token_id", "eos_token_id", "forced_bos_token_id")
+KEPT = (
+    *("bos_token_id", "forced_eos_token_id"),
+    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"),
+)
+"""What decoding takes from a checkpoint's generation config, besides `TOKENS`."""
+FLAGS_DECIDE = {
+    *("num_beams", "min_length", "max_length", "min_new_tokens", "max_new_tokens", "use_cache"),
+    *("length_penalty", "early_stopping", "no_repeat_ngram_size", "num_return_sequences"),
+    *("temperature", "top_k", "top_p", "return_dict_in_generate", "transformers_version"),
+    *("output_attentions", "output_hidden_states", "_from_model_config"),
+}
+
+
+def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
+    """Put the tokens of training and decoding into the model's configuration; notices of changes.
+
+    Raises:
+        UserError: nothing says with which token a summary starts, or ends.
+    """
+    asked, notices = model.generation_config, list[str]()
+    try:
+        target = encode([Example("", "x", "x")], tokenizer, DataOptions())[0][0].target
+        tokens = special_tokens(model, tokenizer, target)
+    except UserError as error:
+        raise UserError(f"model {name}: {error}") from None
+    if not frame(tokenizer)[1]:
+        end = tokenizer.convert_ids_to_tokens(end_token(tokenizer))
+        notices.append(f"the tokenizer ends no text: {end} is put at the end of every summary")
+    for key in TOKENS:
+        value = tokens[key]
+        if (said := getattr(asked, key)) != value:
+            token = f" ({tokenizer.convert_ids_to_tokens(value)})" if value is not None else ""
+            notices.append(
+                f"the model's generation config has {key} {said}; used in training and in "
+                f"decoding: {value}{token}"
+            )
+        if key != "forced_bos_token_id":  # transformers 5 refuses it in config.json
+            setattr(model.config, key, value)
+    known = FLAGS_DECIDE | tokens.keys()
+    other = {key: value for key, value in asked.to_diff_dict().items() if key not in known}
+    if other.pop("do_sample", False) or other:
+        what = ", ".join(f"{key} {value}" for key, value in other.items()) or "sampling"
+        notices.append(
+            f"the model's generation config asks for {what}; not used: summaries are written by "
+            "beam search, as --beams says"
+        )
+    model.generation_config = GenerationConfig(**tokens)
+    return notices
+
+
+def special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Sequence[int]
+) -> dict[str, Any]:
+    """What a generation config says of tokens, such that decoding follows the targets.
+
+    The ways of decoding that a checkpoint's generation config asks for are left out.
+
+    Args:
+        model: as loaded.
+        tokenizer: that of the targets.
+        target: any target, as `encode` makes it.
+
+    Raises:
+        UserError: nothing says with which token a summary starts, or ends.
+    """
+    asked, end = model.generation_config, end_token(tokenizer)
+    opens = target[0] in tokenizer.all_special_ids and target[0] != end
+    ends = asked.eos_token_id  # one, or a list
+    tokens = {name: getattr(asked, name) for name in KEPT}
+    tokens["decoder_start_token_id"] = start_token(model, torch.tensor([target]))
+    tokens["pad_token_id"] = tokenizer.pad_token_id
+    tokens["eos_token_id"] = ends if isinstance(ends, list) and end in ends else end
+    forced = asked.forced_bos_token_id is not None and opens
+    tokens["forced_bos_token_id"] = target[0] if forced else None
+    if tokens["forced_eos_token_id"] is not None:
+        tokens["forced_eos_token_id"] = end
+    return tokens
+
+
+def start_token(model: PreTrainedModel, labels: Tensor) -> int:
+    """The token that the decoder reads first, by the configuration or by the model's own shift.
+
+    mBART has none in its configuration: it starts with the language, the last token of the labels.
+
+    Raises:
+        UserError: neither knows one.
+    """
+    for config in (model.config, model.generation_config):
+        if isinstance(start := getattr(config, "decoder_start_token_id", None), int):
+            return start
+    try:
+        shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels[:1])  # type: ignore[operator]
+        return int(shifted[0, 0])
+    except Exception:  # each model reports in its own way that its configuration has none
+        raise UserError(
+            "its config.json has no decoder_start_token_id, the token that a summary starts from: "
+            "set it there (most models start from their eos or pad token, BERT from [CLS])"
+        ) from None
+
+
+def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
+    """The target shifted by one, (b, t): the decoder reads </s> y1 y2 ... to predict y1 y2 ..."""
+    start, pad = start_token(model, labels), getattr(model.config, "pad_token_id", None)
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = start
+    return shifted.masked_fill(shifted == IGNORED, start if pad is None else pad)
+
+
+def limit_lengths(run: RunConfig, model: PreTrainedModel) -> RunConfig:
+    """The settings with lengths cut to the positions of the model."""
+    limited = deepcopy(run)
+    for options, name, side in (
+        (limited.data, "max_source_length", "encoder"),
+        (limited.data, "max_target_length", "decoder"),
+        (limited.generation, "max_length", "decoder"),
+    ):
+        wanted, most = getattr(options, name), positions(model, side)
+        setattr(options, name, wanted if most is None else min(wanted, most))
+    return limited
+
+
+def positions(model: PreTrainedModel, side: str) -> int | None:
+    """How many tokens the encoder or the decoder reads at most; None: no limit, as in T5."""
+    config = getattr(model.config, side, model.config)  # composed models have one for each side
+    names = (f"max_{side}_position_embeddings", "max_position_embeddings")  # LED has two numbers
+    found = [n for name in names if isinstance(n := getattr(config, name, None), int)]
+    part = getattr(model, f"get_{side}")()
+    for name, module in part.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            assert isinstance(module, nn.Embedding)
+            found.append(module.num_embeddings - padding - 1)  # RoBERTa counts from behind it
+    return min(found, default=None)
+
+
+def not_adapted(model: PreTrainedModel) -> list[str]:
+    """A notice for an encoder or a decoder in which no module is adapted, as in LED by q_proj."""
+    notices = []
+    for side in ("encoder", "decoder"):
+        part = getattr(model, f"get_{side}")()
+        if not any(isinstance(module, LoRALinear) for module in part.modules()):
+            linears = [name for name, m in part.named_modules() if is_linear(m)]
+            names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+            notices.append(
+                f"nothing in the {side} is adapted: --targets names none of its linear layers, "
+                f"which are {names}"
+            )
+    return notices

@@ -1,0 +1,72 @@
+"""A run whose model and data are beside it works from another folder, and after all have moved."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minilora.__main__ import main
+from minilora.summarization.cli import evaluate_main, train_main
+from minilora.summarization.presets import ASSETS, embedded, local_path, restored, stored
+from tests.helpers import SMALL, records, save_bart, save_data
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, data and a run, all named by relative paths; moved afterwards."""
+    folder = tmp_path / "before" / "project"
+    save_bart(folder / "bart")
+    save_data(folder / "data")
+    monkeypatch.chdir(folder)
+    data = ["--train-file", "data/train.jsonl", "--validation-file", "data/validation.jsonl"]
+    argv = ["--model", "bart", *data, "--test-file", "data/test.jsonl", *SMALL, "--rank", "3"]
+    assert train_main([*argv, "--no-evaluate", "--output", "runs/x"]) == 0
+    moved = tmp_path / "moved"
+    monkeypatch.chdir(tmp_path)
+    folder.rename(moved)
+    return moved
+
+
+def test_a_moved_run_is_scored_and_merged(project: Path, capfd: Any) -> None:
+    settings = json.loads((project / "runs" / "x" / "config.json").read_text())
+    assert settings["model"] == "./../../bart"
+    assert settings["test_file"] == "./../../data/test.jsonl"
+    assert settings["data"] == "bookings"  # not used, since files are named
+    assert evaluate_main(["moved/runs/x", "--output", "scores.json"]) == 0
+    scores = json.loads(Path("scores.json").read_text())
+    assert scores["n"] == 4
+    assert scores["data"].endswith("moved/data/test.jsonl")
+    assert main(["merge", "moved/runs/x", "merged"]) == 0
+    assert (Path("merged") / "model.safetensors").exists()
+
+
+def test_a_moved_run_is_resumed_and_says_that_it_is_finished(project: Path, capfd: Any) -> None:
+    before = records(project / "runs" / "x")
+    capfd.readouterr()
+    assert train_main(["--resume", "moved/runs/x"]) == 0
+    note = "note: moved/runs/x is finished: it is only scored again\n"
+    assert note in capfd.readouterr().err
+    assert records(project / "runs" / "x") == before
+
+
+def test_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/x")
+    for folder in ("bart", "runs/x/inside", "../elsewhere"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for name in ("bart", "runs/x/inside", "../elsewhere"):
+        assert stored(name, run).startswith("./")
+        assert restored(stored(name, run), run) == name
+    for name in (str(tmp_path / "bart"), "pocket-bart", "facebook/bart-base", "~/bart"):
+        assert stored(name, run) == restored(name, run) == name
+    assert restored("./gone", run) == "./gone"  # as an earlier version stored what was typed
+
+
+def test_a_path_into_another_machines_package_is_the_embedded_model() -> None:
+    """An adapter names its base so; PEFT needs a path there."""
+    path = "/home/ann/.venv/lib/site-packages/minilora/summarization/assets/pocket-bart"
+    assert local_path(path) == ASSETS / "pocket-bart"
+    other = path.replace("pocket-bart", "other-bart")
+    assert embedded(other) == other
+    assert embedded("assets/pocket-bart") == "assets/pocket-bart"
