@@ -75,8 +75,8 @@ class LoRAConfig:
             (both Kaiming-uniform: the model's output changes at once; for tests), or "loftq" (the
             base is quantized to NF4, and s B A starts as an approximation of the error).
         task_type: PEFT's task type, such as "SEQ_2_SEQ_LM"; stored in the adapter's file.
-        beside: configurations of methods that adapt no layer, such as a PromptConfig. `inject` takes
-            a list instead.
+        beside: configurations of methods that adapt no layer, such as a PromptConfig; `inject`
+            takes a list instead.
 
     Raises:
         LoRAError: a value is out of range or of the wrong type; the message names the field.

@@ -82,8 +82,7 @@ def wrap(model: nn.Module, selected: dict[str, nn.Module], config: LoRAConfig) -
 
 def layer_for(config: LoRAConfig) -> type[LoRALinear]:
     """The class of the layers that this configuration asks for."""
-    asked = (layer for flag, layer in LAYERS.items() if getattr(config, flag))
-    return next(asked, LoRALinear)
+    return next((layer for flag, layer in LAYERS.items() if getattr(config, flag)), LoRALinear)
 
 
 def report(model: nn.Module, seed: int | None = None) -> InjectReport:
@@ -112,7 +111,7 @@ def unwrap(model: nn.Module, dequantize: bool = False) -> nn.Module:
         The same model, with the module types, state-dict keys and trainability it had before.
 
     Raises:
-        LoRAError: a weight cannot be merged; the model is left as it was.
+        LoRAError: a weight, or a prompt or prefix, cannot be merged; the model is left as it was.
 
     Example:
         >>> model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
@@ -120,7 +119,8 @@ def unwrap(model: nn.Module, dequantize: bool = False) -> nn.Module:
         >>> list(unwrap(model).state_dict())
         ['q_proj.weight', 'q_proj.bias']
     """
-    model = plain_model(model)
+    if kept := unmergeable(model):
+        raise LoRAError(f"a {kept} cannot be merged: minilora.merge keeps it, unload takes it out")
     with ExitStack() as stack:
         for dequantized in DEQUANTIZERS if dequantize else ():
             stack.enter_context(dequantized(model))
@@ -147,19 +147,17 @@ def unload(model: nn.Module) -> nn.Module:
         >>> torch.equal(unload(model)["q_proj"].weight, before)
         True
     """
-    model = plain_model(model)
     for layer in lora_layers(model).values():
         layer.unmerge()
-    if (injection := injection_of(model)) is not None:
-        injection.enable(model, False)
+    enable_extras(model, False)
     return _put_back(model)
 
 
 def _put_back(model: nn.Module) -> nn.Module:
     """Put the original modules back as they are, merged or not; drop the adapter's record."""
-    injection = injection_of(model)
+    model = plain_model(model)
     replace_modules(model, {layer: layer.base for layer in lora_layers(model).values()})
-    if injection is not None:
+    if (injection := injection_of(model)) is not None:
         for extra in injection.extras:
             extra.stop(model)
         require_grad(model, injection.required_grad)
@@ -191,7 +189,7 @@ def config_of(model: nn.Module) -> Any:
         >>> config_of(nn.Linear(8, 8)) is None
         True
     """
-    injection = injection_of(plain_model(model))
+    injection = injection_of(model)
     return conventions.separated(injection.config) if injection is not None else None
 
 
@@ -237,18 +235,27 @@ class Injection:
     enabled: bool = True
     """False inside `with disabled(model)`."""
 
-    def enable(self, model: nn.Module, enabled: bool) -> None:
-        """Give the extras their trained values, or the base's if not enabled."""
-        if enabled != self.enabled:
-            for extra in self.extras:
-                extra.swap(model)
-            self.enabled = enabled
-
 
 def injection_of(model: nn.Module) -> Injection | None:
     """What the model remembers of its injection, or None."""
-    injection = getattr(model, "_minilora", None)
+    injection = getattr(plain_model(model), "_minilora", None)
     return injection if isinstance(injection, Injection) else None
+
+
+def enable_extras(model: nn.Module, enabled: bool) -> bool:
+    """Give the extras their trained values, or the base's; returns what they had before."""
+    if (injection := injection_of(model)) is None or injection.enabled == enabled:
+        return enabled
+    for extra in injection.extras:
+        extra.swap(plain_model(model))
+    injection.enabled = enabled
+    return not enabled
+
+
+def unmergeable(model: nn.Module) -> str:
+    """What adapts no layer, and so cannot be merged: "prompt", "prefix", both, or nothing."""
+    injection = injection_of(model)
+    return " and ".join(c.folder for c in injection.config.beside) if injection else ""
 
 
 # For plain LoRA these tables are empty; `minilora/methods/__init__.py` fills them and says how.

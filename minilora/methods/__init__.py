@@ -32,12 +32,25 @@ from minilora.initialization import STARTS
 from minilora.inject import DEQUANTIZERS, EXTRAS, LAYERS
 from minilora.methods.dora import DoRALinear
 from minilora.methods.lora_bias import LoRABiasLinear
+from minilora.methods.prefix_tuning import PrefixConfig as PrefixConfig
+from minilora.methods.prefix_tuning import PrefixTuning
+from minilora.methods.prompt_tuning import PromptConfig as PromptConfig
+from minilora.methods.prompt_tuning import PromptTuning
 from minilora.methods.token_rows import TokenRows
+from minilora.methods.virtual_tokens_files import (
+    read_prefix,
+    read_prompt,
+    write_prefix,
+    write_prompt,
+)  # fmt: skip
 from minilora.nf4.loftq import loftq
 from minilora.nf4.model import dequantized
+from minilora.peft_format.directory import TYPES, WRITERS
 from minilora.trained_whole import TrainedWhole
 
 LAYERS.update(dora=DoRALinear, lora_bias=LoRABiasLinear)
 STARTS.update(loftq=loftq)
-EXTRAS.extend((TrainedWhole, TokenRows))
+EXTRAS.extend((TrainedWhole, TokenRows, PromptTuning, PrefixTuning))
+TYPES.update(PROMPT_TUNING=read_prompt, PREFIX_TUNING=read_prefix, MINILORA_PREFIX=read_prefix)
+WRITERS.update(prompt=write_prompt, prefix=write_prefix)
 DEQUANTIZERS.append(dequantized)

@@ -110,11 +110,14 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     if injection is not None and not injection.enabled:
         raise LoRAError("cannot load an adapter inside `with minilora.disabled(model)`")
     named = _base_modules(model, layers)
+    for method in adapter.config.beside:
+        adapter = replace(adapter, tensors=method.fitted(model, adapter.tensors))
     config = _as_read(adapter, named)
     unnamed = trained_whole.Embeddings(_embeddings(model, adapter, config))
     selected = _check_fit(model, adapter, config, named, unnamed)
     held = {key: tensor.shape for key, tensor in _held(model).items()}
     same = held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
+    same = same and all(tensor.is_leaf for tensor in _held(model).values())  # none is an MLP's
     swapped = same and not is_sharded(model)  # which is refused below
     if not swapped:
         refuse_wrapped(wrapped)  # data-parallel copies would never learn of the new parameters
@@ -154,7 +157,7 @@ def _held(model: nn.Module) -> dict[str, Tensor]:
 def _extra_tensors(model: nn.Module, extras: Iterable[Extra]) -> dict[str, Tensor]:
     """What trains outside the layers, by its keys on disk; the model may be injected or not."""
     found = (item for extra in extras for item in extra.find(model).items())
-    return {keys.PREFIX + name: tensor for name, tensor in found}
+    return {n if keys.is_beside(n) else keys.PREFIX + n: tensor for n, tensor in found}
 
 
 def _check_fit(

@@ -9,6 +9,7 @@ error that names the key. PEFT ignores an unexpected key and warns of a missing 
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minilora.config import LoRAConfig, LoRAError
+from minilora.conventions import together
 from minilora.files import write_directory
 from minilora.functional import scale
 from minilora.modules import naming
@@ -26,6 +28,11 @@ from minilora.peft_format import keys
 from minilora.peft_format.config import CONFIG_FILE, FIELDS, config_from_peft, config_to_peft
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+TYPES: dict[str, Callable[..., tuple[Any, dict[str, Tensor]]]] = {}
+"""peft_type of a method that adapts no layer -> a function of the file's entries and tensors that
+returns the configuration, and the tensors by names that begin with the method's directory."""
+WRITERS: dict[str, Callable[..., tuple[dict[str, Any], Any]]] = {}
+"""Name of the directory -> the other way, from the configuration and those tensors."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -37,6 +44,7 @@ class Adapter:
         config: what was adapted and how.
         tensors: by PEFT's keys, `base_model.model.<module>.lora_A.weight` (r, in),
             `...lora_B.weight` (out, r) and what the configuration adds; docs/format.md lists them.
+            Those of a prompt or prefix are `prompt/..` and `prefix/..`.
         base_model: name or directory of the model it was trained on, if known.
         fan_in_fan_out: whether the adapted modules are Conv1D: PEFT's word for it, written down
             for PEFT only.
@@ -67,7 +75,7 @@ class Adapter:
             A, B = (parameters.get(name, torch.empty(0)) for name in ("lora_A", "lora_B"))
             out, in_ = B.shape[:1].numel(), A.shape[-1:].numel()
             expected |= keys.expected_of(self.config, module, out, in_)
-        held = dict(self.tensors)
+        held = {key: t for key, t in self.tensors.items() if not keys.is_beside(key)}
         config = self.config
         some = config.bias != "none" or config.also_train or config.token_rows
         for name in self.extras:  # whether it is one of these, only a model can say
@@ -80,7 +88,7 @@ class Adapter:
                 problems.append(f"{key} is {keys.describe(tensor)}, which cannot be read exactly")
             elif not tensor.isfinite().all():
                 problems.append(f"{key} holds values that are not finite")
-        if not self.modules:
+        if not self.modules and not config.beside:
             problems.append("it holds no lora_A and lora_B")
         keys.refuse("the adapter's tensors are wrong", problems)
 
@@ -95,7 +103,7 @@ class Adapter:
         return {
             key.removeprefix(keys.PREFIX): tensor
             for key, tensor in self.tensors.items()
-            if not keys.OF_A_LAYER.fullmatch(key)
+            if not keys.OF_A_LAYER.fullmatch(key) and not keys.is_beside(key)
         }
 
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
@@ -124,7 +132,7 @@ def read_adapter(directory: str | Path) -> Adapter:
     """Read and check an adapter directory as PEFT or minilora wrote it. Never reads a pickle.
 
     PEFT saves an adapter with a name of its own one directory deeper; it is read from there if it
-    is the only one.
+    is the only one. A prompt or prefix is read too, from `prompt/`, `prefix/` or the directory.
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors.
@@ -141,17 +149,28 @@ def read_adapter(directory: str | Path) -> Adapter:
         minilora.config.LoRAError: nowhere: no such directory
     """
     directory = _adapter_directory(Path(directory))
-    entries = _read_json(directory / CONFIG_FILE)
+    folders = [directory / name for name in keys.FOLDERS if _is_adapter(directory / name)]
+    config, tensors, entries = None, dict[str, Tensor](), dict[str, Any]()
+    beside: list[Any] = []
+    for folder in [*folders, directory] if _is_adapter(directory) or not folders else folders:
+        entries = _read_json(folder / CONFIG_FILE)
+        with naming(folder):
+            found = _read_tensors(folder)
+            if (read := TYPES.get(str(entries.get("peft_type")))) is not None:
+                one, found = read(entries, found)
+                beside.append(one)
+            else:
+                config = config_from_peft(entries, keys.modules_of(found))
+                if config.bias == "all" and config.also_train:
+                    found = _without_repeats(found)
+            if not isinstance(entries.get("base_model_name_or_path"), str | None):
+                raise LoRAError(f"{CONFIG_FILE}: base_model_name_or_path is not a string or null")
+            if _read_json(folder / CONFIG_FILE) != entries:
+                raise LoRAError("the adapter changed while it was being read: try again")
+            tensors |= found
     with naming(directory):
-        tensors = _read_tensors(directory)
-        config = config_from_peft(entries, keys.modules_of(tensors))
-        if config.bias == "all" and config.also_train:
-            tensors = _without_repeats(tensors)
+        config = together([*([config] if config else []), *beside])
         base_model = entries.get("base_model_name_or_path")
-        if not isinstance(base_model, str | None):
-            raise LoRAError(f"{CONFIG_FILE}: base_model_name_or_path is not a string or null")
-        if _read_json(directory / CONFIG_FILE) != entries:
-            raise LoRAError("the adapter changed while it was being read: try again")
         return Adapter(config, tensors, base_model, entries.get("fan_in_fan_out") is True)
 
 
@@ -163,7 +182,7 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
         directory: made if it is not there; an adapter in it is replaced, whole or not at all.
 
     Raises:
-        LoRAError: the directory's name is taken by a file.
+        LoRAError: the directory's name is taken by a file, or it holds an adapter of other parts.
         OSError: it cannot be written; a file that was there before is untouched.
 
     Example:
@@ -180,21 +199,36 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise LoRAError(f"{directory} is a file, not a directory")
-    tensors = {key: adapter.tensors[key].contiguous() for key in sorted(adapter.tensors)}
-    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    entries = config_to_peft(adapter.config, adapter.modules) | {
-        "base_model_name_or_path": adapter.base_model,
-        "fan_in_fan_out": adapter.fan_in_fan_out,
-    }
-    text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
-    write_directory(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode()})
+    parts = {f"{c.folder}/": WRITERS[c.folder](c, adapter.tensors) for c in adapter.config.beside}
+    if adapter.modules:
+        entries = config_to_peft(adapter.config, adapter.modules)
+        entries["fan_in_fan_out"] = adapter.fan_in_fan_out
+        own = {key: t for key, t in adapter.tensors.items() if not keys.is_beside(key)}
+        parts[""] = entries, own
+    for folder in {"", *(f"{name}/" for name in keys.FOLDERS)} - parts.keys():
+        if _is_adapter(directory / folder):
+            raise LoRAError(
+                f"{directory / folder} holds an adapter of other parts: remove it first"
+            )
+    contents = {}
+    for folder, (entries, tensors) in parts.items():
+        tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
+        entries = entries | {"base_model_name_or_path": adapter.base_model}
+        text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
+        contents[folder + WEIGHTS_FILE] = safetensors.torch.save(tensors, {"format": "pt"})
+        contents[folder + CONFIG_FILE] = text.encode()
+    write_directory(directory, contents)
+
+
+def _is_adapter(directory: Path) -> bool:
+    return any((directory / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE))
 
 
 def _adapter_directory(directory: Path) -> Path:
     if not directory.is_dir():
         raise LoRAError(f"{directory}: no such directory")
     named = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
-    if (directory / CONFIG_FILE).exists() or not named:
+    if _is_adapter(directory) or not named or {path.name for path in named} <= {*keys.FOLDERS}:
         return directory
     if len(named) > 1:
         choices = ", ".join(path.name for path in named)
