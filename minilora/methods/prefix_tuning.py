@@ -95,8 +95,15 @@ class Prefix(nn.Module):
         hidden: width of the MLP's hidden layer, or None.
     """
 
+    P: Tensor
+    W1: Tensor | None
+    b1: Tensor
+    W2: Tensor
+    b2: Tensor
+
     def __init__(self, shape: tuple[int, ...], like: Tensor, hidden: int | None) -> None:
         super().__init__()
+        self.W1 = None
         m, layers, _, heads, width = self.shape = shape
         d, out = heads * width, 2 * heads * width
         sizes: dict[str, tuple[int, ...]] = {"P": shape}
@@ -112,7 +119,7 @@ class Prefix(nn.Module):
 
     def forward(self, layer: int) -> Tensor:
         """P of a layer: (m, 2, heads, width)."""
-        if "W1" not in self._parameters:
+        if self.W1 is None:
             return self.P[:, layer]
         hidden = torch.tanh(F.linear(self.P, self.W1, self.b1))  # (m, hidden)
         P = F.linear(hidden, self.W2[layer], self.b2[layer])  # (m, 2 heads width)
@@ -120,7 +127,7 @@ class Prefix(nn.Module):
 
     def folded(self) -> Tensor:
         """P of all layers; the parameter itself where there is no MLP."""
-        if "W1" not in self._parameters:
+        if self.W1 is None:
             return self.P
         return torch.stack([self(layer) for layer in range(self.shape[1])], 1)
 
@@ -170,7 +177,8 @@ class PrefixTuning(VirtualTokens):
             width = getattr(found[0], "head_dim", None) or found[0].key_value_proj_dim
             heads = linears.shape(getattr(k, "base", k))[0] // width
             self.shapes[place] = (self.config.length, len(found), 2, heads, width)
-        if self.shapes and model.config._attn_implementation not in ("eager", "sdpa"):
+        kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        if self.shapes and kind not in ("eager", "sdpa"):
             raise LoRAError("a prefix needs attn_implementation 'eager' or 'sdpa' in the model")
 
     def find(self, model: nn.Module) -> dict[str, Tensor]:
@@ -193,12 +201,13 @@ class PrefixTuning(VirtualTokens):
             for layer, attention in enumerate(attentions(stack, place)):
                 hook = partial(self.enter, place, layer)
                 self.hooks.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
-        decoder = self.stacks.get("decoder")
-        if "decoder" in self.shapes and hasattr(decoder, "embed_positions"):  # BART
-            move = decoder.embed_positions.register_forward_pre_hook
-            self.hooks.append(move(self.move, with_kwargs=True))
-        if "decoder" in self.shapes and hasattr(decoder, "rotary_emb"):  # Llama
-            self.hooks.append(decoder.register_forward_pre_hook(self.count, with_kwargs=True))
+        if "decoder" in self.shapes:
+            decoder = self.stacks["decoder"]
+            if hasattr(decoder, "embed_positions"):  # BART
+                table = decoder.embed_positions
+                self.hooks.append(table.register_forward_pre_hook(self.move, with_kwargs=True))
+            if hasattr(decoder, "rotary_emb"):  # Llama
+                self.hooks.append(decoder.register_forward_pre_hook(self.count, with_kwargs=True))
 
     def enter(
         self, place: str, layer: int, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -58,7 +58,7 @@ def write_prefix(config: PrefixConfig, tensors: Tensors) -> tuple[dict[str, Any]
     """PEFT's entries and tensors, from P (m, layers, 2, heads, width) of each place."""
     found = {place: tensors[f"prefix/{place}"] for place in config.places}
     m, layers, _, heads, width = next(iter(found.values())).shape
-    entries = {
+    entries: dict[str, Any] = {
         "task_type": config.task_type, "inference_mode": True, "num_virtual_tokens": m,
         "token_dim": heads * width, "num_attention_heads": heads,
     }  # fmt: skip
