@@ -65,9 +65,6 @@ class Method(Protocol):
     folder: str
     """The name of its directory in that of the adapter."""
 
-    def completed(self, model: nn.Module) -> "Method":
-        """With what it leaves to the model."""
-
 
 Configs = LoRAConfig | Method | Sequence[LoRAConfig | Method]
 """What `inject` takes."""

@@ -115,9 +115,9 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     config = _as_read(adapter, named)
     unnamed = trained_whole.Embeddings(_embeddings(model, adapter, config))
     selected = _check_fit(model, adapter, config, named, unnamed)
-    held = {key: tensor.shape for key, tensor in _held(model).items()}
+    # What an MLP computes is no leaf, and cannot be written to.
+    held = {key: tensor.shape for key, tensor in _held(model).items() if tensor.is_leaf}
     same = held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
-    same = same and all(tensor.is_leaf for tensor in _held(model).values())  # none is an MLP's
     swapped = same and not is_sharded(model)  # which is refused below
     if not swapped:
         refuse_wrapped(wrapped)  # data-parallel copies would never learn of the new parameters

@@ -97,9 +97,7 @@ def _init_from_peft(value: object) -> str:
     inits = {json.dumps(peft): ours for ours, peft in INITS.items()} | OTHER_INITS
     if (text := json.dumps(value).lower()) in inits:
         return inits[text]
-    convert = (
-        "convert it with PEFT, by save_pretrained(path_initial_model_for_weight_conversion=...)"
-    )
+    convert = "convert it with PEFT: save_pretrained(path_initial_model_for_weight_conversion=...)"
     raise LoRAError(f"init_lora_weights {value!r} may have rewritten the base's weights: {convert}")
 
 

@@ -100,10 +100,9 @@ class Adapter:
     @property
     def extras(self) -> dict[str, Tensor]:
         """The biases and whole modules that trained too, by name on disk without the prefix."""
+        found = (k for k in self.tensors if not keys.OF_A_LAYER.fullmatch(k))
         return {
-            key.removeprefix(keys.PREFIX): tensor
-            for key, tensor in self.tensors.items()
-            if not keys.OF_A_LAYER.fullmatch(key) and not keys.is_beside(key)
+            k.removeprefix(keys.PREFIX): self.tensors[k] for k in found if not keys.is_beside(k)
         }
 
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
@@ -149,29 +148,25 @@ def read_adapter(directory: str | Path) -> Adapter:
         minilora.config.LoRAError: nowhere: no such directory
     """
     directory = _adapter_directory(Path(directory))
-    folders = [directory / name for name in keys.FOLDERS if _is_adapter(directory / name)]
-    config, tensors, entries = None, dict[str, Tensor](), dict[str, Any]()
-    beside: list[Any] = []
-    for folder in [*folders, directory] if _is_adapter(directory) or not folders else folders:
+    folders = [p for p in (*map(directory.joinpath, keys.FOLDERS), directory) if _is_adapter(p)]
+    tensors: dict[str, Tensor] = {}
+    configs: list[Any] = []
+    for folder in folders or [directory]:
         entries = _read_json(folder / CONFIG_FILE)
         with naming(folder):
-            found = _read_tensors(folder)
-            if (read := TYPES.get(str(entries.get("peft_type")))) is not None:
-                one, found = read(entries, found)
-                beside.append(one)
-            else:
-                config = config_from_peft(entries, keys.modules_of(found))
-                if config.bias == "all" and config.also_train:
-                    found = _without_repeats(found)
-            if not isinstance(entries.get("base_model_name_or_path"), str | None):
+            read = TYPES.get(str(entries.get("peft_type")), _read_lora)
+            config, found = read(entries, _read_tensors(folder))
+            base_model = entries.get("base_model_name_or_path")
+            if not isinstance(base_model, str | None):
                 raise LoRAError(f"{CONFIG_FILE}: base_model_name_or_path is not a string or null")
             if _read_json(folder / CONFIG_FILE) != entries:
                 raise LoRAError("the adapter changed while it was being read: try again")
-            tensors |= found
+        configs.append(config)
+        tensors |= found
     with naming(directory):
-        config = together([*([config] if config else []), *beside])
-        base_model = entries.get("base_model_name_or_path")
-        return Adapter(config, tensors, base_model, entries.get("fan_in_fan_out") is True)
+        return Adapter(
+            together(configs), tensors, base_model, entries.get("fan_in_fan_out") is True
+        )
 
 
 def write_adapter(adapter: Adapter, directory: str | Path) -> None:
@@ -182,7 +177,8 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
         directory: made if it is not there; an adapter in it is replaced, whole or not at all.
 
     Raises:
-        LoRAError: the directory's name is taken by a file, or it holds an adapter of other parts.
+        LoRAError: the directory's name is taken by a file, or it holds an adapter with a prompt or
+            prefix, or with LoRA, that this one lacks.
         OSError: it cannot be written; a file that was there before is untouched.
 
     Example:
@@ -207,9 +203,7 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
         parts[""] = entries, own
     for folder in {"", *(f"{name}/" for name in keys.FOLDERS)} - parts.keys():
         if _is_adapter(directory / folder):
-            raise LoRAError(
-                f"{directory / folder} holds an adapter of other parts: remove it first"
-            )
+            raise LoRAError(f"{directory / folder} holds another adapter: remove it first")
     contents = {}
     for folder, (entries, tensors) in parts.items():
         tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
@@ -218,6 +212,12 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
         contents[folder + WEIGHTS_FILE] = safetensors.torch.save(tensors, {"format": "pt"})
         contents[folder + CONFIG_FILE] = text.encode()
     write_directory(directory, contents)
+
+
+def _read_lora(entries: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, Any]:
+    config = config_from_peft(entries, keys.modules_of(tensors))
+    repeats = config.bias == "all" and config.also_train
+    return config, _without_repeats(tensors) if repeats else tensors
 
 
 def _is_adapter(directory: Path) -> bool:
