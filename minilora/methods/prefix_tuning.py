@@ -95,15 +95,9 @@ class Prefix(nn.Module):
         hidden: width of the MLP's hidden layer, or None.
     """
 
-    P: Tensor
-    W1: Tensor | None
-    b1: Tensor
-    W2: Tensor
-    b2: Tensor
-
     def __init__(self, shape: tuple[int, ...], like: Tensor, hidden: int | None) -> None:
         super().__init__()
-        self.W1 = None
+        self.weights = nn.ParameterDict()
         m, layers, _, heads, width = self.shape = shape
         d, out = heads * width, 2 * heads * width
         sizes: dict[str, tuple[int, ...]] = {"P": shape}
@@ -115,20 +109,21 @@ class Prefix(nn.Module):
             # Like nn.Linear's start: a sum over the last axis keeps its scale. P' is normal.
             values = torch.empty(size).uniform_(-1, 1) / size[-1] ** 0.5
             values = torch.randn(size) if name == "P" else values
-            self.register_parameter(name, nn.Parameter(values.to(like.device, dtype)))
+            self.weights[name] = nn.Parameter(values.to(like.device, dtype))
 
-    def forward(self, layer: int) -> Tensor:
+    def forward(self, layer: int) -> Any:
         """P of a layer: (m, 2, heads, width)."""
-        if self.W1 is None:
-            return self.P[:, layer]
-        hidden = torch.tanh(F.linear(self.P, self.W1, self.b1))  # (m, hidden)
-        P = F.linear(hidden, self.W2[layer], self.b2[layer])  # (m, 2 heads width)
+        w: Any = self.weights
+        if "W1" not in w:
+            return w["P"][:, layer]
+        hidden = torch.tanh(F.linear(w["P"], w["W1"], w["b1"]))  # (m, hidden)
+        P = F.linear(hidden, w["W2"][layer], w["b2"][layer])  # (m, 2 heads width)
         return P.view(self.shape[0], *self.shape[2:])
 
-    def folded(self) -> Tensor:
+    def folded(self) -> Any:
         """P of all layers; the parameter itself where there is no MLP."""
-        if self.W1 is None:
-            return self.P
+        if "W1" not in self.weights:
+            return self.weights["P"]
         return torch.stack([self(layer) for layer in range(self.shape[1])], 1)
 
 

@@ -154,7 +154,7 @@ def read_adapter(directory: str | Path) -> Adapter:
     for folder in folders or [directory]:
         entries = _read_json(folder / CONFIG_FILE)
         with naming(folder):
-            read = TYPES.get(str(entries.get("peft_type")), _read_lora)
+            read: Callable[..., Any] = TYPES.get(str(entries.get("peft_type")), _read_lora)
             config, found = read(entries, _read_tensors(folder))
             base_model = entries.get("base_model_name_or_path")
             if not isinstance(base_model, str | None):
