@@ -21,14 +21,16 @@ ASSETS = Path(minilora.__file__).parent / "summarization" / "assets"
 
 
 def batches(count: int = 32, size: int = 8) -> list[dict[str, torch.Tensor]]:
-    """The first chats of minichat, tokenized and padded."""
+    """The shortest chats of minichat's training set, tokenized and padded."""
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "pocket-bart")
     lines = (ASSETS / "minichat" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines[:count]]
+    rows = sorted(map(json.loads, lines), key=lambda row: len(row["dialogue"]))[:count]
     found = []
     for start in range(0, count, size):
         part = rows[start : start + size]
-        batch = dict(tokenizer([row["dialogue"] for row in part], padding=True, return_tensors="pt"))
+        batch = dict(
+            tokenizer([row["dialogue"] for row in part], padding=True, return_tensors="pt")
+        )
         batch.pop("token_type_ids", None)
         labels = tokenizer([row["summary"] for row in part], padding=True, return_tensors="pt")
         batch["labels"] = labels.input_ids.masked_fill(labels.attention_mask == 0, -100)

@@ -102,9 +102,9 @@ def combine(
         raise LoRAError(f"{count}: give one weight each")
     if method != "cat":
         raise LoRAError(f"method must be 'cat', not {method!r}; for a lower rank: minilora.extract")
-    if any(a.config.dora or a.config.lora_bias or a.extras for a in adapters):
+    if any(a.config.dora or a.config.lora_bias or a.extras or a.config.beside for a in adapters):
         advice = "merge each into its base, then call minilora.extract"
-        raise LoRAError(f"cannot combine DoRA, trained biases or trained whole modules: {advice}")
+        raise LoRAError(f"cannot combine DoRA, biases, whole modules or prompts: {advice}")
     factors: dict[str, Factors] = {}
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
         terms = [

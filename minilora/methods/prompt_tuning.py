@@ -63,6 +63,15 @@ class PromptConfig:
         return dict(tensors)
 
 
+def behind_padding(mask: Tensor, m: int) -> Tensor:
+    """The order of [P; X] in which P follows the padding on X's left: (batch, m + n) indices.
+
+    The words are then as far from P in every batch: T5 sees distances only.
+    """
+    padding = F.pad(mask.cumsum(-1) == 0, (m, 0))  # (batch, m + n), False at P
+    return (~padding).long().argsort(-1, stable=True)
+
+
 class PromptTuning(VirtualTokens):
     """The prompt in a model: an `inject.Extra`. P is `prompt` of the encoder or the Llama."""
 
@@ -125,6 +134,11 @@ class PromptTuning(VirtualTokens):
             raise LoRAError("a prompt needs an attention_mask of shape (batch, tokens)")
         if mask is not None:
             call["attention_mask"] = F.pad(mask, (m, 0), value=1)  # (batch, m + n)
+        if mask is not None and "encoder" in self.stacks:
+            order = behind_padding(mask, m)
+            call["attention_mask"] = call["attention_mask"].gather(1, order)
+            rows = call["inputs_embeds"]  # (batch, m + n, d)
+            call["inputs_embeds"] = rows.gather(1, order[..., None].expand_as(rows))
         return (), call
 
     def widen(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -132,8 +146,9 @@ class PromptTuning(VirtualTokens):
         call = bound(decoder, args, kwargs)
         states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         if mask is not None and states is not None:
-            missing = states.shape[1] - mask.shape[-1]  # m, or 0 if the prompt is left out
-            call["encoder_attention_mask"] = F.pad(mask, (missing, 0), value=1)
+            m = states.shape[1] - mask.shape[-1]  # 0 if the prompt is left out
+            order = behind_padding(mask, m)
+            call["encoder_attention_mask"] = F.pad(mask, (m, 0), value=1).gather(1, order)
         return (), call
 
     def leave(self, stack: Any, args: object, kwargs: dict[str, Any], output: Any) -> Any:
