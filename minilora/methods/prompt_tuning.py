@@ -69,7 +69,7 @@ def behind_padding(mask: Tensor, m: int) -> Tensor:
     The words are then as far from P in every batch: T5 sees distances only.
     """
     padding = F.pad(mask.cumsum(-1) == 0, (m, 0))  # (batch, m + n), False at P
-    return (~padding).long().argsort(-1, stable=True)
+    return (~padding).long().argsort(dim=-1, stable=True)
 
 
 class PromptTuning(VirtualTokens):
