@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minilora import linears
 from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, check
+from minilora.conventions import completed
 from minilora.inject import config_of
 from minilora.modules import plain_model
 from minilora.peft_format.config import resolve
@@ -157,6 +158,7 @@ def extract(
     if config_of(finetuned) is not None or config_of(base) is not None:
         raise LoRAError("a model carries an adapter: minilora.unwrap it, or save its adapter")
     config = LoRAConfig(rank=rank, alpha=rank, targets=targets)  # type: ignore[arg-type]
+    config = completed(base, config)
     found = select(base, config)
     after, before = dict(finetuned.named_parameters()), dict(base.named_parameters())
     if {name: p.shape for name, p in after.items()} != {n: p.shape for n, p in before.items()}:

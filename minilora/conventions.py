@@ -104,12 +104,24 @@ def completed(model: nn.Module, given: Configs) -> LoRAConfig:
         raise LoRAError("the model carries an adapter already: minilora.unwrap(model) first")
     config = together(given)
     config = replace(config, beside=tuple(c.completed(model) for c in config.beside))
-    ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    targets = config.targets
-    if targets == ATTENTION:
-        targets = tuple(name for names in PROJECTIONS if ends.issuperset(names) for name in names)
-    if not targets and config.targets:
-        raise LoRAError(f"targets: {ATTENTION!r}: no projection of a known name: name the linears")
-    head = [name for name in HEADS.get(config.task_type or "", ()) if name in ends]
+    targets = projections(model) if config.targets == ATTENTION else config.targets
+    head = [name for name in HEADS.get(config.task_type or "", ()) if name in _ends(model)]
     also_train = dict.fromkeys((*config.also_train, *head))  # each once
     return replace(config, targets=targets, also_train=tuple(also_train))
+
+
+def projections(model: nn.Module) -> tuple[str, ...]:
+    """What "attention" means in a model: the names of its linears of query and value.
+
+    Raises:
+        LoRAError: it has none of a known name.
+    """
+    ends = _ends(model)
+    found = tuple(name for names in PROJECTIONS if ends.issuperset(names) for name in names)
+    if not found:
+        raise LoRAError(f"targets: {ATTENTION!r}: no projection of a known name: name the linears")
+    return found
+
+
+def _ends(model: nn.Module) -> set[str]:
+    return {name.rpartition(".")[2] for name, _ in model.named_modules()}

@@ -1,7 +1,9 @@
 """Adapters added up and extracted: against the dense definition in float64, and against PEFT."""
 
 import copy
+import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -151,6 +153,25 @@ def test_extracting_what_lora_did_gives_the_lora_back() -> None:
     again = tiny_bart()
     apply_adapter(again, made)
     assert torch.allclose(logits(again), expected, atol=1e-3)
+
+
+def test_attention_stands_for_query_and_value(tmp_path: Path) -> None:
+    """The files name the modules."""
+    model = adapted("bart")
+    tuned = minilora.unwrap(model)
+    made = minilora.extract(tuned, tiny_bart(), rank=2, targets="attention")
+    assert made.config.targets == QV
+    named = minilora.extract(tuned, tiny_bart(), rank=2, targets=QV)
+    assert made.config == named.config
+    assert made.fits == named.fits
+    assert all(torch.equal(tensor, named.tensors[key]) for key, tensor in made.tensors.items())
+    asked = Adapter(replace(made.config, targets="attention"), made.tensors)
+    minilora.write_adapter(minilora.combine([asked, asked], [0.5, 1.0]), tmp_path)
+    entries = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert sorted(entries["target_modules"]) == sorted(made.modules)
+    summed = minilora.read_adapter(tmp_path)
+    for module in made.modules:
+        torch.testing.assert_close(delta(summed, module), 1.5 * delta(made, module))
 
 
 def test_extracting_from_conv1d(tmp_path: Path) -> None:

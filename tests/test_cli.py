@@ -477,7 +477,9 @@ def test_a_text_is_summarized_without_and_with_the_fine_tuning(
     assert f"fine-tuned  {three[0]}" == out.splitlines()[1]
     write(here / "chat.txt", text.encode() * 9)
     assert call(evaluate_main, "../run", "--text", "chat.txt") == 0
-    assert capfd.readouterr().err == "note: 1 of 1 dialogues cut to --max-source-length\n"
+    assert capfd.readouterr().err == (
+        "note: 1 of 1 dialogues cut to --max-source-length or the model's positions (64 tokens)\n"
+    )
 
 
 def test_a_summary_cannot_harm_a_terminal_or_fail_on_its_alphabet(

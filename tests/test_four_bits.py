@@ -46,7 +46,7 @@ def test_a_model_read_into_four_bits_is_the_one_quantized_afterwards() -> None:
 
 
 @pytest.mark.parametrize(
-    "targets", slow_but([("q_proj", "v_proj")], [("q_proj", "v_proj"), "all-linear"])
+    "targets", slow_but(["attention"], ["attention", ("q_proj", "v_proj"), "all-linear"])
 )
 def test_what_loftq_quantizes_later_is_read_whole(targets: str | tuple[str, ...]) -> None:
     config = LoRAConfig(rank=4, targets=targets, init="loftq")

@@ -15,7 +15,7 @@ from minilora import LoRAConfig
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.data.lengths import fit_lengths
 from minilora.summarization.model import requirements
-from minilora.summarization.settings import GenerationOptions, RunConfig
+from minilora.summarization.settings import FILES, GenerationOptions, RunConfig
 from minilora.summarization.training.session import prepare
 from tests.helpers import save_bart, save_data, small_bart
 
@@ -90,6 +90,9 @@ def test_the_preset_on_its_own_data_is_not_touched() -> None:
     other = RunConfig()
     other.data.data = "minichat"
     assert not other.of_preset("model", "data")
+    files = RunConfig()
+    files.data.train_file = "mine.csv"
+    assert not files.of_preset("model", "data", *FILES)
 
 
 # What is not adapted ------------------------------------------------------------------------------
@@ -102,6 +105,9 @@ def test_a_side_without_adapters_is_named() -> None:
     (notice,) = requirements.not_adapted(model)
     assert notice.startswith("nothing in the encoder is adapted")
     assert "query, key, value" in notice
+    model = LEDForConditionalGeneration(LEDConfig(**sizes, attention_window=[8]))
+    minilora.inject(model, LoRAConfig(rank=2))  # "attention" knows the names of both sides
+    assert requirements.not_adapted(model) == []
     model = small_bart()
     minilora.inject(model, LoRAConfig(rank=2, targets=("q_proj",)))
     assert requirements.not_adapted(model) == []

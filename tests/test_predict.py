@@ -243,6 +243,13 @@ def test_a_finished_run_is_decoded_in_another_way(here: Path) -> None:
     assert json.loads(Path("s.json").read_text())["generation"]["beams"] == 2
 
 
+def test_a_length_beyond_the_positions_is_cut_and_said(here: Path, capfd: Any) -> None:
+    write(here / "one.txt", b"Ann: hi")
+    assert evaluate_main(["run", "--text", "one.txt", "--max-length", "500"]) == 0
+    note = "note: --max-length 500 is cut to 64, the positions of the model\n"
+    assert capfd.readouterr().err == note
+
+
 BAD = {
     "no output": (["--predict", "chats.jsonl"], "--predict requires --output FILE.jsonl"),
     "an output of texts": (["--text", "x", "--output", "y"], "--text does not take --output"),
@@ -253,7 +260,7 @@ BAD = {
     "base of scores": (["--base"], "--base is for --text and --predict"),
     "files and data": (["--data", "x", "--test-file", "y"], "--data and --test-file exclude each"),
     "no beams": (["--beams", "0"], "--beams must be above 0"),
-    "lengths": (["--text", "data/test.jsonl", "--min-length", "99"], "must rise from"),
+    "lengths": (["--text", "data/test.jsonl", "--min-length", "99"], "need 0 <= --min-length"),
 }
 
 

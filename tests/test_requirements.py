@@ -10,6 +10,7 @@ import transformers
 from tokenizers import processors
 from transformers import BartForConditionalGeneration, PreTrainedModel
 
+import minilora
 from minilora.summarization.cli import evaluate_main, train_main
 from tests.helpers import as_jsonl, byte_level_bpe, dialogues, save_bart, small_bart, write
 
@@ -127,8 +128,32 @@ def test_every_architecture_trains_and_is_scored(
     assert train(tmp_path / "model", data) == 0
     found = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert found["n"] == 2
-    unused = capsys.readouterr().err.count("note: no gradient reached ")
+    unused = capsys.readouterr().err.count(", no gradient: ")
     assert unused == (name in UNUSED)
+
+
+@pytest.mark.parametrize("name", ["T5", "LED", "BERT to BERT"])
+def test_the_default_targets_are_on_both_sides(
+    name: str, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    build(name).save_pretrained(tmp_path / "model")
+    byte_level_bpe().save_pretrained(tmp_path / "model")
+    more = ["--targets", "attention", "--max-steps", "1", "--no-evaluate"]
+    assert train(tmp_path / "model", data, *more) == 0
+    assert "is adapted" not in capsys.readouterr().err
+    names = minilora.read_adapter(tmp_path / "run/adapter").modules
+    assert {name.split(".")[name.split(".")[0] in ("model", "led")] for name in names} == {
+        "encoder",
+        "decoder",
+    }
+
+
+def test_a_side_that_is_not_adapted_is_said(data: Path, tmp_path: Path, capsys: Any) -> None:
+    build("LED").save_pretrained(tmp_path / "model")
+    byte_level_bpe().save_pretrained(tmp_path / "model")
+    more = ["--targets", "q_proj", "v_proj", "--max-steps", "1", "--no-evaluate"]
+    assert train(tmp_path / "model", data, *more) == 0
+    assert capsys.readouterr().err.count("note: nothing in the encoder is adapted: ") == 1
 
 
 # Configurations -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import minilora
 from minilora.summarization.cli import train_main
 from minilora.summarization.evaluation.rouge import UnicodeWords, rouge, tokenizer_for
+from minilora.summarization.report.runs import read_report
 from minilora.summarization.training import trainer
 from tests.helpers import as_jsonl, records, save_bart, write
 
@@ -45,6 +46,17 @@ def test_english_scores_do_not_move() -> None:
     for row, prediction, reference in zip(found, predictions, references, strict=True):
         expected = scorer.score(reference, prediction)
         assert row == {name: 100 * score.fmeasure for name, score in expected.items()}
+
+
+def test_of_several_references_in_another_script_the_best_counts() -> None:
+    references = ["Анна и Борис встретятся в парке.", "Анна идёт домой.", "Ann goes home."]
+    (best,) = rouge(["Анна и Борис идут домой."], [references])
+    alone = rouge(["Анна и Борис идут домой."] * 2, references[:2])
+    assert best == {name: max(row[name] for row in alone) for name in best}
+    assert alone[0]["rouge1"] > 0
+    # One choice for all: of the references of every row, not of each row's or of the first's.
+    mixed = [["Ann goes home.", "Анна идёт домой."], ["Bob runs."]]
+    assert rouge(["Анна идёт домой.", "Bob runs."], mixed)[0]["rouge1"] == 100
 
 
 def test_which_tokenizer() -> None:
@@ -136,3 +148,6 @@ def test_the_loss_breaks_ties(
     for name, tensor in kept.items():
         plain = name.removeprefix("base_model.model.").removesuffix(".weight")
         assert torch.equal(tensor, wanted[f"parameter.{plain}"])
+    shown = read_report(tmp_path / "run").best
+    assert shown is not None
+    assert shown["step"] == best

@@ -19,6 +19,7 @@ from minilora.summarization.data.batches import Encoded
 from minilora.summarization.errors import UserError
 from minilora.summarization.evaluation import generate
 from minilora.summarization.flags import parse_run
+from minilora.summarization.settings import RunConfig
 from minilora.summarization.training import schedule, trainer, validation
 from minilora.summarization.training.log import open_log
 from minilora.summarization.training.schedule import last_step, learning_rate
@@ -272,6 +273,18 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
     assert adapter(tmp_path / "same") == adapter(whole)
     assert records(tmp_path / "same") == records(whole)
     assert adapter(tmp_path / "other") != adapter(whole)
+
+
+def test_attention_is_query_and_value_in_the_files_too(
+    folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    """`--targets attention`, which is the default, and the same names typed."""
+    assert RunConfig().adapter.targets == ["attention"]
+    assert train_main(flags(folder, "--output", tmp_path, "--targets", "attention")) == 0
+    assert adapter(tmp_path) == adapter(whole)
+    name = "adapter/adapter_config.json"
+    assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    assert json.loads((whole / name).read_text())["target_modules"] == ["q_proj", "v_proj"]
 
 
 @pytest.mark.slow

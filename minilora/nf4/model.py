@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from minilora.config import ALL_LINEAR, LoRAError, matches
+from minilora.config import ALL_LINEAR, ATTENTION, LoRAError, matches
+from minilora.conventions import projections
 from minilora.inject import lora_layers
 from minilora.modules import named_modules, others, owners, plain_name, replace_modules
 from minilora.nf4.linear import NF4Linear
@@ -61,8 +62,8 @@ def quantize(
 
     Args:
         model: not yet injected.
-        targets: which linears, as in `LoRAConfig`: names, a regular expression, or "all-linear"
-            (all but the output head).
+        targets: which linears, as in `LoRAConfig`: names, a regular expression, "all-linear" (all
+            but the output head), or "attention".
         exclude: linears to leave alone, such as those that LoftQ is to quantize.
         double: quantize the scales too: 4.127 bits a weight instead of 4.5.
 
@@ -105,6 +106,7 @@ def select_linears(
     exclude: str | tuple[str, ...] = ("lm_head",),
 ) -> dict[str, nn.Linear]:
     """The linears that `quantize` would replace, by dotted name, all checked."""
+    targets = projections(model) if targets == ATTENTION else targets
     if targets == ALL_LINEAR:
         named = [(name, m) for name, m in all_linear(model) if _is_plain(m)]
     else:

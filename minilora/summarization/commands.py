@@ -139,7 +139,9 @@ class Models:
         """The settings as the models allow; what is set right is noted."""
         for model in filter(None, (self.base, self.tuned)):
             _print(requirements.check(model, self.tokenizer, run.model.model))
-        return requirements.limit_lengths(run, self.tuned)
+        limited = requirements.limit_lengths(run, self.tuned)
+        _print(requirements.cut_notice(run, limited))
+        return limited
 
     def score(self, run: RunConfig, name: str, split: Split) -> Evaluation:
         """Both models on a split of the run's data."""

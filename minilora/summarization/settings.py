@@ -80,7 +80,9 @@ class AdapterOptions:
     rank: int = _flag(8, "r: rows of A, columns of B")
     alpha: float = _flag(32.0, "numerator of the scale s = alpha / r")
     dropout: float = _flag(0.05, "dropout probability of the adapter's input")
-    targets: list[str] = _flag(["q_proj", "v_proj"], "names, a regular expression, or all-linear")
+    targets: list[str] = _flag(
+        ["attention"], "names, a regular expression, all-linear, or attention: query and value"
+    )
     exclude: list[str] = _flag([], "names among the targets to leave alone")
     rslora: bool = _flag(False, "scale s = alpha / sqrt(r) (Kalajdzievski 2023)")
     init: Literal["kaiming", "gaussian", "loftq"] = _flag(

@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from minilora import LoRAConfig
+from minilora.conventions import completed
 from minilora.nf4.linear import NF4Linear
 from minilora.nf4.model import select_linears
 from minilora.targets import select
@@ -47,7 +48,7 @@ class _Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         assert isinstance(config, FourBits)
-        apart = set(select(model, config.apart)) if config.apart else set()
+        apart = set(select(model, completed(model, config.apart))) if config.apart else set()
         self.refused = config.refused
         self.weights = {f"{name}.weight" for name in select_linears(model) if name not in apart}
 

@@ -143,6 +143,13 @@ def limit_lengths(run: RunConfig, model: PreTrainedModel) -> RunConfig:
     return limited
 
 
+def cut_notice(asked: RunConfig, limited: RunConfig) -> list[str]:
+    """Says that summaries cannot be as long as asked."""
+    wanted, most = asked.generation.max_length, limited.generation.max_length
+    said = f"--max-length {wanted} is cut to {most}, the positions of the model"
+    return [said] if wanted > most else []
+
+
 def positions(model: PreTrainedModel, side: str) -> int | None:
     """How many tokens the encoder or the decoder reads at most; None: no limit, as in T5."""
     config = getattr(model.config, side, model.config)  # composed models have one for each side

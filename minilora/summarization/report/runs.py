@@ -5,6 +5,7 @@ A file that exists and cannot be read is an error that names it.
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass, fields
 from functools import reduce
@@ -39,9 +40,14 @@ class Run:
 
     @property
     def best(self) -> Record | None:
-        """The validation of the saved adapter."""
+        """The validation of the saved adapter: the best ROUGE-1; of equal ones the lowest loss."""
         scored = [record for record in self.validations if record["rouge1"] is not None]
-        return max(scored, key=lambda record: record["rouge1"], default=None)
+
+        def rank(record: Record) -> tuple[float, float]:
+            loss = math.inf if record["loss"] is None else record["loss"]
+            return record["rouge1"], -loss
+
+        return max(scored, key=rank, default=None)
 
 
 def read_report(directory: Path) -> Run:

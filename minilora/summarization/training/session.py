@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import minilora
 from minilora import InjectReport, LoRAConfig
+from minilora.config import ATTENTION
 from minilora.files import write_file
 
 from .. import processes
@@ -101,10 +102,8 @@ def open_session(run: RunConfig) -> Session:
     if not run.of_preset("model", "data", *FILES):
         lengths = [len(row.target) + 1 for row in splits["train"].encoded]
         notices += _fit(run, [min(length, options.max_target_length) for length in lengths])
-    wanted, run = run.generation.max_length, limit_lengths(run, model)
-    if wanted > run.generation.max_length:
-        positions = f"{run.generation.max_length}, the positions of the model"
-        notices.append(f"--max-length {wanted} is cut to {positions}")
+    asked, run = run, limit_lengths(run, model)
+    notices += requirements.cut_notice(asked, run)
     # Refuses impossible settings; after a full fine-tune they are saved with the model.
     model.generation_config.update(**generate_arguments(model, run.generation))
     autocast_dtype = choose_precision(run.model.precision, device)
@@ -179,9 +178,10 @@ def write_config(run: RunConfig, output: Path) -> None:
 
 def _targets(values: list[str]) -> str | tuple[str, ...]:
     """A single value is a regular expression if it has a character that no module name has."""
-    if len(values) == 1 and not values[0].replace("_", "").replace(".", "").isalnum():
-        return values[0]
-    return tuple(values)
+    if len(values) > 1 or not values:
+        return tuple(values)
+    is_name = values[0].replace("_", "").replace(".", "").isalnum()
+    return (values[0],) if is_name and values[0] != ATTENTION else values[0]
 
 
 def save_trained(session: Session, output: Path) -> None:

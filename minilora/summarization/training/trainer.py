@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import minilora
-from minilora.reports import fold_names
+from minilora import TrainingReport
 
 from .. import processes
 from ..data.batches import Encoded
@@ -33,6 +33,7 @@ from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .ddp import Replica
 from .failures import out_of_memory, require_finite, smaller_evaluation_batch, step_memory
 from .fingerprint import differences
+from .first_steps import FirstSteps, problems
 from .log import Log, open_log
 from .schedule import Group, epoch_groups, last_step, learning_rate
 from .session import Session, save_trained
@@ -75,6 +76,7 @@ class Trainer:
     log: Log
     bar: "tqdm[Any]"
     stop: StopRequest
+    first_steps: FirstSteps
 
     def __init__(self, session: Session, output: Path) -> None:
         training = session.run.training
@@ -101,7 +103,10 @@ class Trainer:
             disable=None,  # no bar when stderr is not a terminal
         )  # fmt: skip
         log = open_log(self.output / "log.jsonl", self.progress.log_bytes)
-        with log as self.log, bar as self.bar, stop_requests() as self.stop:
+        # A resumed run was checked. A full fine-tune is not: the check copies all that trains.
+        wanted = self.progress.step == 0 and self.session.run.model.method != "full"
+        self.first_steps = FirstSteps(self.session.model, self.optimizer, wanted)
+        with log as self.log, bar as self.bar, stop_requests() as self.stop, self.first_steps.block:
             yield
 
     # The loop -------------------------------------------------------------------------------------
@@ -195,6 +200,18 @@ class Trainer:
         self.bar.update()
         loss, rate = measures["loss"], measures["tokens_per_second"]
         self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+        if checked := self.first_steps.after(measures["gradient_norm"]):
+            self.tell(checked)
+
+    def tell(self, checked: TrainingReport) -> None:
+        """What `verify_training` found: a line; or a note for each problem, which is logged too."""
+        found = problems(checked)
+        for problem in found:
+            self.bar.write(f"note: {problem}", file=sys.stderr)
+        if found:
+            self.log.write("check", step=self.progress.step, problems=found)
+        else:
+            self.bar.write(f"first {checked}", file=sys.stdout)
 
     # A whole run ----------------------------------------------------------------------------------
 
@@ -221,11 +238,6 @@ class Trainer:
         False if stopped before: an interrupted validation is discarded.
         """
         progress = self.progress
-        if not progress.epoch and (names := self.without_gradient()):
-            print(
-                f"note: no gradient reached {', '.join(names)}: unused, they do not train",
-                file=sys.stderr,
-            )
         doing = f"validating after step {progress.step}"
         instead = smaller_evaluation_batch(self.session.run.generation.evaluation_batch_size)
         try:
@@ -247,11 +259,6 @@ class Trainer:
         progress.epoch, progress.position = progress.epoch + 1, 0
         self.checkpoint()
         return True
-
-    def without_gradient(self) -> list[str]:
-        """The parameters that AdamW never stepped, such as those of a layer that is not used."""
-        named, stepped = self.session.model.named_parameters(), self.optimizer.state
-        return fold_names(tuple(n for n, p in named if p.requires_grad and p not in stepped))
 
     def save_trained(self) -> None:
         processes.on_rank0(lambda: save_trained(self.session, self.output))
