@@ -6,6 +6,7 @@ and B train (Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3).
     one layer, to study     LoRALinear
     a whole model           LoRAConfig, inject, trainable_parameters, config_of, unwrap, unload
     base and adapter        merge, unmerge, disabled
+    an optimizer's groups   parameter_groups: B at a higher rate than A (LoRA+)
     does training work      verify_training, around the first steps
     PEFT's files            save_adapter, load_adapter
     adapters as values      read_adapter, write_adapter, Adapter, combine, extract, Fitted
@@ -38,6 +39,7 @@ from minilora.config import LoRAConfig, LoRAError
 from minilora.inject import config_of, inject, unload, unwrap
 from minilora.layer import LoRALinear
 from minilora.merge import disabled, merge, unmerge
+from minilora.methods.lora_plus import parameter_groups
 from minilora.modules import trainable_parameters
 from minilora.nf4.linear import NF4Linear
 from minilora.nf4.model import QuantizeReport, quantize
@@ -51,7 +53,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter", "Fitted", "InjectReport", "LoRAConfig", "LoRAError", "LoRALinear", "LoadReport",
     "MergeReport", "NF4Linear", "QuantizeReport", "TrainingReport", "combine", "config_of",
-    "disabled", "extract", "inject", "load_adapter", "merge", "quantize", "read_adapter",
-    "save_adapter", "trainable_parameters", "unload", "unmerge", "unwrap", "verify_training",
-    "write_adapter",
+    "disabled", "extract", "inject", "load_adapter", "merge", "parameter_groups", "quantize",
+    "read_adapter", "save_adapter", "trainable_parameters", "unload", "unmerge", "unwrap",
+    "verify_training", "write_adapter",
 ]  # fmt: skip

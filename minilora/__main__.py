@@ -26,6 +26,7 @@ import minilora
 from minilora import conformance
 from minilora.arithmetic import singular_values
 from minilora.config import LoRAError
+from minilora.methods import AdaLoRAConfig, as_lora
 from minilora.peft_format.apply import apply_adapter
 from minilora.peft_format.directory import Adapter
 from minilora.reports import fold_names
@@ -155,7 +156,13 @@ def _report(parsed: argparse.Namespace) -> None:
 
 
 def inspection(adapter: Adapter) -> str:
-    """A table of the adapter's layers; the singular values are those of s B A."""
+    """A table of the adapter's layers; the singular values are those of s B A.
+
+    Of AdaLoRA it shows the plain LoRA that computes the same, with the ranks that were chosen.
+    """
+    kind = "DoRA" if adapter.config.dora else "LoRA"
+    if isinstance(adapter.config, AdaLoRAConfig):
+        kind, adapter = "AdaLoRA as LoRA", as_lora(adapter)
     rows: list[tuple[str, ...]] = [
         ("module", "r", "s", "|A|", "|B|", "|sBA|", "singular values of sBA")
     ]
@@ -168,10 +175,8 @@ def inspection(adapter: Adapter) -> str:
         numbers = (adapter.scale_of(module), A.norm(), B.norm(), values.norm())
         cells = (f"{float(number):.4g}" for number in numbers)
         rows.append((module, str(A.shape[0]), *cells, " ".join(shown)))
-    config = adapter.config
     count = sum(tensor.numel() for tensor in adapter.tensors.values())
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in adapter.tensors.values()})
-    kind = "DoRA" if config.dora else "LoRA"
     lines = [
         f"{kind}, {len(adapter.modules)} modules, {count:,} numbers in {', '.join(dtypes)}, "
         f"base {adapter.base_model or 'unknown'}",

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from minilora import linears
 from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, check
 from minilora.conventions import completed
-from minilora.inject import config_of
+from minilora.inject import config_of, layer_for
+from minilora.layer import LoRALinear
 from minilora.modules import plain_model
 from minilora.peft_format.config import resolve
 from minilora.peft_format.directory import Adapter
@@ -103,7 +104,7 @@ def combine(
         raise LoRAError(f"{count}: give one weight each")
     if method != "cat":
         raise LoRAError(f"method must be 'cat', not {method!r}; for a lower rank: minilora.extract")
-    if any(a.config.dora or a.config.lora_bias or a.extras or a.config.beside for a in adapters):
+    if any(layer_for(a.config) is not LoRALinear or a.extras or a.config.beside for a in adapters):
         advice = "merge each into its base, then call minilora.extract"
         raise LoRAError(f"cannot combine DoRA, biases, whole modules or prompts: {advice}")
     factors: dict[str, Factors] = {}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Init = Literal["kaiming", "gaussian", "random", "loftq"]
+Init = Literal["kaiming", "gaussian", "random", "loftq", "pissa"]
 Bias = Literal["none", "lora_only", "all"]
 ALL_LINEAR = "all-linear"
 ATTENTION = "attention"
@@ -72,8 +72,9 @@ class LoRAConfig:
         token_rows: rows of the input embeddings, and of the output head if that is tied to them,
             that train: those of new tokens. PEFT's trainable_token_indices.
         init: "kaiming" (A Kaiming-uniform, B zero), "gaussian" (A normal, B zero), "random"
-            (both Kaiming-uniform: the model's output changes at once; for tests), or "loftq" (the
-            base is quantized to NF4, and s B A starts as an approximation of the error).
+            (both Kaiming-uniform: the model's output changes at once; for tests), "loftq" (the
+            base is quantized to NF4, and s B A starts as an approximation of the error), or "pissa"
+            (from the largest singular values of W, which the base gives up: `methods/pissa.py`).
         task_type: PEFT's task type, such as "SEQ_2_SEQ_LM"; stored in the adapter's file.
         beside: configurations of methods that adapt no layer, such as a PromptConfig; `inject`
             takes a list instead.

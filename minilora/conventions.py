@@ -3,9 +3,8 @@
 None but torch is imported: what they are is seen by their names and attributes.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -59,40 +58,32 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-class Method(Protocol):
-    """The configuration of a method that adapts no layer: a PromptConfig or a PrefixConfig."""
+def together(given: Any) -> LoRAConfig:
+    """One configuration for what `inject` takes: the LoRAConfig with the others beside it.
 
-    folder: str
-    """The name of its directory in that of the adapter."""
-
-
-Configs = LoRAConfig | Method | Sequence[LoRAConfig | Method]
-"""What `inject` takes."""
-
-
-def together(given: Configs) -> LoRAConfig:
-    """One configuration for several: the LoRAConfig with the others beside it.
+    The others adapt no layer; each has the name of its directory in that of the adapter, `folder`.
 
     Raises:
         LoRAError: there are none, two of a kind, or what is not a configuration.
     """
-    configs: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
-    kinds = [getattr(c, "folder", "lora" if isinstance(c, LoRAConfig) else None) for c in configs]
-    if not configs or None in kinds or len(set(kinds)) < len(kinds):
+    configs = list(given) if isinstance(given, list | tuple) else [given]
+    lora = [config for config in configs if isinstance(config, LoRAConfig)]
+    beside = {config.folder: config for config in configs if hasattr(config, "folder")}
+    if len(lora) > 1 or len(lora) + len(beside) < max(len(configs), 1):
         wanted = "a LoRAConfig, a PromptConfig, a PrefixConfig, or a list with one of each at most"
         raise LoRAError(f"config must be {wanted}, not {given!r}")
-    beside = tuple(c for c in configs if not isinstance(c, LoRAConfig))
-    lora = [replace(c, beside=c.beside + beside) for c in configs if isinstance(c, LoRAConfig)]
-    return lora[0] if lora else LoRAConfig(targets=(), beside=beside)
+    others = tuple(beside.values())
+    return replace(lora[0], beside=others) if lora else LoRAConfig(targets=(), beside=others)
 
 
-def separated(config: LoRAConfig) -> Any:
-    """The other way: a configuration, or the list of them if there are several."""
-    configs = [*([replace(config, beside=())] if config.targets else []), *config.beside]
-    return configs if len(configs) > 1 else configs[0]
+def separated(config: LoRAConfig | None) -> Any:
+    """The other way: a configuration, or the list of them if there are several, or None."""
+    lora = [replace(config, beside=())] if config and config.targets else []
+    configs = [*lora, *(config.beside if config else ())]
+    return configs if len(configs) > 1 else next(iter(configs), None)
 
 
-def completed(model: nn.Module, given: Configs) -> LoRAConfig:
+def completed(model: nn.Module, given: Any) -> LoRAConfig:
     """The configuration with what it leaves to the model: names of projections, a task's head.
 
     Raises:

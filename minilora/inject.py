@@ -11,14 +11,13 @@ from torch.utils.hooks import RemovableHandle
 
 from minilora import conventions, linears
 from minilora.config import LoRAConfig, LoRAError
-from minilora.conventions import Configs
 from minilora.layer import LoRALinear, refuse_merged
 from minilora.modules import naming, plain_model, plain_name, replace_modules, require_grad, seeded
 from minilora.reports import InjectReport
 from minilora.targets import select
 
 
-def inject(model: nn.Module, config: Configs, seed: int | None = None) -> InjectReport:
+def inject(model: nn.Module, config: Any, seed: int | None = None) -> InjectReport:
     """Freeze the model and wrap every target into a LoRALinear, in place.
 
     Only the adapter trains afterwards: `lora_A`, `lora_B` and what the configuration adds to them.
@@ -82,7 +81,8 @@ def wrap(model: nn.Module, selected: dict[str, nn.Module], config: LoRAConfig) -
 
 def layer_for(config: LoRAConfig) -> type[LoRALinear]:
     """The class of the layers that this configuration asks for."""
-    return next((layer for flag, layer in LAYERS.items() if getattr(config, flag)), LoRALinear)
+    asked = (layer for key, layer in LAYERS.items() if getattr(config, key, config.init == key))
+    return next(asked, LoRALinear)
 
 
 def report(model: nn.Module, seed: int | None = None) -> InjectReport:
@@ -189,8 +189,7 @@ def config_of(model: nn.Module) -> Any:
         >>> config_of(nn.Linear(8, 8)) is None
         True
     """
-    injection = injection_of(model)
-    return conventions.separated(injection.config) if injection is not None else None
+    return conventions.separated(getattr(injection_of(model), "config", None))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -238,8 +237,7 @@ class Injection:
 
 def injection_of(model: nn.Module) -> Injection | None:
     """What the model remembers of its injection, or None."""
-    injection = getattr(plain_model(model), "_minilora", None)
-    return injection if isinstance(injection, Injection) else None
+    return getattr(plain_model(model), "_minilora", None)
 
 
 def enable_extras(model: nn.Module, enabled: bool) -> bool:
@@ -260,7 +258,7 @@ def unmergeable(model: nn.Module) -> str:
 
 # For plain LoRA these tables are empty; `minilora/methods/__init__.py` fills them and says how.
 LAYERS: dict[str, type[LoRALinear]] = {}
-"""A flag of the configuration -> the layer that it asks for."""
+"""A flag of the configuration, or a value of `init` -> the layer that it asks for."""
 EXTRAS: list[Callable[[nn.Module, LoRAConfig, Collection[str]], Extra]] = []
 """Makers of what trains outside the layers."""
 DEQUANTIZERS: list[Callable[[nn.Module], AbstractContextManager[None]]] = []

@@ -98,20 +98,23 @@ class LoRALinear(nn.Module):
             return y
         p = self.dropout if self.training else 0.0
         branch = fused_low_rank if self.training and self.fused and can_fuse(y, x) else low_rank
-        return branch(y, x, self.lora_A, self.lora_B, self.scale, p)
+        return branch(y, x, *self.factors(), self.scale, p)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) as the equation takes them; methods make them of more."""
+        return self.lora_A, self.lora_B
 
     @torch.no_grad()
     def delta(self) -> Tensor:
         """Delta W = s B A: (out, in), float32 or wider, on the layer's device."""
         wide = torch.promote_types(self.lora_A.dtype, torch.float32)
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            update = self.lora_B.to(wide) @ self.lora_A.to(wide)  # (out, r) (r, in) -> (out, in)
-            return update * self.scale
+            A, B = self.factors()
+            return (B.to(wide) @ A.to(wide)) * self.scale  # (out, r) (r, in) -> (out, in)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + s B A for the original W: (out, in), float32 or wider."""
-        delta = self.delta()
-        return weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta
+        return weight + self.delta()  # in the wider dtype of the two
 
     def merged_bias(self) -> Tensor | None:
         """The bias after merging: (out,), float32 or wider; None leaves it as it is."""

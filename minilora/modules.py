@@ -111,8 +111,7 @@ def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | N
 
     A sequence classifier does not; PEFT goes by the usual names.
     """
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None and task_type == "SEQ_CLS":
         head = getattr(model, "score", None) or getattr(model, "classifier", None)
     return head if isinstance(head, nn.Module) else None

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -275,6 +275,32 @@ def test_full_fine_tuning_as_well(folder: Path) -> None:
     trainable = records(two)[0]["trainable"]
     assert trainable == records(two)[0]["total"]
     assert set(by_step(two, "sent_bytes")) == {4 * trainable}
+
+
+@pytest.mark.slow
+def test_adalora_chooses_the_same_ranks_in_every_process(folder: Path) -> None:
+    """Each by itself, from gradients that are the same bits in all."""
+    argv = flags(folder, "--method", "adalora", "--no-evaluate", data="short")
+    run = folder / "adalora-2"
+
+    def before(rank: int) -> None:
+        advance = trainer.Trainer.advance
+
+        def recorded(self: trainer.Trainer, measures: dict[str, Any]) -> None:
+            advance(self, measures)
+            named = self.session.model.named_parameters()
+            lambdas = {name: p.detach().clone() for name, p in named if name.endswith("lora_E")}
+            save_file(lambdas, folder / f"lambdas-{rank}-{self.progress.step}.safetensors")
+
+        trainer.Trainer.advance = recorded  # type: ignore[method-assign]
+
+    assert train(2, argv, run, before) == [0, 0], printed(run)
+    steps, ranks = len(by_step(run)), list[int]()
+    for step in range(1, steps + 1):
+        one, other = (load_file(folder / f"lambdas-{r}-{step}.safetensors") for r in (0, 1))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        ranks.append(sum(int(tensor.count_nonzero()) for tensor in one.values()))
+    assert ranks[0] > ranks[-1] == 3 * len(one)  # --rank for each
 
 
 @pytest.mark.slow

@@ -285,7 +285,7 @@ def test_a_dora_file_that_says_it_is_none_is_refused(directory: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": False}))
     model = tiny_bart()
     state = State.of(model)
-    with pytest.raises(LoRAError, match=r"lora_magnitude_vector: use_dora is false"):
+    with pytest.raises(LoRAError, match=r"lora_magnitude_vector: .* asks for no dora"):
         minilora.load_adapter(model, directory)
     state.check(model)
     with warnings.catch_warnings():

@@ -188,7 +188,7 @@ def test_8_dora_read_as_lora_drops_its_magnitudes(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"use_dora": true', '"use_dora": false'))
     model = tiny_bart()
     state = State.of(model)
-    with pytest.raises(LoRAError, match=r"lora_magnitude_vector: use_dora is false"):
+    with pytest.raises(LoRAError, match=r"lora_magnitude_vector: .* asks for no dora"):
         minilora.load_adapter(model, tmp_path)
     state.check(model)
     again, caught = in_peft(tmp_path)

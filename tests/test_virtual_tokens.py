@@ -60,7 +60,7 @@ def cases() -> list[Any]:
     """Every model with every configuration that it takes."""
     found = []
     for name in MODELS:
-        own = [*EACH, ALL, MLP] if name != "llama" else [
+        own: list[Any] = [*EACH, ALL, MLP] if name != "llama" else [
             EACH[1], PrefixConfig(3, places="decoder", reparametrize=5)
         ]  # fmt: skip
         for config in [PROMPT, *own]:

@@ -1,27 +1,36 @@
 """What goes beyond plain LoRA, one file a method. A method is one or more of these parts:
 
     part     what it provides                                           its table
-    layer    a subclass of LoRALinear: `add_parameters`, `forward`,     LAYERS, in inject.py
-             and `delta` or `merged_weight` for merging
+    layer    a subclass of LoRALinear: `add_parameters`, and `factors`  LAYERS, in inject.py
+             or `forward` with `delta` or `merged_weight`
              names and shapes of its parameters on disk                 PARAMETERS, in
                                                                         peft_format/keys.py
+    file     a `peft_type` of its own, with its configuration           KINDS, in
+                                                                        peft_format/config.py
+             or what is written where the layer is not LoRA's           CONVERSIONS, in
+                                                                        peft_format/apply.py
     start    fills A and B, and may replace the base                    STARTS, in initialization.py
     extra    an `inject.Extra`: parameters outside the layers           EXTRAS, in inject.py
     base     a `linears.LinearLike` and its way to plain linears        DEQUANTIZERS, in inject.py
 
 Add entries to these tables; inject, merge, disabled, unwrap, unload and the files then handle the
 method. A new field of LoRAConfig also needs its test in `RULES`, in config.py, and its name in
-PEFT's file in `FIELDS`, in peft_format/config.py. A layer is made with rank, alpha, dropout, rslora
-and init only: one with more settings gets them in `inject.wrap`. Two layers of LAYERS exclude each
-other: `LoRAConfig.__post_init__` refuses that. The files of plain LoRA (functional to merge) import
+PEFT's file in `FIELDS`, in peft_format/config.py. A method with many settings has a subclass of
+LoRAConfig, as AdaLoRA has. A layer is made with rank, alpha, dropout, rslora and init only; an
+extra sees the whole configuration. Two layers of LAYERS exclude each other:
+`LoRAConfig.__post_init__` refuses that. The files of plain LoRA (functional to merge) import
 nothing from here.
+
+    dora.py         magnitude and direction of each row         `LoRAConfig(dora=True)`
+    lora_bias.py    B has a bias                                `LoRAConfig(lora_bias=True)`
+    token_rows.py   rows of the embeddings train                `LoRAConfig(token_rows=...)`
+    pissa.py        a start from W's largest singular values    `LoRAConfig(init="pissa")`
+    adalora.py      the ranks are chosen in training            `AdaLoRAConfig`
+    adalora_files.py    its files                               `as_lora` makes plain LoRA of one
+    lora_plus.py    B learns faster than A                      `minilora.parameter_groups`
 
 Where methods that do not exist yet would go, and what they need:
 
-- AdaLoRA is a layer with one more parameter, the r singular values: it overrides `forward` and
-  `delta`. What it prunes after a step is a function of its file, `allocate(model, step)`, which
-  the training loop has to call after `optimizer.step()`; it finds its layers by
-  `inject.lora_layers`. No table has such functions yet.
 - Prompt and prefix tuning wrap no layer. Each is an extra: `start` adds the parameters and a
   forward hook, `find` names them for the files, `swap` takes them out and puts them back. Each has
   a configuration class of its own. `inject` has to skip `select` for it, and `merge._layers` has
@@ -30,6 +39,9 @@ Where methods that do not exist yet would go, and what they need:
 
 from minilora.initialization import STARTS
 from minilora.inject import DEQUANTIZERS, EXTRAS, LAYERS
+from minilora.methods import adalora, adalora_files, pissa
+from minilora.methods.adalora import AdaLoRAConfig as AdaLoRAConfig
+from minilora.methods.adalora_files import as_lora as as_lora
 from minilora.methods.dora import DoRALinear
 from minilora.methods.lora_bias import LoRABiasLinear
 from minilora.methods.prefix_tuning import PrefixConfig as PrefixConfig
@@ -37,20 +49,18 @@ from minilora.methods.prefix_tuning import PrefixTuning
 from minilora.methods.prompt_tuning import PromptConfig as PromptConfig
 from minilora.methods.prompt_tuning import PromptTuning
 from minilora.methods.token_rows import TokenRows
-from minilora.methods.virtual_tokens_files import (
-    read_prefix,
-    read_prompt,
-    write_prefix,
-    write_prompt,
-)  # fmt: skip
+from minilora.methods.virtual_tokens_files import PREFIX, PROMPT
 from minilora.nf4.loftq import loftq
 from minilora.nf4.model import dequantized
-from minilora.peft_format.directory import TYPES, WRITERS
+from minilora.peft_format.apply import CONVERSIONS
+from minilora.peft_format.config import KINDS
 from minilora.trained_whole import TrainedWhole
 
 LAYERS.update(dora=DoRALinear, lora_bias=LoRABiasLinear)
-STARTS.update(loftq=loftq)
-EXTRAS.extend((TrainedWhole, TokenRows, PromptTuning, PrefixTuning))
-TYPES.update(PROMPT_TUNING=read_prompt, PREFIX_TUNING=read_prefix, MINILORA_PREFIX=read_prefix)
-WRITERS.update(prompt=write_prompt, prefix=write_prefix)
+LAYERS.update(pissa=pissa.PiSSALinear, adalora=adalora.AdaLoRALinear)
+STARTS.update(loftq=loftq, pissa=pissa.refuse)
+EXTRAS.extend((TrainedWhole, TokenRows, adalora.Allocation, PromptTuning, PrefixTuning))
+KINDS.update(ADALORA=adalora_files.KIND, PROMPT_TUNING=PROMPT)
+KINDS.update(PREFIX_TUNING=PREFIX, MINILORA_PREFIX=PREFIX)
+CONVERSIONS.update(pissa=pissa.as_lora)
 DEQUANTIZERS.append(dequantized)

@@ -21,6 +21,7 @@ from minilora.methods.prefix_tuning import PrefixConfig
 from minilora.methods.prompt_tuning import PromptConfig
 from minilora.methods.virtual_tokens import ENCODER_DECODER
 from minilora.peft_format import keys
+from minilora.peft_format.config import Kind
 
 KEY, OWN_TYPE = "prompt_embeddings", "MINILORA_PREFIX"
 Entries = Mapping[str, Any]
@@ -91,6 +92,10 @@ def read_prefix(entries: Entries, tensors: Tensors) -> tuple[PrefixConfig, dict[
         n, s = found[KEY].shape[1], _submodules(entries)
         found = {"decoder": found[KEY][:, [s * layer % n for layer in range(n)]]}
     return config, {f"prefix/{place}": P for place, P in found.items()}
+
+
+PROMPT = Kind(PromptConfig, {}, read_prompt, write_prompt)
+PREFIX = Kind(PrefixConfig, {}, read_prefix, write_prefix)
 
 
 def _counts(entries: Entries, *names: str) -> list[int]:

@@ -39,14 +39,21 @@ def loftq(base: nn.Module, A: Tensor, B: Tensor, scale: float) -> NF4Linear:
     linear = check_linear("the layer", base)
     kaiming(base, A, B, scale)
     weight = linear.weight.detach().float()  # (out, in)
-    rank = min(len(A), *weight.shape)  # what is beyond it stays as it is, and counts for nothing
-    B[:, rank:] = 0
     quantized = NF4Linear(linear)
-    residual = weight - quantized.dense_weight(torch.float32)
-    U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
+    approximate(weight - quantized.dense_weight(torch.float32), A, B, scale)
+    return quantized
+
+
+def approximate(M: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
+    """Fill A (r, in) and B (out, r) so that s B A is the best rank-r approximation of M (out, in).
+
+    Both get the square roots of the singular values. Where these are zero, A stays as it is.
+    """
+    rank = min(len(A), *M.shape)  # what is beyond it stays as it is, and counts for nothing
+    B[:, rank:] = 0
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
     # What the decomposition gives for 0, as `matrix_rank` has it.
-    zero = S[:1] * max(weight.shape) * torch.finfo(S.dtype).eps >= S
+    zero = S[:1] * max(M.shape) * torch.finfo(S.dtype).eps >= S
     root = (S.masked_fill(zero, 0)[:rank, None] / scale).sqrt()  # (r, 1)
     A[:rank] = torch.where(root > 0, root * Vh[:rank], A[:rank])
     B[:, :rank] = U[:, :rank] * root.T  # (out, r) * (1, r)
-    return quantized

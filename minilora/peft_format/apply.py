@@ -1,6 +1,6 @@
 """An adapter and a model: save the one a model carries, load one into a model."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path, PurePath
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from minilora import linears, trained_whole
 from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches
 from minilora.conventions import embeddings, is_sharded, refuse_wrapped
-from minilora.inject import EXTRAS, Extra, injection_of, lora_layers, report, unload, wrap
+from minilora.inject import EXTRAS, LAYERS, Extra, injection_of, lora_layers, report, unload, wrap
 from minilora.layer import LoRALinear
 from minilora.modules import naming, nearest, plain_model, plain_name
 from minilora.peft_format import keys
@@ -18,6 +18,9 @@ from minilora.peft_format.directory import Adapter, read_adapter, write_adapter
 from minilora.reports import LoadReport
 from minilora.targets import check_modules, is_target
 from minilora.targets import trained_whole as is_trained_whole
+
+CONVERSIONS: dict[str, Callable[[Adapter, dict[str, LoRALinear]], Adapter]] = {}
+"""By `init`: what is written of an adapter whose start took something from the base."""
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -37,7 +40,9 @@ def adapter_of(model: nn.Module) -> Adapter:
     copies = {k: getattr(t, "full_tensor", t.clone)().cpu() for k, t in held.items()}
     transposed = any(linears.is_conv1d(layer.base) for layer in layers.values())
     config = _as_written(injection.config, _base_modules(model, layers))
-    return Adapter(config, copies, _base_model_name(model), transposed)
+    adapter = Adapter(config, copies, _base_model_name(model), transposed)
+    convert = CONVERSIONS.get(config.init)
+    return convert(adapter, layers) if convert is not None else adapter
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
@@ -122,7 +127,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     if not swapped:
         refuse_wrapped(wrapped)  # data-parallel copies would never learn of the new parameters
         unload(model)
-        wrap(model, selected, replace(config, init="kaiming"))  # its values are overwritten
+        # What A and B start with is overwritten, but some starts are those of another layer.
+        wrap(model, selected, config if config.init in LAYERS else replace(config, init="kaiming"))
         if (injection := injection_of(model)) is not None:
             injection.extras.append(unnamed)
             unnamed.start(model)

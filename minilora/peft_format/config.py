@@ -6,7 +6,7 @@ The rules were read in PEFT 0.21.2; the file has been the same since its first v
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from minilora.config import ALL_LINEAR, ATTENTION, LoRAConfig, LoRAError, check_regex, matches_end
 from minilora.modules import naming
@@ -27,7 +27,7 @@ FIELDS: dict[str, tuple[str, Any]] = {
 }  # fmt: skip
 # Older versions of PEFT do not know these.
 NEWER = ("exclude_modules", "lora_bias", "trainable_token_indices")
-INITS = {"kaiming": True, "gaussian": "gaussian", "random": False, "loftq": "loftq"}
+INITS = {"kaiming": True, "random": False} | {n: n for n in ("gaussian", "loftq", "pissa")}
 # PEFT quantizes the base again when it loads such a file. After one step it is NF4 of the weight.
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
 # By JSON text. The named ones leave the base alone: once trained, nothing tells them apart.
@@ -35,11 +35,40 @@ OTHER_INITS = {"null": "random"} | dict.fromkeys(('"eva"', '"orthogonal"', '"mic
 
 # Entries that change nothing about the weights.
 IGNORED = {
-    "peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping",
+    "peft_type", "peft_version", "r", "base_model_name_or_path", "revision", "auto_mapping",
     "inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config",
     "loftq_config", "eva_config",
 }  # fmt: skip
 ADVICE = "merge it into the base with PEFT (merge_and_unload) where PEFT can, else use it with PEFT"
+
+
+class Kind(NamedTuple):
+    """What a `peft_type` stands for."""
+
+    config: type[Any]
+    """LoRAConfig, one that is derived from it, or one that stands beside it."""
+    fields: dict[str, tuple[str, Any]]
+    """As `FIELDS`; of what stands beside LoRA `read` gives the configuration instead."""
+    read: Callable[..., Any] = lambda entries, tensors: (entries, tensors)
+    """Gives the tensors of a file the names and shapes that those of LoRA have."""
+    write: Callable[..., Any] = read
+    """The other way."""
+
+
+KINDS = {"LORA": Kind(LoRAConfig, FIELDS)}
+"""By `peft_type`. `minilora/methods/__init__.py` adds those of other methods."""
+
+
+def kind_of(entries: Mapping[str, Any]) -> Kind:
+    """The kind of a file with these entries.
+
+    Raises:
+        LoRAError: minilora does not read it.
+    """
+    name = entries.get("peft_type")
+    if (kind := KINDS.get(str(name))) is None:
+        raise LoRAError(f"peft_type is {name!r}; minilora reads {', '.join(KINDS)} only: {ADVICE}")
+    return kind
 
 
 @naming(CONFIG_FILE)
@@ -53,15 +82,13 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
     Raises:
         LoRAError: an entry is wrong, or asks for something that minilora does not do.
     """
-    kind = entries.get("peft_type")
-    if kind != "LORA":
-        raise LoRAError(f"peft_type is {kind!r}; minilora reads 'LORA' only: {ADVICE}")
-    known = {name for name, _ in FIELDS.values()} | IGNORED
+    kind = kind_of(entries)
+    known = {name for name, _ in kind.fields.values()} | IGNORED
     for key, value in entries.items():
         if key not in known and value not in (None, False, "none", [], {}):
             raise LoRAError(f"{key} is {value!r}: minilora does not do this: {ADVICE}")
     values = {}
-    for ours, (peft, default) in FIELDS.items():
+    for ours, (peft, default) in kind.fields.items():
         value = entries.get(peft, default)
         if default not in (None, {}) or value not in (None, [], {}, ""):  # PEFT writes these alike
             values[ours] = value
@@ -71,7 +98,7 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
     values["init"] = _init_from_peft(values["init"])
     if values["init"] == "loftq" and (entries.get("loftq_config") or LOFTQ) != LOFTQ:
         raise LoRAError(f"loftq_config must be {LOFTQ}: the base is NF4 after it")
-    config = LoRAConfig(**values)
+    config: LoRAConfig = kind.config(**values)
     for name in config.also_train:  # PEFT puts it into this expression
         check_regex("modules_to_save", name, r"(^|.*\.){}($|\..*)")
     return config
@@ -79,15 +106,16 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
 
 def config_to_peft(config: LoRAConfig, modules: tuple[str, ...]) -> dict[str, Any]:
     """PEFT's entries, only those that its older versions know too, unless they are needed."""
-    values = {name: getattr(config, name) for name in FIELDS}
+    ((name, kind),) = ((n, k) for n, k in KINDS.items() if k.config is type(config))
+    values = {field: getattr(config, field) for field in kind.fields}
     if config.targets in (ALL_LINEAR, ATTENTION):
         values["targets"] = modules  # which linears, said outright
     values["alpha"] = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
     values["rank_pattern"] = resolve(config.rank_of, modules, config.rank)
     values["alpha_pattern"] = resolve(config.alpha_of, modules, config.alpha)
     values["init"] = INITS[config.init]
-    entries: dict[str, Any] = {"peft_type": "LORA", "inference_mode": True}
-    for ours, (peft, _) in FIELDS.items():
+    entries: dict[str, Any] = {"peft_type": name, "inference_mode": True}
+    for ours, (peft, _) in kind.fields.items():
         if values[ours] or peft not in NEWER:
             entries[peft] = None if values[ours] == () else values[ours]
     return entries | ({"loftq_config": LOFTQ} if config.init == "loftq" else {})

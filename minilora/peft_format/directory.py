@@ -9,7 +9,6 @@ error that names the key. PEFT ignores an unexpected key and warns of a missing 
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,15 @@ from minilora.files import write_directory
 from minilora.functional import scale
 from minilora.modules import naming
 from minilora.peft_format import keys
-from minilora.peft_format.config import CONFIG_FILE, FIELDS, config_from_peft, config_to_peft
+from minilora.peft_format.config import (
+    CONFIG_FILE,
+    KINDS,
+    config_from_peft,
+    config_to_peft,
+    kind_of,
+)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-TYPES: dict[str, Callable[..., tuple[Any, dict[str, Tensor]]]] = {}
-"""peft_type of a method that adapts no layer -> a function of the file's entries and tensors that
-returns the configuration, and the tensors by names that begin with the method's directory."""
-WRITERS: dict[str, Callable[..., tuple[dict[str, Any], Any]]] = {}
-"""Name of the directory -> the other way, from the configuration and those tensors."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -123,7 +123,7 @@ class Adapter:
     def _explain(self, key: str) -> str:
         for suffix, _, field in keys.PARAMETERS.values():
             if field is not None and key.endswith(suffix):
-                return f": {FIELDS[field][0]} is false"
+                return f": the configuration asks for no {field}"
         return ""
 
 
@@ -148,25 +148,26 @@ def read_adapter(directory: str | Path) -> Adapter:
         minilora.config.LoRAError: nowhere: no such directory
     """
     directory = _adapter_directory(Path(directory))
-    folders = [p for p in (*map(directory.joinpath, keys.FOLDERS), directory) if _is_adapter(p)]
-    tensors: dict[str, Tensor] = {}
-    configs: list[Any] = []
-    for folder in folders or [directory]:
+    folders = [directory / name for name in (*keys.FOLDERS, "")]
+    configs, held = list[Any](), dict[str, Tensor]()
+    for folder in [p for p in folders if (p / WEIGHTS_FILE).exists()] or [directory]:
         entries = _read_json(folder / CONFIG_FILE)
         with naming(folder):
-            read: Callable[..., Any] = TYPES.get(str(entries.get("peft_type")), _read_lora)
-            config, found = read(entries, _read_tensors(folder))
+            kind = kind_of(entries)
+            config, tensors = kind.read(entries, _read_tensors(folder))
+            if issubclass(kind.config, LoRAConfig):
+                config = config_from_peft(config, keys.modules_of(tensors))
+                if config.bias == "all" and config.also_train:
+                    tensors = _without_repeats(tensors)
             base_model = entries.get("base_model_name_or_path")
             if not isinstance(base_model, str | None):
                 raise LoRAError(f"{CONFIG_FILE}: base_model_name_or_path is not a string or null")
             if _read_json(folder / CONFIG_FILE) != entries:
                 raise LoRAError("the adapter changed while it was being read: try again")
         configs.append(config)
-        tensors |= found
+        held |= tensors
     with naming(directory):
-        return Adapter(
-            together(configs), tensors, base_model, entries.get("fan_in_fan_out") is True
-        )
+        return Adapter(together(configs), held, base_model, entries.get("fan_in_fan_out") is True)
 
 
 def write_adapter(adapter: Adapter, directory: str | Path) -> None:
@@ -195,14 +196,16 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise LoRAError(f"{directory} is a file, not a directory")
-    parts = {f"{c.folder}/": WRITERS[c.folder](c, adapter.tensors) for c in adapter.config.beside}
+    writers = {kind.config: kind.write for kind in KINDS.values()}
+    beside = adapter.config.beside
+    parts = {f"{c.folder}/": writers[type(c)](c, adapter.tensors) for c in beside}
     if adapter.modules:
         entries = config_to_peft(adapter.config, adapter.modules)
         entries["fan_in_fan_out"] = adapter.fan_in_fan_out
         own = {key: t for key, t in adapter.tensors.items() if not keys.is_beside(key)}
-        parts[""] = entries, own
+        parts[""] = kind_of(entries).write(entries, own)
     for folder in {"", *(f"{name}/" for name in keys.FOLDERS)} - parts.keys():
-        if _is_adapter(directory / folder):
+        if (directory / folder / WEIGHTS_FILE).exists():
             raise LoRAError(f"{directory / folder} holds another adapter: remove it first")
     contents = {}
     for folder, (entries, tensors) in parts.items():
@@ -214,21 +217,11 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     write_directory(directory, contents)
 
 
-def _read_lora(entries: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, Any]:
-    config = config_from_peft(entries, keys.modules_of(tensors))
-    repeats = config.bias == "all" and config.also_train
-    return config, _without_repeats(tensors) if repeats else tensors
-
-
-def _is_adapter(directory: Path) -> bool:
-    return any((directory / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE))
-
-
 def _adapter_directory(directory: Path) -> Path:
     if not directory.is_dir():
         raise LoRAError(f"{directory}: no such directory")
     named = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
-    if _is_adapter(directory) or not named or {path.name for path in named} <= {*keys.FOLDERS}:
+    if (directory / CONFIG_FILE).exists() or {path.name for path in named} <= {*keys.FOLDERS}:
         return directory
     if len(named) > 1:
         choices = ", ".join(path.name for path in named)

@@ -13,6 +13,7 @@ PARAMETERS: dict[str, tuple[str, tuple[str, ...], str | None]] = {
     "lora_B": (".lora_B.weight", ("out", "r"), None),
     "magnitude": (".lora_magnitude_vector", ("out",), "dora"),
     "lora_bias": (".lora_B.bias", ("out",), "lora_bias"),
+    "lora_E": (".lora_E", ("r", "1"), "adalora"),
 }
 """The parameters of an adapted layer: how the key ends on disk, the shape, and the field of
 LoRAConfig that asks for it."""
@@ -39,11 +40,11 @@ Expected = dict[str, tuple[tuple[int, ...], bool]]
 
 def expected_of(config: LoRAConfig, module: str, out: int, in_: int) -> Expected:
     """The keys of an adapted module W (out, in)."""
-    sizes = {"r": config.rank_of(module), "in": in_, "out": out}
+    sizes = {"r": config.rank_of(module), "in": in_, "out": out, "1": 1}
     return {
         PREFIX + module + suffix: (tuple(sizes[size] for size in shape), True)
         for suffix, shape, field in PARAMETERS.values()
-        if field is None or getattr(config, field)
+        if field is None or getattr(config, field, False)
     }
 
 

@@ -116,7 +116,7 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
         _require_same(before, run)
     if run.training.learning_rate is None:
         rates, method = LEARNING_RATES[run.preset], run.model.method
-        run.training.learning_rate = rates.get(run.adapter.init, rates[method])
+        run.training.learning_rate = rates.get(run.adapter.init, rates.get(method, rates["lora"]))
     run.check()
     return run
 

@@ -37,6 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # The peak learning rate of each method. LoRA needs four to ten times the rate of a full fine-tune.
+# That of AdaLoRA is LoRA's: its own was not measured.
 # "loftq" is QLoRA with that start, where it was measured. pocket's rates: docs/log.md, 2026-11-28.
 LEARNING_RATES: dict[str, dict[str, float]] = {
     "pocket": {"lora": 4e-3, "qlora": 4e-3, "loftq": 2e-3, "full": 5e-4},

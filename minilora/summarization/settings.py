@@ -21,6 +21,7 @@ PATHS = ("model", "data", *FILES)  # settings that may be paths
 POSITIVE = (
     *("epochs", "learning_rate", "batch_size", "accumulate", "beams", "validation_beams"),
     *("evaluation_batch_size", "keep_checkpoints", "max_source_length", "max_target_length"),
+    "lora_plus_ratio",
 )
 NOT_NEGATIVE = (
     *("max_steps", "clip", "weight_decay", "validation_limit", "min_length", "no_repeat_ngram"),
@@ -39,7 +40,9 @@ class ModelOptions:
     _argument_group_name = "model"
 
     model: str = _flag("pocket-bart", "directory or hub name of the base model, or pocket-bart")
-    method: Literal["lora", "qlora", "full"] = _flag("lora", "what trains; qlora: base in 4 bits")
+    method: Literal["lora", "qlora", "adalora", "full"] = _flag(
+        "lora", "what trains; qlora: base in 4 bits; adalora: training chooses the ranks"
+    )
     device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag("auto", "auto: the fastest here")
     seed: int = _flag(0, "random seed of the adapter's initialization, batch order and dropout")
@@ -77,7 +80,7 @@ class DataOptions:
 class AdapterOptions:
     _argument_group_name = "adapter (LoRA, Hu et al. 2021)"
 
-    rank: int = _flag(8, "r: rows of A, columns of B")
+    rank: int = _flag(8, "r: rows of A, columns of B; adalora: the mean in the end")
     alpha: float = _flag(32.0, "numerator of the scale s = alpha / r")
     dropout: float = _flag(0.05, "dropout probability of the adapter's input")
     targets: list[str] = _flag(
@@ -85,8 +88,8 @@ class AdapterOptions:
     )
     exclude: list[str] = _flag([], "names among the targets to leave alone")
     rslora: bool = _flag(False, "scale s = alpha / sqrt(r) (Kalajdzievski 2023)")
-    init: Literal["kaiming", "gaussian", "loftq"] = _flag(
-        "kaiming", "initial values of A (loftq: of A and B)"
+    init: Literal["kaiming", "gaussian", "loftq", "pissa"] = _flag(
+        "kaiming", "initial values of A (loftq, pissa: of A and B)"
     )
 
 
@@ -97,6 +100,7 @@ class TrainingOptions:
     epochs: int = _flag(2, "passes over the training split")
     max_steps: int = _flag(0, "stop after this many optimizer steps; 0: no limit")
     learning_rate: float | None = _flag(None, "peak of the schedule; default: the preset's")
+    lora_plus_ratio: float = _flag(1.0, "learning rate of B over that of A (LoRA+): 16, or 1")
     warmup: float = _flag(0.06, "share of the steps over which the learning rate rises")
     weight_decay: float = _flag(0.0, "decoupled weight decay (AdamW)")
     batch_size: int = _flag(8, "batch size, summed over all processes")
@@ -209,6 +213,10 @@ class RunConfig:
             raise UserError(f"--seed must be below 2^63, not {self.model.seed}")
         if self.adapter.init == "loftq" and self.model.method != "qlora":
             raise UserError("--init loftq requires --method qlora")
+        if self.adapter.init == "pissa" and self.model.method != "lora":
+            raise UserError("--init pissa requires --method lora")
+        if self.training.lora_plus_ratio != 1 and self.model.method == "full":
+            raise UserError("--lora-plus-ratio requires an adapter: not --method full")
         if not 0 <= warmup < 1:
             raise UserError(f"--warmup is a share of the steps, from 0 to below 1, not {warmup}")
 

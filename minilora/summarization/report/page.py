@@ -71,6 +71,7 @@ def _hash(source: str) -> str:
 def _title(run: Run) -> str:
     method, rank = run.config.get("method", "lora"), run.config.get("rank", "?")
     how = {"full": "every parameter fine-tuned", "qlora": f"QLoRA of rank {rank}"}
+    how["adalora"] = f"AdaLoRA of mean rank {rank}"
     return f"{run.config.get('model', 'pocket-bart')}, {how.get(method, f'LoRA of rank {rank}')}"
 
 

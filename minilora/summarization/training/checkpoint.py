@@ -1,7 +1,7 @@
 """Checkpoints: the complete state of a run, in one directory that is written atomically.
 
     checkpoints/step-00000120/            in mid-epoch, and -validated after an epoch's end
-        state.safetensors    trained parameters, AdamW's moments, random states
+        state.safetensors    trained parameters, the optimizer's state, random states
         state.json           position, best score, GradScaler, fingerprints
         SHA256SUMS           of both: `sha256sum -c SHA256SUMS` checks them
 
@@ -200,8 +200,9 @@ def _restore(
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(tensors[f"parameter.{name}"])
+    moments = {key.split(".")[1] for key in tensors if key.startswith("optimizer.")}
     for name, parameter in trained.items():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
+        for key in moments:  # AdamW's, and the sensitivities of AdaLoRA
             if (value := tensors.get(f"optimizer.{key}.{name}")) is not None:
                 # fused AdamW needs `step` on the parameter's device too
                 optimizer.state[parameter][key] = value.to(parameter.device, copy=True)

@@ -1,10 +1,11 @@
 """Data, tokenizer and model of a run: read, checked, and ready to train."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ import minilora
 from minilora import InjectReport, LoRAConfig
 from minilora.config import ATTENTION
 from minilora.files import write_file
+from minilora.methods import AdaLoRAConfig
 
 from .. import processes
 from ..data.batches import Encoded, collate, encode
@@ -32,6 +34,8 @@ from ..presets import stored
 from ..settings import FILES, PATHS, SPLITS, RunConfig
 from .failures import try_out
 from .fingerprint import fingerprints, of_tensors
+from .first_steps import STEPS
+from .schedule import last_step
 
 
 @dataclass
@@ -86,7 +90,8 @@ def open_session(run: RunConfig) -> Session:
             f"--batch-size {run.training.batch_size} is less than the {count} processes that "
             "share each batch: raise it (and lower --accumulate), or start fewer"
         )
-    config = adapter_config(run) if run.model.method != "full" else None
+    if run.model.method != "full":
+        adapter_config(run)  # refuses impossible settings before anything is read
     data, notices = load(run.data, SPLITS if run.output.evaluate else SPLITS[:2])
     tokenizer = load_tokenizer(run.model.model)
     model = load_model(run.model.model, device, four_bits(run, start=True))
@@ -115,8 +120,9 @@ def open_session(run: RunConfig) -> Session:
         notices.append(f"rouge_score is not installed: {without}")
     origin = fingerprints(splits, model)
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
-    if config:
-        report = minilora.inject(model, config)
+    if run.model.method != "full":
+        steps = last_step(run.training, len(splits["train"]))
+        report = minilora.inject(model, adapter_config(run, steps))
         notices += requirements.not_adapted(model)
     else:
         trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
@@ -150,10 +156,27 @@ def prepare(model: PreTrainedModel, run: RunConfig, autocast_dtype: torch.dtype 
         speed.compile_layers(model)
 
 
-def adapter_config(run: RunConfig) -> LoRAConfig:
-    """The library's configuration for a run's settings."""
+def adapter_config(run: RunConfig, steps: int = 100) -> LoRAConfig:
+    """The library's configuration for a run's settings.
+
+    AdaLoRA begins with one and a half times the ranks, as in the paper (section 3.3), and with the
+    scale that LoRA of the final rank has. The ranks fall after a tenth of the steps, and stay in
+    the last third.
+
+    Args:
+        run: its settings.
+        steps: how many it takes.
+    """
     names = {side: _targets(getattr(run.adapter, side)) for side in ("targets", "exclude")}
-    return LoRAConfig(**asdict(run.adapter) | names, task_type="SEQ_2_SEQ_LM")
+    settings: dict[str, Any] = asdict(run.adapter) | names | {"task_type": "SEQ_2_SEQ_LM"}
+    if run.model.method != "adalora":
+        return LoRAConfig(**settings)
+    rank = math.ceil(1.5 * run.adapter.rank)
+    settings |= {"rank": rank, "alpha": run.adapter.alpha * rank / run.adapter.rank}
+    final = steps // 3
+    initial = min(max(STEPS, steps // 10), steps - final - 1)  # the first are checked: all learn
+    settings |= {"initial_steps": initial, "final_steps": final, "total_steps": steps}
+    return AdaLoRAConfig(**settings, target_rank=run.adapter.rank)
 
 
 def four_bits(run: RunConfig, start: bool = False) -> FourBits | None:

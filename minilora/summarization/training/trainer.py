@@ -86,9 +86,12 @@ class Trainer:
         self.last = last_step(training, len(session.splits["train"]))
         self.warmup = max(1, round(training.warmup * self.last))
         self.parameters = list(minilora.trainable_parameters(session.model))
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.peak, weight_decay=training.weight_decay, fused=True
-        )
+        groups: list[dict[str, Any]] = [{"params": self.parameters, "lr": self.peak}]
+        if training.lora_plus_ratio != 1:
+            ratio = training.lora_plus_ratio
+            groups = minilora.parameter_groups(session.model, self.peak, ratio)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=training.weight_decay, fused=True)
+        self.ratios = [group["lr"] / self.peak for group in groups]
         fp16 = session.autocast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=fp16)
         self.replica = Replica(session.model)
@@ -157,8 +160,8 @@ class Trainer:
 
     def set_learning_rate(self) -> None:
         rate = learning_rate(self.progress.step, self.last, self.warmup, self.peak)
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = rate
+        for settings, ratio in zip(self.optimizer.param_groups, self.ratios, strict=True):
+            settings["lr"] = rate * ratio
 
     def cheap_step(self, group: Group) -> AbstractContextManager[None]:
         """On a CPU `speed.cheap_step`; not for layers that are compiled or computed twice."""

@@ -1,0 +1,284 @@
+"""AdaLoRA: the ranks of the layers are chosen in training, from a budget for the whole model.
+
+Zhang et al. 2023, https://arxiv.org/abs/2303.10512. A module's update is in the form of a singular
+value decomposition, and what contributes least to the loss loses its singular value.
+
+    layer        AdaLoRALinear: W + s P diag(lambda) Q
+    allocation   Allocation: the penalty before each optimizer step, the ranks after it
+    files        in adalora_files.py
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim import optimizer as hooks
+
+from minilora.config import LoRAConfig, LoRAError, check
+from minilora.inject import injection_of, lora_layers
+from minilora.layer import LoRALinear
+
+
+@dataclass(frozen=True)
+class AdaLoRAConfig(LoRAConfig):
+    """How to adapt a model by updates whose ranks training chooses (Zhang et al. 2023).
+
+    Every adapted W becomes W + s P diag(lambda) Q with P (out, r), Q (r, in) and r singular values
+    lambda, s = alpha / r. At first all r of each module train. From step `initial_steps` on fewer
+    and fewer have a lambda that is not zero, counted over the whole model; from `final_steps`
+    before the end on it is `target_rank` for each module on average, and the choice is kept.
+
+    The scale stays alpha / r for the first r, whatever the ranks become. In PEFT it is
+    alpha / (r + 1e-5): the `lora_alpha` of a file is a little unlike alpha, so that s is the same.
+
+    Args:
+        rank: r, that each module starts with.
+        target_rank: mean rank of the modules in the end.
+        initial_steps: t_i, optimizer steps before the first rank is taken.
+        final_steps: t_f, optimizer steps at the end in which the ranks are fixed.
+        interval: Delta_T, optimizer steps from one allocation to the next.
+        total_steps: T, optimizer steps of the whole training. There is no default that is right.
+        beta1: of the mean of the sensitivity. beta2: of that of its uncertainty.
+        orthogonality: gamma, the weight of the penalty ||P^T P - I||^2 + ||Q Q^T - I||^2. PEFT and
+            the authors' code take the mean over the matrices of the norms, not squared.
+
+    The other arguments are those of LoRAConfig. `init` has no choice: P and Q start normal with a
+    standard deviation of 0.02, lambda is zero.
+
+    Example:
+        >>> config = AdaLoRAConfig(rank=6, target_rank=2, total_steps=100, final_steps=20)
+        >>> [config.budget(step, modules=10) for step in (1, 40, 80, 100)]
+        [58, 25, 20, 20]
+    """
+
+    rank: int = 12
+    target_rank: int = 8
+    initial_steps: int = 0
+    final_steps: int = 0
+    interval: int = 1
+    total_steps: int = 0
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonality: float = 0.1
+
+    adalora = True  # no field: which layer, and which parameters on disk
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_rank", "interval", "total_steps"):
+            check(name, getattr(self, name), "rank")  # whole and at least 1
+        for name in ("beta1", "beta2"):
+            check(name, getattr(self, name), "dropout")  # in [0, 1)
+        if self.target_rank > self.rank:
+            raise LoRAError(f"target_rank {self.target_rank} is above the rank, {self.rank}")
+        for name in ("initial_steps", "final_steps", "orthogonality"):
+            number = int | float if name == "orthogonality" else int
+            if not isinstance(value := getattr(self, name), number) or not 0 <= value < 1e308:
+                raise LoRAError(f"{name} must be a number of at least 0, not {value!r}")
+        if self.initial_steps + self.final_steps >= self.total_steps:
+            raise LoRAError("initial_steps and final_steps leave none of total_steps between them")
+        other = ("rank_pattern", "alpha_pattern", "rslora", "dora", "lora_bias")
+        for name in [name for name in other if getattr(self, name)]:
+            raise LoRAError(f"{name} does not go with AdaLoRA, which chooses the ranks by itself")
+        if self.init != "kaiming":
+            raise LoRAError(f"init {self.init!r} does not go with AdaLoRA, which has its own start")
+
+    def budget(self, step: int, modules: int) -> int:
+        """b(t), how many singular values the model has after this step: equation 12."""
+        last_change = self.total_steps - self.final_steps
+        left = 1 - (step - self.initial_steps) / (last_change - self.initial_steps)
+        left = min(max(left, 0.0), 1.0)
+        return int(((self.rank - self.target_rank) * left**3 + self.target_rank) * modules)
+
+
+class AdaLoRALinear(LoRALinear):
+    """y = (W + s P diag(lambda) Q) x + b: equation 3. P is `lora_B`, Q is `lora_A`.
+
+    The arguments are those of `LoRALinear`, except `init`.
+
+    Attributes:
+        lora_E: parameter lambda (r, 1).
+    """
+
+    def add_parameters(self) -> None:
+        """Lambda, which starts at zero; P and Q are then not."""
+        nn.init.normal_(self.lora_A, std=0.02)
+        nn.init.normal_(self.lora_B, std=0.02)
+        self.lora_E = nn.Parameter(torch.zeros_like(self.lora_A[:, :1]))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Diag(lambda) Q (r, in) and P (out, r)."""
+        return self.lora_E * self.lora_A, self.lora_B
+
+
+class Allocation:
+    """The optimizer's step of AdaLoRA: an `inject.Extra`, of which nobody has to call anything.
+
+    A pair of hooks of torch reaches every step of every `torch.optim.Optimizer`. It is put in at
+    the first injection of AdaLoRA, and looks for the lambdas of living models in the optimizer:
+
+        before   adds the gradient of the penalty to those of P and Q
+        after    counts the sensitivities, and sets lambdas to zero
+
+    So gradient accumulation is over, DistributedDataParallel has averaged, all processes choose
+    alike, and steps that GradScaler skips do not count. Sensitivities and the number of steps lie
+    in `optimizer.state`, where the moments of Adam lie: who saves the optimizer saves them.
+
+    Args:
+        model: not yet changed.
+        config: does nothing unless it is an AdaLoRAConfig.
+    """
+
+    def __init__(self, model: nn.Module, config: LoRAConfig, _: Collection[str]) -> None:
+        self.active = isinstance(config, AdaLoRAConfig)
+
+    def find(self, model: nn.Module) -> dict[str, Tensor]:
+        """Nothing trains outside the layers."""
+        return {}
+
+    def start(self, model: nn.Module) -> None:
+        """Follow the steps of optimizers."""
+        if self.active:
+            self.model, self.layers = model, list(lora_layers(model).values())
+            follow(self)
+
+    def swap(self, model: nn.Module) -> None:
+        """Nothing to leave out."""
+
+    def stop(self, model: nn.Module) -> None:
+        """Follow no more."""
+        FOLLOWING.discard(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state  # of a copy, which copy.deepcopy made: its layers are copies too
+        if self.active:
+            follow(self)
+
+    @property
+    def config(self) -> AdaLoRAConfig:
+        """That of the model, which `load_adapter` may have changed."""
+        config = getattr(injection_of(self.model), "config", None)
+        assert isinstance(config, AdaLoRAConfig)
+        return config
+
+    def layers_of(self, optimizer: Optimizer) -> list[Any]:
+        """The layers whose lambda, P and Q the optimizer has."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [layer for layer in self.layers if held.issuperset(map(id, triplets(layer)))]
+
+    @torch.no_grad()
+    def before(self, optimizer: Optimizer) -> None:
+        """Add the gradient of gamma R to those of P and Q."""
+        scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves unscaling to fused ones
+        weight = self.config.orthogonality * (1 if scale is None else scale)
+        for layer in with_gradient(self.layers_of(optimizer)):
+            layer.lora_B.grad += weight * penalty_gradient(layer.lora_B)
+            layer.lora_A.grad += weight * penalty_gradient(layer.lora_A.T).T
+
+    @torch.no_grad()
+    def after(self, optimizer: Optimizer) -> None:
+        """Count the step in; allocate the budget if its time has come (algorithm 1).
+
+        As in the authors' code, the weights are those after the step. In the final steps the
+        sensitivities stay as they are: the same ranks are kept.
+        """
+        skipped = getattr(optimizer, "found_inf", None)  # set by GradScaler for fused optimizers
+        layers, state, config = self.layers_of(optimizer), optimizer.state, self.config
+        counted = with_gradient(layers)
+        if not counted or (skipped is not None and skipped):
+            return
+        t = 1 + max(int(state.get(x.lora_E, {}).get("allocation_steps", 0)) for x in layers)
+        final = t >= config.total_steps - config.final_steps
+        for layer in counted:
+            state[layer.lora_E]["allocation_steps"] = t
+            for p in triplets(layer) if not final else ():
+                count_in(state[p], p, config)
+        if final or (t > config.initial_steps and t % config.interval == 0):
+            scores = [score(layer, optimizer) for layer in layers]
+            masks = best(scores, config.budget(t, len(layers)))
+            for layer, mask in zip(layers, masks, strict=True):
+                layer.lora_E.masked_fill_(~mask[:, None], 0)
+
+
+def triplets(layer: Any) -> tuple[nn.Parameter, ...]:
+    """Lambda (r, 1), P (out, r) and Q (r, in): r triplets of a number, a column and a row."""
+    return layer.lora_E, layer.lora_B, layer.lora_A
+
+
+def with_gradient(layers: list[Any]) -> list[Any]:
+    """Those that took part in the step: one that was dropped has no gradient."""
+    return [layer for layer in layers if all(p.grad is not None for p in triplets(layer))]
+
+
+def penalty_gradient(M: Tensor) -> Tensor:
+    """dR/dM (d, r) of R = ||M^T M - I||^2, where M is P or Q^T: equation 4.
+
+    dR = 2 <M^T M - I, dM^T M + M^T dM> = <4 M (M^T M - I), dM>.
+    """
+    unit = torch.eye(M.shape[1], dtype=M.dtype, device=M.device)
+    return 4 * M @ (M.T @ M - unit)
+
+
+def count_in(state: dict[str, Any], w: Tensor, config: AdaLoRAConfig) -> None:
+    """Follow the sensitivity of each entry of a parameter, and how far it varies."""
+    assert w.grad is not None
+    now = (w * w.grad).abs()  # equation 8
+    mean = config.beta1 * state.get("sensitivity", 0) + (1 - config.beta1) * now  # equation 9
+    apart = (now - mean).abs()
+    spread = config.beta2 * state.get("uncertainty", 0) + (1 - config.beta2) * apart  # equation 10
+    state["sensitivity"], state["uncertainty"] = mean, spread
+
+
+def score(layer: Any, optimizer: Optimizer) -> Tensor:
+    """S, how much each triplet of lambda_i, column i of P and row i of Q matters: (r,)."""
+
+    def s(w: Tensor) -> Tensor:
+        state = optimizer.state.get(w, {})
+        if "sensitivity" not in state:  # it had no gradient so far
+            return torch.zeros_like(w)
+        product: Tensor = state["sensitivity"] * state["uncertainty"]  # equation 11
+        return product
+
+    # equation 7
+    return s(layer.lora_E)[:, 0] + s(layer.lora_B).mean(dim=0) + s(layer.lora_A).mean(dim=1)
+
+
+def best(scores: list[Tensor], budget: int) -> list[Tensor]:
+    """Which triplets of each layer are among the `budget` best of all layers: (r,) each.
+
+    The order is stable: among equals those of the first layer count, in every process alike.
+    """
+    together = torch.cat(scores)
+    chosen = together.argsort(descending=True, stable=True)[:budget]
+    kept = torch.zeros_like(together, dtype=torch.bool).index_fill_(0, chosen, True)
+    return list(kept.split([len(one) for one in scores]))
+
+
+FOLLOWING: "WeakSet[Allocation]" = WeakSet()
+"""The allocations of living models. Weak: a model that nobody holds is let go."""
+HOOKS: list[Any] = []
+
+
+def follow(allocation: Allocation) -> None:
+    """Let every optimizer's step reach the allocation, as long as it lives."""
+    FOLLOWING.add(allocation)
+    if not HOOKS:
+        HOOKS.append(hooks.register_optimizer_step_pre_hook(_before))
+        HOOKS.append(hooks.register_optimizer_step_post_hook(_after))
+
+
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for allocation in [each for each in FOLLOWING if each.layers_of(optimizer)]:
+        if any(map(callable, (*args[1:], *kwargs.values()))):
+            what = "AdaLoRA needs the gradients before the step"
+            raise LoRAError(f"{what}: call optimizer.step() without a closure")
+        allocation.before(optimizer)
+
+
+def _after(optimizer: Optimizer, *_: Any) -> None:
+    for allocation in [each for each in FOLLOWING if each.layers_of(optimizer)]:
+        allocation.after(optimizer)

@@ -1,0 +1,166 @@
+"""AdaLoRA, PiSSA and LoRA+ from the command line: trained, stopped, resumed, scored, merged."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import minilora
+from minilora.__main__ import main
+from minilora.methods import AdaLoRAConfig
+from minilora.summarization.cli import evaluate_main, train_main
+from minilora.summarization.flags import parse_run
+from minilora.summarization.training.session import open_session
+from minilora.summarization.training.trainer import Trainer
+from tests.helpers import SMALL, records, save_bart, save_data
+from tests.test_training import Crash, at_step, check_same, crash, interrupt
+
+METHODS = {
+    "adalora": ["--method", "adalora", "--learning-rate", "0.1"],  # lambda starts at zero
+    "pissa": ["--init", "pissa"],
+    "lora_plus": ["--lora-plus-ratio", "4"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    save_bart(folder / "bart")
+    save_data(folder / "data")
+    return folder
+
+
+def flags(folder: Path, *more: object) -> list[str]:
+    base = ["--model", str(folder / "bart"), "--data", str(folder / "data"), *SMALL]
+    return [*base, "--rank", "3", *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, Path]:
+    """Whole runs of eight steps."""
+    for name, method in METHODS.items():
+        assert train_main(flags(folder, *method, "--output", folder / name)) == 0
+    return {name: folder / name for name in METHODS}
+
+
+@pytest.mark.parametrize("step", [2, 5, 8])
+@pytest.mark.parametrize("name", METHODS)
+def test_stopped_and_resumed_it_ends_with_the_same_bits(
+    folder: Path, runs: dict[str, Path], tmp_path: Path, monkeypatch: Any, name: str, step: int
+) -> None:
+    """AdaLoRA's sensitivities, its number of steps and PiSSA's start are there again."""
+    at_step(monkeypatch, step, lambda: interrupt(signal.SIGINT))
+    run = tmp_path / "run"
+    assert train_main(flags(folder, *METHODS[name], "--output", run)) == 130
+    assert train_main(["--resume", str(run)]) == 0
+    check_same(run, runs[name])
+
+
+def test_a_crash_costs_nothing_of_the_allocation(
+    folder: Path, runs: dict[str, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    at_step(monkeypatch, 7, crash)
+    run = tmp_path / "run"
+    often = [*METHODS["adalora"], "--checkpoint-steps", "1", "--output", run]
+    with pytest.raises(Crash):
+        train_main(flags(folder, *often))
+    (newest, *_) = sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    kept = load_file(newest / "state.safetensors")
+    counts = {int(t) for key, t in kept.items() if key.startswith("optimizer.allocation_steps.")}
+    assert counts == {6}
+    assert sum(key.startswith("optimizer.uncertainty.") for key in kept) == 3 * len(
+        minilora.read_adapter(run / "adapter").modules
+    )
+    assert train_main(["--resume", str(run)]) == 0
+    assert adapter(run) == adapter(runs["adalora"])
+
+
+def adapter(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_is_scored_again_as_at_its_end(runs: dict[str, Path], tmp_path: Path, name: str) -> None:
+    out = tmp_path / "scores.json"
+    assert evaluate_main([str(runs[name]), "--output", str(out)]) == 0
+    again = json.loads(out.read_text())
+    before = json.loads((runs[name] / "evaluation.json").read_text())
+    assert again == before
+    texts = [(one["base"], one["finetuned"]) for one in again["examples"]]
+    assert any(base != tuned for base, tuned in texts)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_is_merged_and_inspected(
+    folder: Path, runs: dict[str, Path], tmp_path: Path, capsys: Any, name: str
+) -> None:
+    assert main(["merge", str(runs[name]), str(tmp_path / "merged")]) == 0
+    assert "outputs on a sample" in capsys.readouterr().out
+    assert main(["inspect", str(runs[name])]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("AdaLoRA" if name == "adalora" else "LoRA")
+
+
+def test_the_ranks_are_those_of_the_budget(folder: Path, tmp_path: Path) -> None:
+    """--rank 3 is the mean in the end; training begins with 5, and with LoRA's scale."""
+    trainer = Trainer(open_session(parse_run(flags(folder, *METHODS["adalora"]))), tmp_path)
+    config = minilora.config_of(trainer.session.model)
+    assert isinstance(config, AdaLoRAConfig)
+    assert (config.rank, config.target_rank, config.total_steps) == (5, 3, 8)
+    layers = [m for m in trainer.session.model.modules() if isinstance(m, minilora.LoRALinear)]
+    assert layers[0].scale == pytest.approx(32 / 3)
+    assert (config.initial_steps, config.final_steps) == (3, 2)
+    chosen = []
+    for _ in range(2):
+        for group in trainer.groups():
+            trainer.step(group)
+            trainer.progress.step += 1
+            chosen.append(sum(int(layer.lora_E.count_nonzero()) for layer in layers))
+        trainer.progress.epoch += 1
+    assert chosen == [config.budget(step, len(layers)) for step in range(1, 9)]
+    assert chosen[:3] == [5 * len(layers)] * 3
+    assert chosen[-3:] == [3 * len(layers)] * 3
+
+
+def test_b_has_the_rate_that_the_ratio_says(
+    folder: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    run = parse_run(flags(folder, *METHODS["lora_plus"]))
+    trainer = Trainer(open_session(run), tmp_path)
+    for step in range(8):
+        trainer.progress.step = step
+        trainer.set_learning_rate()
+        slow, fast = (group["lr"] for group in trainer.optimizer.param_groups)
+        assert fast == pytest.approx(4 * slow)
+        assert slow == records(runs["lora_plus"])[step + 1 + (step >= 4)]["learning_rate"]
+
+
+def test_what_was_saved_of_pissa_is_lora_of_twice_the_rank(runs: dict[str, Path]) -> None:
+    config = minilora.read_adapter(runs["pissa"] / "adapter").config
+    assert (config.rank, config.alpha, config.init) == (6, 64, "kaiming")
+
+
+@pytest.mark.parametrize(
+    ("flags_", "says"),
+    [
+        (["--init", "pissa", "--method", "qlora"], "--init pissa requires --method lora"),
+        (["--init", "pissa", "--method", "adalora"], "--init pissa requires --method lora"),
+        (["--init", "gaussian", "--method", "adalora"], "init 'gaussian' does not go with AdaLoRA"),
+        (["--rslora", "--method", "adalora"], "rslora does not go with AdaLoRA"),
+        (["--rank", "12", "--method", "adalora"], "rank 18 is above the smaller side"),
+        (["--lora-plus-ratio", "0"], "--lora-plus-ratio must be above 0, not 0"),
+        (["--lora-plus-ratio", "4", "--method", "full"], "--lora-plus-ratio requires an adapter"),
+    ],
+)
+def test_what_makes_no_sense_ends_in_one_line(
+    folder: Path, tmp_path: Path, capsys: Any, flags_: list[str], says: str
+) -> None:
+    run = tmp_path / "run"
+    assert train_main([*flags(folder), *flags_, "--output", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+    assert not run.exists()
