@@ -182,6 +182,7 @@ def inspection(adapter: Adapter) -> str:
         f"base {adapter.base_model or 'unknown'}",
         *_align(rows),
     ]
+    lines += [f"a {one.folder} of {one.length} tokens" for one in config.beside]
     if adapter.extras:
         names = fold_names(tuple(adapter.extras))
         lines += ["also trained:", *(f"  {name}" for name in names)]

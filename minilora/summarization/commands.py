@@ -211,10 +211,10 @@ def _predict(
     """Write the summaries of many chats to --output."""
     if processes.world_size() > 1:
         raise UserError("--predict takes one process: call evaluate.py without torchrun")
-    trained = directory if _is_adapter(directory) else trained_path(directory, run)
+    trained = directory if loading.is_adapter(directory) else trained_path(directory, run)
     size, options, output = run.generation.evaluation_batch_size, run.data, Path(arguments.output)
     settings = {
-        "run": f"{trained.resolve()} {max(file.stat().st_mtime for file in trained.iterdir())}",
+        "run": f"{trained.resolve()} {max(file.stat().st_mtime for file in trained.rglob('*'))}",
         "lengths": asdict(run.generation) | {"evaluation_batch_size": 0},
         "prompt": [options.prompt_before, options.prompt_after, options.max_source_length],
         "--base": arguments.base,
@@ -231,10 +231,6 @@ def _predict(
     return 0
 
 
-def _is_adapter(directory: Path) -> bool:
-    return (directory / loading.ADAPTER_FILES[0]).exists()
-
-
 def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunConfig]:
     """A run and its settings. A bare adapter has the preset's settings, and names its base model.
 
@@ -242,7 +238,7 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
     """
     if directory.name == "adapter" and (directory.parent / "config.json").exists():
         directory = directory.parent
-    if _is_adapter(directory):
+    if loading.is_adapter(directory):
         adapter, preset = minilora.read_adapter(directory), arguments.preset
         # An adapter that LoftQ started belongs to a base in four bits.
         method = "qlora" if adapter.config.init == "loftq" else "lora"
@@ -289,7 +285,7 @@ def _load_trained(directory: Path, run: RunConfig, device: torch.device) -> Mode
     tokenizer = loading.load_tokenizer(run.model.model)
     autocast_dtype = choose_precision(run.model.precision, device)
     tuned = base = load_model(run.model.model, device, four_bits(run))
-    path = directory if _is_adapter(directory) else trained_path(directory, run)
+    path = directory if loading.is_adapter(directory) else trained_path(directory, run)
     if run.model.method == "full":
         tuned = load_model(str(path.resolve()), device)
     else:

@@ -91,7 +91,7 @@ def open_session(run: RunConfig) -> Session:
             "share each batch: raise it (and lower --accumulate), or start fewer"
         )
     if run.model.method != "full":
-        adapter_config(run)  # refuses impossible settings before anything is read
+        method_configs(run)  # refuses impossible settings before anything is read
     data, notices = load(run.data, SPLITS if run.output.evaluate else SPLITS[:2])
     tokenizer = load_tokenizer(run.model.model)
     model = load_model(run.model.model, device, four_bits(run, start=True))
@@ -122,8 +122,8 @@ def open_session(run: RunConfig) -> Session:
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
     if run.model.method != "full":
         steps = last_step(run.training, len(splits["train"]))
-        report = minilora.inject(model, adapter_config(run, steps))
-        notices += requirements.not_adapted(model)
+        report = minilora.inject(model, method_configs(run, steps))
+        notices += requirements.not_adapted(model) if report.modules else []
     else:
         trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
         report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
@@ -154,6 +154,12 @@ def prepare(model: PreTrainedModel, run: RunConfig, autocast_dtype: torch.dtype 
         speed.checkpoint_activations(model)
     if run.training.compile:
         speed.compile_layers(model)
+
+
+def method_configs(run: RunConfig, steps: int = 100) -> list[Any]:
+    """What `minilora.inject` takes: LoRA, a prompt, a prefix, or LoRA and one of these."""
+    alone = run.model.method in ("prompt", "prefix")
+    return [*([] if alone else [adapter_config(run, steps)]), *requirements.virtual_tokens(run)]
 
 
 def adapter_config(run: RunConfig, steps: int = 100) -> LoRAConfig:
