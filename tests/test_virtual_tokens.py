@@ -16,7 +16,7 @@ from transformers import MBartConfig, MBartForConditionalGeneration
 
 import minilora
 from minilora import LoRAConfig, LoRAError
-from minilora.methods import PrefixConfig, PromptConfig
+from minilora.methods import AdaLoRAConfig, PrefixConfig, PromptConfig, as_lora
 
 from .conftest import (
     VOCABULARY,
@@ -491,6 +491,21 @@ def test_all_three_together(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes()
     with pytest.raises(LoRAError, match="cannot save inside"), minilora.disabled(model):
         minilora.save_adapter(model, tmp_path)
+
+
+def test_beside_adalora_and_pissa(tmp_path: Path) -> None:
+    """Both are written in other shapes than they have in memory; the prompt is not."""
+    adalora = AdaLoRAConfig(rank=3, target_rank=2, total_steps=9)
+    for number, lora in enumerate([adalora, LoRAConfig(rank=2, init="pissa")]):
+        model = tuned("bart", [lora, PROMPT])
+        folder = tmp_path / str(number)
+        minilora.save_adapter(model, folder)
+        adapter = as_lora(minilora.read_adapter(folder))
+        minilora.write_adapter(adapter, folder / "plain")
+        for path in (folder, folder / "plain"):
+            fresh = MODELS["bart"]().double()
+            minilora.load_adapter(fresh, path)
+            assert difference(logits(fresh), logits(model)) < 1e-6  # PiSSA's W is rebuilt
 
 
 def test_arithmetic_refuses_what_is_beside_lora(tmp_path: Path) -> None:
