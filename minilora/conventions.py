@@ -58,47 +58,20 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def together(given: Any) -> LoRAConfig:
-    """One configuration for what `inject` takes: the LoRAConfig with the others beside it.
-
-    The others adapt no layer; each has the name of its directory in that of the adapter, `folder`.
-
-    Raises:
-        LoRAError: there are none, two of a kind, or what is not a configuration.
-    """
-    configs = list(given) if isinstance(given, list | tuple) else [given]
-    lora = [config for config in configs if isinstance(config, LoRAConfig)]
-    beside = {config.folder: config for config in configs if hasattr(config, "folder")}
-    if len(lora) > 1 or len(lora) + len(beside) < max(len(configs), 1):
-        wanted = "a LoRAConfig, a PromptConfig, a PrefixConfig, or a list with one of each at most"
-        raise LoRAError(f"config must be {wanted}, not {given!r}")
-    others = tuple(beside.values())
-    return replace(lora[0], beside=others) if lora else LoRAConfig(targets=(), beside=others)
-
-
-def separated(config: LoRAConfig | None) -> Any:
-    """The other way: a configuration, or the list of them if there are several, or None."""
-    lora = [replace(config, beside=())] if config and config.targets else []
-    configs = [*lora, *(config.beside if config else ())]
-    return configs if len(configs) > 1 else next(iter(configs), None)
-
-
-def completed(model: nn.Module, given: Any) -> LoRAConfig:
+def completed(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """The configuration with what it leaves to the model: names of projections, a task's head.
 
     Raises:
-        LoRAError: as in `refuse_wrapped` and `together`; the model carries an adapter of minilora;
-            or it has no projection of a known name.
+        LoRAError: as in `refuse_wrapped`; the model carries an adapter of minilora; or it has no
+            projection of a known name.
     """
     refuse_wrapped(model)
     if hasattr(model, "_minilora") or any(hasattr(module, "lora_A") for module in model.modules()):
         raise LoRAError("the model carries an adapter already: minilora.unwrap(model) first")
-    config = together(given)
-    config = replace(config, beside=tuple(c.completed(model) for c in config.beside))
     targets = projections(model) if config.targets == ATTENTION else config.targets
     head = [name for name in HEADS.get(config.task_type or "", ()) if name in _ends(model)]
-    also_train = dict.fromkeys((*config.also_train, *head))  # each once
-    return replace(config, targets=targets, also_train=tuple(also_train))
+    each_once = tuple(dict.fromkeys((*config.also_train, *head)))
+    return replace(config, targets=targets, also_train=each_once)
 
 
 def projections(model: nn.Module) -> tuple[str, ...]:

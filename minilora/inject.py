@@ -17,18 +17,17 @@ from minilora.reports import InjectReport
 from minilora.targets import select
 
 
-def inject(model: nn.Module, config: Any, seed: int | None = None) -> InjectReport:
+def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> InjectReport:
     """Freeze the model and wrap every target into a LoRALinear, in place.
 
     Only the adapter trains afterwards: `lora_A`, `lora_B` and what the configuration adds to them.
     `config_of` is the configuration with the names that the model has for "attention" and a head.
     Nothing is changed when an error is raised. Freezing all but A and B is Hu et al. 2021, section
-    4.1 (https://arxiv.org/abs/2106.09685).
+    4.1 (https://arxiv.org/abs/2106.09685). `minilora.inject` takes more: see `methods/together.py`.
 
     Args:
         model: any module; not yet wrapped by torch.compile or DistributedDataParallel.
-        config: what to adapt; or a PromptConfig or PrefixConfig, which adapts no layer; or a list
-            with one of each kind at most.
+        config: what to adapt.
         seed: of the random start, and recorded in the report; torch's global random state is then
             left as it is. Without it the start is drawn from that state.
 
@@ -45,13 +44,13 @@ def inject(model: nn.Module, config: Any, seed: int | None = None) -> InjectRepo
         LoRAError: the model carries an adapter already, or the configuration does not fit it: a
             target that matches nothing or is no linear layer, a rank above a layer's smaller side.
     """
-    lora = conventions.completed(model, config)
-    selected = select(model, lora)
+    config = conventions.completed(model, config)
+    selected = select(model, config)
     for name, module in selected.items():
-        if (rank := lora.rank_of(name)) > (side := min(linears.shape(module))):
+        if (rank := config.rank_of(name)) > (side := min(linears.shape(module))):
             raise LoRAError(f"rank {rank} is above the smaller side of {name!r}, {side}: lower it")
     with seeded(model, seed):
-        wrap(model, selected, lora)
+        wrap(model, selected, config)
     return report(model, seed)
 
 
@@ -179,8 +178,8 @@ def merge_layers(layers: dict[str, LoRALinear]) -> None:
         raise
 
 
-def config_of(model: nn.Module) -> Any:
-    """The configuration the model carries, or the list of them if there are several, or None.
+def config_of(model: nn.Module) -> LoRAConfig | None:
+    """The LoRAConfig the model carries, with what is beside it, or None.
 
     Args:
         model: any module, wrapped by torch.compile or DistributedDataParallel or not.
@@ -189,7 +188,7 @@ def config_of(model: nn.Module) -> Any:
         >>> config_of(nn.Linear(8, 8)) is None
         True
     """
-    return conventions.separated(getattr(injection_of(model), "config", None))
+    return getattr(injection_of(model), "config", None)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -37,8 +37,7 @@ def merge(model: nn.Module) -> MergeReport:
         >>> [rounding.module for rounding in report.modules], model["q_proj"].merged
         (['q_proj'], True)
     """
-    layers = _layers(model)
-    merge_layers(layers)
+    merge_layers(layers := _layers(model))
     roundings = tuple(_rounding(name, layer) for name, layer in layers.items())
     return MergeReport(roundings, unmergeable(model))
 

@@ -9,7 +9,7 @@ error that names the key. PEFT ignores an unexpected key and warns of a missing 
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from minilora.config import LoRAConfig, LoRAError
-from minilora.conventions import together
 from minilora.files import write_directory
 from minilora.functional import scale
 from minilora.modules import naming
@@ -166,8 +165,11 @@ def read_adapter(directory: str | Path) -> Adapter:
                 raise LoRAError("the adapter changed while it was being read: try again")
         configs.append(config)
         held |= tensors
+    beside = tuple(c for c in configs if not isinstance(c, LoRAConfig))
+    lora = [replace(c, beside=beside) for c in configs if isinstance(c, LoRAConfig)]
+    config = lora[0] if lora else LoRAConfig(targets=(), beside=beside)
     with naming(directory):
-        return Adapter(together(configs), held, base_model, entries.get("fan_in_fan_out") is True)
+        return Adapter(config, held, base_model, entries.get("fan_in_fan_out") is True)
 
 
 def write_adapter(adapter: Adapter, directory: str | Path) -> None:
