@@ -129,7 +129,7 @@ def test_config_json_of_another_type_is_named(entry: dict[str, Any]) -> None:
 def test_two_configurations_share_no_list() -> None:
     one, two = RunConfig(), RunConfig()
     one.adapter.targets.append("fc1")
-    assert two.adapter.targets == ["q_proj", "v_proj"]
+    assert two.adapter.targets == ["attention"]
 
 
 def test_embedded_names_are_directories_and_all_others_stay() -> None:
