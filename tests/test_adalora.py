@@ -97,6 +97,14 @@ def test_it_starts_as_the_base_and_all_but_lambda_are_random() -> None:
         assert layer.lora_B.all()
 
 
+def test_it_compiles_without_a_graph_break() -> None:
+    layer = make().eval()
+    randomize(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(3, IN)
+    assert torch.equal(compiled(x), layer(x))
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_gradients_are_those_of_finite_differences(fused: bool) -> None:
     layer = make(torch.float64, out=4, in_=5, rank=3).train()

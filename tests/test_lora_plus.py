@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 import minilora
@@ -44,6 +46,23 @@ def test_every_optimizer_takes_the_groups(optimizer: Callable[..., Any]) -> None
             model(input_ids=ids, labels=ids).loss.backward()
             made.step()
     assert report.problems == []
+
+
+def test_the_groups_are_peft_s() -> None:
+    settings = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj", "fc1"])
+    theirs = peft.get_peft_model(tiny_bart(), settings)
+    made = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8)
+    names = {id(p): n for n, p in theirs.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in made.param_groups for p in group["params"]}
+    ours = adapted()
+    groups = parameter_groups(ours, 1e-3, ratio=8)
+    own = {id(p): n for n, p in ours.named_parameters()}
+    found = {
+        f"base_model.model.{own[id(p)]}.default.weight": group["lr"]
+        for group in groups
+        for p in group["params"]
+    }
+    assert found == rates
 
 
 def test_b_takes_steps_that_are_longer_by_the_ratio() -> None:

@@ -7,19 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora
 from minilora.__main__ import main
+from minilora.inject import lora_layers
+from minilora.methods import AdaLoRAConfig
 from minilora.peft_format.apply import adapter_of
 from minilora.summarization import files
 from minilora.summarization.data.reading import Example
 from minilora.summarization.evaluation import compare, rouge
-from minilora.summarization.report import markup, page, page_charts, page_dialogues, runs
+from minilora.summarization.report import (
+    markup,
+    page,
+    page_charts,
+    page_dialogues,
+    page_ranks,
+    runs,
+)
 from minilora.summarization.report.page_dialogues import shared_words
 from minilora.summarization.settings import RunConfig
-from tests.conftest import adapted
+from tests.conftest import adapted, tiny_bart
 from tests.helpers import as_jsonl
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{ & \x00 \ud83d"
@@ -307,3 +317,49 @@ def test_a_smoothed_line_is_a_mean_of_neighbours() -> None:
     assert (smooth[0][0], smooth[-1][0]) == (2.5, 58.5)
     assert len(page_charts._thin(points * 100, 200)) == 200
     assert page_charts._moving_mean([]) == []
+
+
+# AdaLoRA's ranks ----------------------------------------------------------------------------------
+
+
+def adalora_run(directory: Path) -> Path:
+    """A run whose adapter has another rank in each module."""
+    save_run(directory, method="adalora")
+    model = tiny_bart()
+    minilora.inject(model, AdaLoRAConfig(rank=6, target_rank=2, total_steps=9))
+    with torch.no_grad():
+        for i, layer in enumerate(lora_layers(model).values()):
+            layer.lora_E[: i % 7] = 1
+    minilora.save_adapter(model, directory / "adapter")
+    return directory
+
+
+def test_the_ranks_of_adalora_are_a_picture(tmp_path: Path) -> None:
+    run = runs.read_report(adalora_run(tmp_path / "run"))
+    assert run.ranks["model.encoder.layers.0.self_attn.v_proj"] in range(7)
+    assert sorted(set(run.ranks.values())) == list(range(min(7, len(run.ranks))))
+    grid = page_ranks.rank_grid(run.ranks)
+    assert grid in page.render(run)
+    assert grid.count("<rect") == len(run.ranks)
+    shown = [int(n) for n in re.findall(r'middle">(\d+)</text>', grid)]
+    columns = 2  # two layers of the encoder; the decoder has one
+    assert sorted(shown[columns:]) == sorted(run.ranks.values())
+    assert "AdaLoRA of mean rank 8" in page.render(run)
+
+
+def test_without_adalora_there_is_no_such_picture(html: str, run: Path) -> None:
+    assert runs.read_report(run).ranks == {}
+    assert page_ranks.rank_grid({}) == ""
+    assert "Ranks that training chose" not in html
+
+
+@given(
+    ranks=st.dictionaries(
+        st.from_regex(r"\A[a-c<&.]{0,3}[0-9]{0,2}[a-c.]{0,3}\Z"), st.integers(0, 300), max_size=9
+    )
+)
+def test_any_names_and_ranks_make_a_picture(ranks: dict[str, int]) -> None:
+    grid = page_ranks.rank_grid(ranks)
+    assert bool(grid) == bool(ranks)
+    assert "nan" not in grid
+    assert not re.search(r"<[a-c&.]", grid)  # what is in a name is text

@@ -120,6 +120,14 @@ def test_half_precision_keeps_what_little_was_learnt() -> None:
     assert exact.norm() > ours
 
 
+def test_it_compiles_without_a_graph_break() -> None:
+    layer = make().eval()
+    move(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(3, IN)
+    assert torch.equal(compiled(x), layer(x))
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_gradients_are_those_of_finite_differences(fused: bool) -> None:
     layer = make(torch.float64, out=4, in_=5, rank=2).train()
@@ -251,12 +259,45 @@ def test_peft_s_own_file_is_read_on_the_original_base(tmp_path: Path) -> None:
     assert {type(layer) for layer in lora_layers(ours).values()} == {PiSSALinear}
     assert torch.allclose(logits(ours), expected, rtol=0, atol=tolerance)
     assert not torch.allclose(logits(tiny_bart()), expected, atol=0.01)
+    other = tiny_bart()  # of another scale, and so with another start: not swapped
+    minilora.inject(other, config_for(init="pissa", alpha=2 * ALPHA))
+    assert not minilora.load_adapter(other, tmp_path / "pissa").swapped
+    assert torch.allclose(logits(other), expected, rtol=0, atol=tolerance)
     adapter = minilora.read_adapter(tmp_path / "pissa")
     with pytest.raises(LoRAError, match="cannot combine"):
         minilora.combine([adapter], [1.0])
     minilora.write_adapter(adapter, tmp_path / "again")
     again = peft.PeftModel.from_pretrained(tiny_bart(), tmp_path / "again").eval()
     assert torch.allclose(logits(again), expected, rtol=0, atol=tolerance)
+
+
+def test_peft_s_conversion_means_the_same(tmp_path: Path) -> None:
+    """PEFT converts with the start that was saved, to [B, -B0] [A; A0]; minilora reads that too."""
+    targets = list(ARCHITECTURES["bart"].targets)
+    settings = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=targets, init_lora_weights="pissa"
+    )
+    theirs = peft.get_peft_model(tiny_bart(), settings).eval()
+    settings.init_lora_weights = True  # it is `theirs.peft_config["default"]`
+    theirs.save_pretrained(tmp_path / "start")
+    settings.init_lora_weights = "pissa"
+    ours = tiny_bart()
+    minilora.inject(ours, config_for(init="pissa"))
+    move(ours)
+    with torch.no_grad():
+        others = dict(theirs.named_parameters())
+        for name, layer in lora_layers(ours).items():
+            for part in ("lora_A", "lora_B"):
+                others[f"base_model.model.{name}.{part}.default.weight"].copy_(getattr(layer, part))
+    theirs.save_pretrained(
+        tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    loaded, expected = tiny_bart(), logits(ours)
+    minilora.load_adapter(loaded, tmp_path / "lora")
+    assert {layer.rank for layer in lora_layers(loaded).values()} == {2 * RANK}
+    # [B, -B0] [A; A0] cancels in float32 what the differences of `factors` do not
+    tolerance = 5e-5 * expected.abs().max().item()
+    assert torch.allclose(logits(loaded), expected, rtol=0, atol=tolerance)
 
 
 def test_training_moves_a_and_b_alone_and_resumes_with_the_same_bits(tmp_path: Path) -> None:

@@ -17,24 +17,17 @@ Add entries to these tables; inject, merge, disabled, unwrap, unload and the fil
 method. A new field of LoRAConfig also needs its test in `RULES`, in config.py, and its name in
 PEFT's file in `FIELDS`, in peft_format/config.py. A method with many settings has a subclass of
 LoRAConfig, as AdaLoRA has. A layer is made with rank, alpha, dropout, rslora and init only; an
-extra sees the whole configuration. Two layers of LAYERS exclude each other:
-`LoRAConfig.__post_init__` refuses that. The files of plain LoRA (functional to merge) import
-nothing from here.
+extra sees the whole configuration. Two layers of LAYERS exclude each other: the configuration
+refuses that, or the start that belongs to one of them. The files of plain LoRA (functional to
+merge) import nothing from here.
 
-    dora.py         magnitude and direction of each row         `LoRAConfig(dora=True)`
-    lora_bias.py    B has a bias                                `LoRAConfig(lora_bias=True)`
-    token_rows.py   rows of the embeddings train                `LoRAConfig(token_rows=...)`
-    pissa.py        a start from W's largest singular values    `LoRAConfig(init="pissa")`
-    adalora.py      the ranks are chosen in training            `AdaLoRAConfig`
-    adalora_files.py    its files                               `as_lora` makes plain LoRA of one
-    lora_plus.py    B learns faster than A                      `minilora.parameter_groups`
-
-Where methods that do not exist yet would go, and what they need:
-
-- Prompt and prefix tuning wrap no layer. Each is an extra: `start` adds the parameters and a
-  forward hook, `find` names them for the files, `swap` takes them out and puts them back. Each has
-  a configuration class of its own. `inject` has to skip `select` for it, and `merge._layers` has
-  to accept a model without layers.
+    dora.py             magnitude and direction of each row         `LoRAConfig(dora=True)`
+    lora_bias.py        B has a bias                                `LoRAConfig(lora_bias=True)`
+    token_rows.py       rows of the embeddings train                `LoRAConfig(token_rows=...)`
+    pissa.py            a start from W's largest singular values    `LoRAConfig(init="pissa")`
+    adalora.py          the ranks are chosen in training            `AdaLoRAConfig`
+    adalora_files.py    its files                                   `as_lora`: plain LoRA of one
+    lora_plus.py        B learns faster than A                      `minilora.parameter_groups`
 """
 
 from minilora.initialization import STARTS

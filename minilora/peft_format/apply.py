@@ -123,7 +123,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     # What an MLP computes is no leaf, and cannot be written to.
     held = {key: tensor.shape for key, tensor in _held(model).items() if tensor.is_leaf}
     same = held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
-    swapped = same and not is_sharded(model)  # which is refused below
+    # A sharded model is refused below. PiSSA's start belongs to a scale, which may be another.
+    swapped = same and not is_sharded(model) and config.init not in LAYERS
     if not swapped:
         refuse_wrapped(wrapped)  # data-parallel copies would never learn of the new parameters
         unload(model)

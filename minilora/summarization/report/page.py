@@ -22,6 +22,7 @@ from .figures import Table, duration, nonsense_table, score_table
 from .markup import escape, html_table
 from .page_charts import curves
 from .page_dialogues import cards
+from .page_ranks import rank_grid
 from .runs import Run, read_report
 from .terminal import NONSENSE_TITLE
 
@@ -51,7 +52,7 @@ def render(run: Run) -> str:
         notices=_notices(run),
         cost=_cost(run),
         scores=_scores(scored) if scored else "<p>Not scored yet.</p>",
-        curves=curves(run),
+        curves=curves(run) + rank_grid(run.ranks),
         dialogues=cards(scored.examples) if scored else "<p>Not scored yet.</p>",
         settings=_settings(run),
     )

@@ -13,6 +13,8 @@ from operator import getitem
 from pathlib import Path
 from typing import Any, cast
 
+import minilora
+
 from ..errors import UserError
 from ..evaluation import nonsense
 from ..evaluation.compare import Compared, Evaluation
@@ -37,6 +39,8 @@ class Run:
     end: Record | None
     """seconds and peak_bytes; None for a run in progress or stopped."""
     evaluation: Evaluation | None
+    ranks: dict[str, int]
+    """Of AdaLoRA, by module, in the saved adapter."""
 
     @property
     def best(self) -> Record | None:
@@ -71,7 +75,17 @@ def read_report(directory: Path) -> Run:
         validations=tuple(log["validation"]),
         end=next(reversed(log["end"]), None),
         evaluation=_evaluation(directory / "evaluation.json"),
+        ranks=_ranks(directory / "adapter") if config.get("method") == "adalora" else {},
     )
+
+
+def _ranks(path: Path) -> dict[str, int]:
+    """How many singular values are left of each module; none before the first adapter is saved."""
+    if not path.exists():
+        return {}
+    adapter = minilora.read_adapter(path)
+    lambdas = {module: adapter.parameters(module).get("lora_E") for module in adapter.modules}
+    return {module: int(t.count_nonzero()) for module, t in lambdas.items() if t is not None}
 
 
 # The keys of each kind of record. Those in parentheses may be null, which stands for NaN.
