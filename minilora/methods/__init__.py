@@ -28,6 +28,16 @@ merge) import nothing from here.
     adalora.py          the ranks are chosen in training            `AdaLoRAConfig`
     adalora_files.py    its files                                   `as_lora`: plain LoRA of one
     lora_plus.py        B learns faster than A                      `minilora.parameter_groups`
+    prompt_tuning.py    vectors before the input embeddings train   `PromptConfig`
+    prefix_tuning.py    keys and values in the attentions train     `PrefixConfig`
+    virtual_tokens.py   what these two share; their files are in virtual_tokens_files.py
+    together.py         several of these in one model               `minilora.inject` of a list
+
+A prompt and a prefix adapt no layer. Each is an extra with a configuration of its own, which stands
+in the field `beside` of LoRAConfig: `start` adds the parameters and the forward hooks, `find` names
+them for the files, `swap` leaves them out and puts them in again. Their kinds read and write a
+directory in that of the adapter (`FOLDERS`, in peft_format/keys.py). They cannot be merged: `merge`
+says so, and `unwrap` refuses.
 """
 
 from minilora.initialization import STARTS

@@ -119,15 +119,10 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
     run.check()
     if run.training.learning_rate is None:
         rates, method = LEARNING_RATES[run.preset], run.model.method
-<<<<<<< HEAD
         usual = OTHER_RATES | {"adalora": rates["lora"]} | rates
-        run.training.learning_rate = rates.get(run.adapter.init, usual[method])
-    run.check()
-=======
-        rate = rates.get(run.adapter.init, rates.get(method, rates["lora"]))
+        rate = rates.get(run.adapter.init, usual[method])
         # With LoRA+ it is the geometric mean of the rates of A and B.
         run.training.learning_rate = rate / math.sqrt(run.training.lora_plus_ratio)
->>>>>>> methods-a
     return run
 
 
