@@ -153,6 +153,7 @@ def test_a_prompt_leaves_its_positions_to_itself(folder: Path, tmp_path: Path) -
         (["--virtual-tokens", "0"], "--virtual-tokens must be above 0, not 0"),
         (["--method", "prefix", "--prefix-places", "heart"], "places must be some of encoder"),
         (["--method", "prompt", "--virtual-tokens", "9999"], "9999 virtual tokens take all"),
+        (["--with", "prefix", "--compile"], "--compile does not go with a prefix"),
         (["--with", "chants"], "invalid choice: 'chants'"),
     ],
 )

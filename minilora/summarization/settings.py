@@ -233,6 +233,8 @@ class RunConfig:
             raise UserError(f"--lora-plus-ratio is for LoRA, not --method {self.model.method}")
         if self.model.with_ != "none" and not adapts:
             raise UserError(f"--with is for LoRA, not --method {self.model.method}")
+        if self.training.compile and "prefix" in (self.model.method, self.model.with_):
+            raise UserError("--compile does not go with a prefix: leave the flag out")
         if not 0 <= warmup < 1:
             raise UserError(f"--warmup is a share of the steps, from 0 to below 1, not {warmup}")
 
