@@ -39,13 +39,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 # The peak learning rate of each method. LoRA needs four to ten times the rate of a full fine-tune.
 # "loftq" is QLoRA with that start, where it was measured. pocket's rates: docs/log.md, 2026-11-28.
 LEARNING_RATES: dict[str, dict[str, float]] = {
-    "pocket": {"lora": 4e-3, "qlora": 4e-3, "loftq": 2e-3, "full": 5e-4},
+    "pocket": {"lora": 4e-3, "qlora": 4e-3, "loftq": 2e-3, "prompt": 0.1, "prefix": 3e-3}
+    | {"full": 5e-4},
     "bart-large-cnn-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "bart-large-xsum-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "bart-base-samsum": {"lora": 5e-4, "qlora": 5e-4, "full": 5e-5},
     "notebook": {"lora": 1e-5, "qlora": 1e-5, "full": 1e-5},
 }
 
+# pocket's rates of a prompt and a prefix are from chats learnt by heart: benchmarks/by_heart.py.
 # Of methods that were not measured with a preset: a prompt's is that of Lester et al. 2021, a
 # prefix's that of Li and Liang 2021. AdaLoRA's is LoRA's.
 OTHER_RATES = {"prompt": 0.3, "prefix": 5e-5}
