@@ -13,6 +13,8 @@ from minilora.__main__ import main
 from minilora.methods import AdaLoRAConfig
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.flags import parse_run
+from minilora.summarization.report.runs import read_report
+from minilora.summarization.training import trainer as trainer_module
 from minilora.summarization.training.session import open_session
 from minilora.summarization.training.trainer import Trainer
 from tests.helpers import SMALL, records, save_bart, save_data
@@ -125,6 +127,26 @@ def test_the_ranks_are_those_of_the_budget(folder: Path, tmp_path: Path) -> None
     assert chosen[-3:] == [3 * len(layers)] * 3
 
 
+def test_an_epoch_with_the_final_ranks_beats_a_better_one_without(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else --rank would be exceeded in silence. Four epochs of four steps: final from step 11."""
+    scores = iter([9.0, 8.0, 5.0, 4.0])
+
+    def validate(_: object) -> dict[str, float]:
+        return {"loss": 1.0, **dict.fromkeys(("rouge1", "rouge2", "rougeL"), next(scores))}
+
+    monkeypatch.setattr(trainer_module, "validate", validate)
+    more = [*METHODS["adalora"], "--epochs", "4", "--no-evaluate", "--no-report"]
+    assert train_main(flags(folder, *more, "--output", tmp_path / "run")) == 0
+    kept = read_report(tmp_path / "run")
+    assert kept.best is not None
+    assert (kept.best["epoch"], kept.best["rouge1"]) == (3, 5.0)
+    assert sum(kept.ranks.values()) == 3 * len(kept.ranks)
+    said = [record.get("settled", True) for record in kept.validations]
+    assert said == [False, False, True, True]
+
+
 def test_b_has_the_rate_that_the_ratio_says(
     folder: Path, runs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -164,3 +186,17 @@ def test_what_makes_no_sense_ends_in_one_line(
     assert says in err
     assert err.count("\n") == 1
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags_", "rate"),
+    [
+        (["--method", "adalora"], 3.2e-2),
+        (["--method", "adalora", "--preset", "bart-base-samsum"], 5e-4),  # LoRA's
+        (["--init", "pissa"], 4e-3),
+        (["--lora-plus-ratio", "16"], 1e-3),  # and B 1.6e-2: their geometric mean is LoRA's
+        (["--lora-plus-ratio", "16", "--learning-rate", "0.5"], 0.5),
+    ],
+)
+def test_each_method_has_a_rate(flags_: list[str], rate: float) -> None:
+    assert parse_run(flags_).training.learning_rate == rate

@@ -44,12 +44,15 @@ class Run:
 
     @property
     def best(self) -> Record | None:
-        """The validation of the saved adapter: the best ROUGE-1; of equal ones the lowest loss."""
+        """The validation of the saved adapter: the best ROUGE-1; of equal ones the lowest loss.
+
+        Of AdaLoRA one with the final ranks, once there is one.
+        """
         scored = [record for record in self.validations if record["rouge1"] is not None]
 
-        def rank(record: Record) -> tuple[float, float]:
+        def rank(record: Record) -> tuple[bool, float, float]:
             loss = math.inf if record["loss"] is None else record["loss"]
-            return record["rouge1"], -loss
+            return record.get("settled") is not False, record["rouge1"], -loss
 
         return max(scored, key=rank, default=None)
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import minilora
 from minilora import TrainingReport
+from minilora.methods import AdaLoRAConfig
 
 from .. import processes
 from ..data.batches import Encoded
@@ -250,8 +251,11 @@ class Trainer:
             return False
         score, loss = selection_score(scores), cast(float, scores["loss"])
         by_loss = score == progress.best and loss < (progress.best_loss or 0)
-        better = progress.best is None or score > progress.best or by_loss
-        self.log.write("validation", step=progress.step, epoch=progress.epoch + 1, **scores)
+        settled = self.settled(progress.step)
+        first = progress.best is None or settled > self.settled(progress.best_step)
+        better = first or score > cast(float, progress.best) or by_loss
+        said = scores if settled else scores | {"settled": False}
+        self.log.write("validation", step=progress.step, epoch=progress.epoch + 1, **said)
         epochs = self.session.run.training.epochs
         line = f"epoch {progress.epoch + 1}/{epochs}, step {progress.step}: {describe(scores)}"
         why = "ROUGE-1 ties, the loss is lower: " if by_loss else ""
@@ -262,6 +266,13 @@ class Trainer:
         progress.epoch, progress.position = progress.epoch + 1, 0
         self.checkpoint()
         return True
+
+    def settled(self, step: int) -> bool:
+        """False as long as AdaLoRA has more ranks than its budget: such an adapter is not kept."""
+        config = minilora.config_of(self.session.model)
+        if not isinstance(config, AdaLoRAConfig):
+            return True
+        return step >= config.total_steps - config.final_steps
 
     def save_trained(self) -> None:
         processes.on_rank0(lambda: save_trained(self.session, self.output))
