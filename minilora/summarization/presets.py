@@ -43,8 +43,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 # those of a prompt and a prefix are from chats learnt by heart: benchmarks/by_heart.py.
 LEARNING_RATES: dict[str, dict[str, float]] = {
     "pocket": {
-        "lora": 4e-3, "qlora": 4e-3, "loftq": 2e-3, "full": 5e-4, "adalora": 3.2e-2,
-        "prompt": 0.1, "prefix": 3e-3,
+        "lora": 4e-3,
+        "qlora": 4e-3,
+        "loftq": 2e-3,
+        "full": 5e-4,
+        "adalora": 3.2e-2,
+        "prompt": 0.1,
+        "prefix": 3e-3,
     },  # fmt: skip
     "bart-large-cnn-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "bart-large-xsum-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
