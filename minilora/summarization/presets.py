@@ -50,7 +50,7 @@ LEARNING_RATES: dict[str, dict[str, float]] = {
         "adalora": 3.2e-2,
         "prompt": 0.1,
         "prefix": 3e-3,
-    },  # fmt: skip
+    },
     "bart-large-cnn-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "bart-large-xsum-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "bart-base-samsum": {"lora": 5e-4, "qlora": 5e-4, "full": 5e-5},
