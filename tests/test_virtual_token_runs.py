@@ -149,7 +149,10 @@ def test_a_prompt_leaves_its_positions_to_itself(folder: Path, tmp_path: Path) -
     [
         (["--with", "prompt", "--method", "full"], "--with is for LoRA, not --method full"),
         (["--with", "prompt", "--method", "prefix"], "--with is for LoRA, not --method prefix"),
-        (["--lora-plus-ratio", "4", "--method", "prompt"], "--lora-plus-ratio is for LoRA"),
+        (
+            ["--lora-plus-ratio", "4", "--method", "prompt"],
+            "--lora-plus-ratio requires an adapter of LoRA",
+        ),
         (["--virtual-tokens", "0"], "--virtual-tokens must be above 0, not 0"),
         (["--method", "prefix", "--prefix-places", "heart"], "places must be some of encoder"),
         (["--method", "prompt", "--virtual-tokens", "9999"], "9999 virtual tokens take all"),

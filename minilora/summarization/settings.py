@@ -230,7 +230,9 @@ class RunConfig:
             raise UserError("--init pissa requires --method lora")
         adapts = self.model.method not in ("full", "prompt", "prefix")
         if self.training.lora_plus_ratio != 1 and not adapts:
-            raise UserError(f"--lora-plus-ratio is for LoRA, not --method {self.model.method}")
+            raise UserError(
+                f"--lora-plus-ratio requires an adapter of LoRA, not {self.model.method}"
+            )
         if self.model.with_ != "none" and not adapts:
             raise UserError(f"--with is for LoRA, not --method {self.model.method}")
         if self.training.compile and "prefix" in (self.model.method, self.model.with_):
