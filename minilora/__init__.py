@@ -36,10 +36,11 @@ from minilora import conformance as conformance
 from minilora import methods  # noqa: F401, since it fills the tables of inject and initialization
 from minilora.arithmetic import Fitted, combine, extract
 from minilora.config import LoRAConfig, LoRAError
-from minilora.inject import config_of, inject, unload, unwrap
+from minilora.inject import unload, unwrap
 from minilora.layer import LoRALinear
 from minilora.merge import disabled, merge, unmerge
 from minilora.methods.lora_plus import parameter_groups
+from minilora.methods.together import config_of, inject
 from minilora.modules import trainable_parameters
 from minilora.nf4.linear import NF4Linear
 from minilora.nf4.model import QuantizeReport, quantize

@@ -141,7 +141,8 @@ def _conformance(parsed: argparse.Namespace) -> int:
 def _directory(name: str) -> Path:
     """Where the adapter lies; only for a hub name is transformers imported, which is slow."""
     if Path(name).is_dir():
-        return Path(name)
+        inside = Path(name) / "adapter"  # of a run
+        return inside if inside.is_dir() else Path(name)
     from minilora.summarization.model.loading import adapter_directory
 
     return adapter_directory(name)
@@ -185,10 +186,12 @@ def inspection(adapter: Adapter) -> str:
         rows.append((module, str(A.shape[0]), *cells, " ".join(shown)))
     count = sum(tensor.numel() for tensor in adapter.tensors.values())
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in adapter.tensors.values()})
+    beside = [f"a {one.folder} of {one.length} tokens" for one in adapter.config.beside]
+    what = [f"{kind}, {len(adapter.modules)} modules"] if adapter.modules else []
     lines = [
-        f"{kind}, {len(adapter.modules)} modules, {count:,} numbers in {', '.join(dtypes)}, "
+        f"{', '.join(what + beside)}, {count:,} numbers in {', '.join(dtypes)}, "
         f"base {adapter.base_model or 'unknown'}",
-        *_align(rows),
+        *(_align(rows) if adapter.modules else []),
     ]
     if adapter.extras:
         names = fold_names(tuple(adapter.extras))

@@ -103,8 +103,9 @@ def combine(
         raise LoRAError(f"{len(adapters)} adapters, {len(weights)} weights: give one weight each")
     if method != "cat":
         raise LoRAError(f"method must be 'cat', not {method!r}; for a lower rank: minilora.extract")
-    if any(layer_for(a.config) is not LoRALinear or a.extras for a in adapters):
-        raise LoRAError("cannot combine DoRA, biases or whole modules: merge, then call extract")
+    if any(layer_for(a.config) is not LoRALinear or a.extras or a.config.beside for a in adapters):
+        advice = "merge each into its base, then call minilora.extract"
+        raise LoRAError(f"cannot combine DoRA, biases, whole modules or prompts: {advice}")
     factors: dict[str, Factors] = {}
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
         terms = [

@@ -76,6 +76,8 @@ class LoRAConfig:
             base is quantized to NF4, and s B A starts as an approximation of the error), or "pissa"
             (from the largest singular values of W, which the base gives up: `methods/pissa.py`).
         task_type: PEFT's task type, such as "SEQ_2_SEQ_LM"; stored in the adapter's file.
+        beside: configurations of methods that adapt no layer, such as a PromptConfig; `inject`
+            takes a list instead.
 
     Raises:
         LoRAError: a value is out of range or of the wrong type; the message names the field.
@@ -103,6 +105,7 @@ class LoRAConfig:
     token_rows: tuple[int, ...] = ()
     init: Init = "kaiming"
     task_type: str | None = None
+    beside: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         for name in RULES:
@@ -116,7 +119,7 @@ class LoRAConfig:
             for key, value in getattr(self, name).items():
                 check_regex(name, key, "({})")  # in a group, as `matches_end` uses it
                 check(f"{name}[{key!r}]", value, rule)
-        if not self.targets:
+        if not self.targets and not self.beside:
             raise LoRAError("targets is empty: name at least one module, such as 'q_proj'")
         if self.layers is not None and isinstance(self.targets, str) and self.targets != ATTENTION:
             raise LoRAError("layers needs targets as a list of names, not as one string")

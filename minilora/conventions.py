@@ -62,7 +62,7 @@ def completed(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
             projection of a known name; or what trains whole is in half precision.
     """
     refuse_wrapped(model)
-    if any(hasattr(module, "lora_A") for module in model.modules()):
+    if hasattr(model, "_minilora") or any(hasattr(module, "lora_A") for module in model.modules()):
         raise LoRAError("the model carries an adapter already: minilora.unwrap(model) first")
     targets = projections(model) if config.targets == ATTENTION else config.targets
     head = [name for name in HEADS.get(config.task_type or "", ()) if name in _ends(model)]

@@ -22,6 +22,8 @@ def write_file(path: Path, content: bytes) -> None:
 def write_directory(directory: Path, contents: Mapping[str, bytes]) -> None:
     """Write files that belong together: a reader never sees some old and some new ones.
 
+    A name may have one directory before it: "prompt/adapter_config.json".
+
     A new directory is filled beside and renamed, so that it is there with all its files or not at
     all. In one that is there already, files that stay the same are left alone; where one differs,
     it is replaced in one step; where several do, the last of `contents` is taken away first and
@@ -40,6 +42,7 @@ def write_directory(directory: Path, contents: Mapping[str, bytes]) -> None:
         if len(moves) > 1:
             moves[-1][1].unlink(missing_ok=True)
         for beside, path in moves:
+            path.parent.mkdir(exist_ok=True)
             beside.replace(path)
 
 
@@ -51,11 +54,13 @@ def _staged(place: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:
         new = Path(private) / "new"
         new.mkdir()  # readable like any other; the temporary one would hide a run from colleagues
         for name, content in contents.items():
+            (new / name).parent.mkdir(exist_ok=True)
             with (new / name).open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        sync(new)
+        for folder in {(new / name).parent for name in contents} | {new}:
+            sync(folder)
         yield new
         sync(place)
 

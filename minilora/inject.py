@@ -23,13 +23,13 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Inj
     Only the adapter trains afterwards: `lora_A`, `lora_B` and what the configuration adds to them.
     `config_of` is the configuration with the names that the model has for "attention" and a head.
     Nothing is changed when an error is raised. Freezing all but A and B is Hu et al. 2021, section
-    4.1 (https://arxiv.org/abs/2106.09685).
+    4.1 (https://arxiv.org/abs/2106.09685). `minilora.inject` takes more: see `methods/together.py`.
 
     Args:
         model: any module; not yet wrapped by torch.compile or DistributedDataParallel.
         config: what to adapt.
-        seed: of A's random start, and recorded in the report; torch's global random state is then
-            left as it is. Without it A is drawn from that state.
+        seed: of the random start, and recorded in the report; torch's global random state is then
+            left as it is. Without it the start is drawn from that state.
 
     Returns:
         The modules and the parameter counts.
@@ -110,7 +110,7 @@ def unwrap(model: nn.Module, dequantize: bool = False) -> nn.Module:
         The same model, with the module types, state-dict keys and trainability it had before.
 
     Raises:
-        LoRAError: a weight cannot be merged; the model is left as it was.
+        LoRAError: a weight, or a prompt or prefix, cannot be merged; the model is left as it was.
 
     Example:
         >>> model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
@@ -118,7 +118,8 @@ def unwrap(model: nn.Module, dequantize: bool = False) -> nn.Module:
         >>> list(unwrap(model).state_dict())
         ['q_proj.weight', 'q_proj.bias']
     """
-    model = plain_model(model)
+    if kept := unmergeable(model):
+        raise LoRAError(f"a {kept} cannot be merged: minilora.merge keeps it, unload takes it out")
     with ExitStack() as stack:
         for dequantized in DEQUANTIZERS if dequantize else ():
             stack.enter_context(dequantized(model))
@@ -145,19 +146,17 @@ def unload(model: nn.Module) -> nn.Module:
         >>> torch.equal(unload(model)["q_proj"].weight, before)
         True
     """
-    model = plain_model(model)
     for layer in lora_layers(model).values():
         layer.unmerge()
-    if (injection := injection_of(model)) is not None:
-        injection.enable(model, False)
+    enable_extras(model, False)
     return _put_back(model)
 
 
 def _put_back(model: nn.Module) -> nn.Module:
     """Put the original modules back as they are, merged or not; drop the adapter's record."""
-    injection = injection_of(model)
+    model = plain_model(model)
     replace_modules(model, {layer: layer.base for layer in lora_layers(model).values()})
-    if injection is not None:
+    if (injection := injection_of(model)) is not None:
         for extra in injection.extras:
             extra.stop(model)
         require_grad(model, injection.required_grad)
@@ -180,7 +179,7 @@ def merge_layers(layers: dict[str, LoRALinear]) -> None:
 
 
 def config_of(model: nn.Module) -> LoRAConfig | None:
-    """The LoRAConfig the model carries, or None.
+    """The LoRAConfig the model carries, with what is beside it, or None.
 
     Args:
         model: any module, wrapped by torch.compile or DistributedDataParallel or not.
@@ -189,7 +188,7 @@ def config_of(model: nn.Module) -> LoRAConfig | None:
         >>> config_of(nn.Linear(8, 8)) is None
         True
     """
-    return getattr(injection_of(plain_model(model)), "config", None)
+    return getattr(injection_of(model), "config", None)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -234,18 +233,26 @@ class Injection:
     enabled: bool = True
     """False inside `with disabled(model)`."""
 
-    def enable(self, model: nn.Module, enabled: bool) -> None:
-        """Give the extras their trained values, or the base's if not enabled."""
-        if enabled != self.enabled:
-            for extra in self.extras:
-                extra.swap(model)
-            self.enabled = enabled
-
 
 def injection_of(model: nn.Module) -> Injection | None:
     """What the model remembers of its injection, or None."""
-    injection = getattr(model, "_minilora", None)
-    return injection if isinstance(injection, Injection) else None
+    return getattr(plain_model(model), "_minilora", None)
+
+
+def enable_extras(model: nn.Module, enabled: bool) -> bool:
+    """Give the extras their trained values, or the base's; returns what they had before."""
+    if (injection := injection_of(model)) is None or injection.enabled == enabled:
+        return enabled
+    for extra in injection.extras:
+        extra.swap(plain_model(model))
+    injection.enabled = enabled
+    return not enabled
+
+
+def unmergeable(model: nn.Module) -> str:
+    """What adapts no layer, and so cannot be merged: "prompt", "prefix", both, or nothing."""
+    injection = injection_of(model)
+    return " and ".join(c.folder for c in injection.config.beside) if injection else ""
 
 
 # For plain LoRA these tables are empty; `minilora/methods/__init__.py` fills them and says how.

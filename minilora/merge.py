@@ -8,9 +8,8 @@ from torch import nn
 
 from minilora import linears
 from minilora.config import LoRAError
-from minilora.inject import injection_of, lora_layers, merge_layers
+from minilora.inject import enable_extras, injection_of, lora_layers, merge_layers, unmergeable
 from minilora.layer import LoRALinear
-from minilora.modules import plain_model
 from minilora.reports import MergeReport, Rounding
 
 
@@ -25,7 +24,7 @@ def merge(model: nn.Module) -> MergeReport:
         model: as `inject` or `load_adapter` left it.
 
     Returns:
-        The rounding of every module.
+        The rounding of every module, and what cannot be merged: a prompt or prefix stays.
 
     Raises:
         LoRAError: the model carries no adapter, or a weight cannot be merged (then none is).
@@ -38,9 +37,9 @@ def merge(model: nn.Module) -> MergeReport:
         >>> [rounding.module for rounding in report.modules], model["q_proj"].merged
         (['q_proj'], True)
     """
-    layers = _layers(model)
-    merge_layers(layers)
-    return MergeReport(tuple(_rounding(name, layer) for name, layer in layers.items()))
+    merge_layers(layers := _layers(model))
+    roundings = tuple(_rounding(name, layer) for name, layer in layers.items())
+    return MergeReport(roundings, unmergeable(model))
 
 
 def unmerge(model: nn.Module) -> None:
@@ -76,7 +75,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model computes what the base computes, without a copy of it.
 
     On exit each layer returns to its previous state, merged or disabled. Trained biases and modules
-    are also replaced by the base's inside the block.
+    are also replaced by the base's inside the block, and prompts and prefixes are left out.
 
     Args:
         model: as `inject` or `load_adapter` left it.
@@ -96,19 +95,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
         False
     """
     before = [(layer, layer.enabled, layer.merged) for layer in _layers(model).values()]
-    model = plain_model(model)
-    injection = injection_of(model)
-    extras_enabled = injection is not None and injection.enabled  # False in a nested block
+    extras_enabled = enable_extras(model, False)  # False in a nested block
     try:
         for layer, _, _ in before:
             layer.unmerge()
             layer.enabled = False
-        if injection is not None:
-            injection.enable(model, False)
         yield
     finally:
-        if injection is not None:
-            injection.enable(model, extras_enabled)
+        enable_extras(model, extras_enabled)
         for layer, enabled, merged in before:
             layer.enabled = enabled
             if merged:
@@ -117,7 +111,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def _layers(model: nn.Module) -> dict[str, LoRALinear]:
     layers = lora_layers(model)
-    if not layers:
+    if not layers and injection_of(model) is None:
         raise LoRAError("the model carries no adapter: minilora.inject or load_adapter first")
     return layers
 

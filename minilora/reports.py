@@ -65,15 +65,20 @@ class MergeReport:
 
     Attributes:
         modules: a `Rounding` each, with `module`, `largest` and `lost`.
+        kept: "prompt" or "prefix", where there is one: it cannot be merged, and stays.
     """
 
     modules: tuple[Rounding, ...]
+    kept: str = ""
 
     def __str__(self) -> str:
+        kept = f"; the {self.kept} cannot be merged and stays beside it" if self.kept else ""
+        if not self.modules:
+            return f"nothing merged{kept}"
         worst = max(self.modules, key=lambda rounding: rounding.lost)
         lost = f"at most {worst.lost:.2g} of an update lost ({worst.module})"
         error = f"rounding error at most {max(r.largest for r in self.modules):.2g} an entry"
-        return f"{len(self.modules)} modules merged; {error}; {lost}"
+        return f"{len(self.modules)} modules merged; {error}; {lost}{kept}"
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
         if is_target(config, name):
             found.setdefault(module, name)
     selected = {name: module for module, name in found.items()}
-    if not selected:
+    if not selected and config.targets:  # without targets: a prompt or prefix alone
         raise LoRAError("nothing left to adapt: `exclude` or `layers` rules out every target")
     check_modules(model, selected)
     for field in ("rank_pattern", "alpha_pattern"):

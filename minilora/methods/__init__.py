@@ -28,13 +28,16 @@ merge) import nothing from here.
     adalora.py          the ranks are chosen in training            `AdaLoRAConfig`
     adalora_files.py    its files                                   `as_lora`: plain LoRA of one
     lora_plus.py        B learns faster than A                      `minilora.parameter_groups`
+    prompt_tuning.py    vectors before the input embeddings train   `PromptConfig`
+    prefix_tuning.py    keys and values in the attentions train     `PrefixConfig`
+    virtual_tokens.py   what these two share; their files are in virtual_tokens_files.py
+    together.py         several of these in one model               `minilora.inject` of a list
 
-Where methods that do not exist yet would go, and what they need:
-
-- Prompt and prefix tuning wrap no layer. Each is an extra: `start` adds the parameters and a
-  forward hook, `find` names them for the files, `swap` takes them out and puts them back. Each has
-  a configuration class of its own. `inject` has to skip `select` for it, and `merge._layers` has
-  to accept a model without layers.
+A prompt and a prefix adapt no layer. Each is an extra with a configuration of its own, which stands
+in the field `beside` of LoRAConfig: `start` adds the parameters and the forward hooks, `find` names
+them for the files, `swap` leaves them out and puts them in again. Their kinds read and write a
+directory in that of the adapter (`FOLDERS`, in peft_format/keys.py). They cannot be merged: `merge`
+says so, and `unwrap` refuses.
 """
 
 from minilora.initialization import STARTS
@@ -44,7 +47,12 @@ from minilora.methods.adalora import AdaLoRAConfig as AdaLoRAConfig
 from minilora.methods.adalora_files import as_lora as as_lora
 from minilora.methods.dora import DoRALinear
 from minilora.methods.lora_bias import LoRABiasLinear
+from minilora.methods.prefix_tuning import PrefixConfig as PrefixConfig
+from minilora.methods.prefix_tuning import PrefixTuning
+from minilora.methods.prompt_tuning import PromptConfig as PromptConfig
+from minilora.methods.prompt_tuning import PromptTuning
 from minilora.methods.token_rows import TokenRows
+from minilora.methods.virtual_tokens_files import PREFIX, PROMPT
 from minilora.nf4.loftq import loftq
 from minilora.nf4.model import dequantized
 from minilora.peft_format.apply import CONVERSIONS, SavePretrained
@@ -55,6 +63,8 @@ LAYERS.update(dora=DoRALinear, lora_bias=LoRABiasLinear)
 LAYERS.update(pissa=pissa.PiSSALinear, adalora=adalora.AdaLoRALinear)
 STARTS.update(loftq=loftq, pissa=pissa.refuse)
 EXTRAS.extend((TrainedWhole, TokenRows, SavePretrained, adalora.Allocation))
-KINDS.update(ADALORA=adalora_files.KIND)
+EXTRAS.extend((PromptTuning, PrefixTuning))
+KINDS.update(ADALORA=adalora_files.KIND, PROMPT_TUNING=PROMPT)
+KINDS.update(PREFIX_TUNING=PREFIX, MINILORA_PREFIX=PREFIX)
 CONVERSIONS.update(pissa=pissa.as_lora)
 DEQUANTIZERS.append(dequantized)

@@ -11,7 +11,7 @@ from minilora.config import LoRAConfig, LoRAError, check
 from minilora.methods.adalora import AdaLoRAConfig
 from minilora.peft_format.config import FIELDS, Kind, resolve
 from minilora.peft_format.directory import Adapter
-from minilora.peft_format.keys import PREFIX, SUFFIXES
+from minilora.peft_format.keys import PREFIX, SUFFIXES, is_beside
 
 
 def read(entries: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
@@ -89,6 +89,7 @@ def as_lora(adapter: Adapter) -> Adapter:
     if not isinstance(config, AdaLoRAConfig):
         return adapter
     tensors = {PREFIX + name: tensor for name, tensor in adapter.extras.items()}
+    tensors |= {key: tensor for key, tensor in adapter.tensors.items() if is_beside(key)}
     ranks = {}
     for module in adapter.modules:
         Q, P, lambda_ = (adapter.parameters(module)[n] for n in ("lora_A", "lora_B", "lora_E"))

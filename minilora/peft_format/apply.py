@@ -153,10 +153,13 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     if injection is not None and not injection.enabled:
         raise LoRAError("cannot load an adapter inside `with minilora.disabled(model)`")
     named = _base_modules(model, layers)
+    for method in adapter.config.beside:
+        adapter = replace(adapter, tensors=method.fitted(model, adapter.tensors))
     config = _as_read(adapter, named)
     unnamed = trained_whole.Embeddings(_embeddings(model, adapter, config))
     selected = _check_fit(model, adapter, config, named, unnamed)
-    held = {key: tensor.shape for key, tensor in _held(model).items()}
+    # What an MLP computes is no leaf, and cannot be written to.
+    held = {key: tensor.shape for key, tensor in _held(model).items() if tensor.is_leaf}
     # A sharded model is refused below. PiSSA's start belongs to a scale, which may be another.
     same = held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
     swapped = same and not is_sharded(model) and config.init not in LAYERS
@@ -198,7 +201,8 @@ def _held(model: nn.Module) -> dict[str, Tensor]:
 
 def _extra_tensors(model: nn.Module, extras: Iterable[Extra]) -> dict[str, Tensor]:
     """What trains outside the layers, by its keys on disk; the model may be injected or not."""
-    return {keys.PREFIX + name: t for extra in extras for name, t in extra.find(model).items()}
+    found = (item for extra in extras for item in extra.find(model).items())
+    return {n if keys.is_beside(n) else keys.PREFIX + n: tensor for n, tensor in found}
 
 
 def _check_fit(

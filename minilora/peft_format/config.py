@@ -45,9 +45,10 @@ ADVICE = "merge it into the base with PEFT (merge_and_unload) where PEFT can, el
 class Kind(NamedTuple):
     """What a `peft_type` stands for."""
 
-    config: type[LoRAConfig]
+    config: type[Any]
+    """LoRAConfig, one that is derived from it, or one that stands beside it."""
     fields: dict[str, tuple[str, Any]]
-    """As `FIELDS`."""
+    """As `FIELDS`; of what stands beside LoRA `read` gives the configuration instead."""
     read: Callable[..., Any] = lambda entries, tensors: (entries, tensors)
     """Gives the tensors of a file the names and shapes that those of LoRA have."""
     write: Callable[..., Any] = read
@@ -97,7 +98,7 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
     values["init"] = _init_from_peft(values["init"])
     if values["init"] == "loftq" and (entries.get("loftq_config") or LOFTQ) != LOFTQ:
         raise LoRAError(f"loftq_config must be {LOFTQ}: the base is NF4 after it")
-    config = kind.config(**values)
+    config: LoRAConfig = kind.config(**values)
     for name in config.also_train:  # PEFT puts it into this expression
         check_regex("modules_to_save", name, r"(^|.*\.){}($|\..*)")
     return config

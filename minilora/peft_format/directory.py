@@ -9,7 +9,7 @@ error that names the key. PEFT ignores an unexpected key and warns of a missing 
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,13 @@ from minilora.files import write_directory
 from minilora.functional import scale
 from minilora.modules import naming
 from minilora.peft_format import keys
-from minilora.peft_format.config import CONFIG_FILE, config_from_peft, config_to_peft, kind_of
+from minilora.peft_format.config import (
+    CONFIG_FILE,
+    KINDS,
+    config_from_peft,
+    config_to_peft,
+    kind_of,
+)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -37,6 +43,7 @@ class Adapter:
         config: what was adapted and how.
         tensors: by PEFT's keys, `base_model.model.<module>.lora_A.weight` (r, in),
             `...lora_B.weight` (out, r) and what the configuration adds; docs/format.md lists them.
+            Those of a prompt or prefix are `prompt/..` and `prefix/..`.
         base_model: name or directory of the model it was trained on, if known.
         fan_in_fan_out: whether the adapted modules are Conv1D: PEFT's word for it, written down
             for PEFT only.
@@ -67,7 +74,8 @@ class Adapter:
             A, B = (parameters.get(name, torch.empty(0)) for name in ("lora_A", "lora_B"))
             out, in_ = B.shape[:1].numel(), A.shape[-1:].numel()
             expected |= keys.expected_of(self.config, module, out, in_)
-        held, config = dict(self.tensors), self.config
+        held = {key: t for key, t in self.tensors.items() if not keys.is_beside(key)}
+        config = self.config
         some = config.bias != "none" or config.also_train or config.token_rows
         for name in self.extras:  # whether it is one of these, only a model can say
             if some or (name.endswith(".weight") and ".lora_" not in name):  # PEFT's embeddings
@@ -78,7 +86,7 @@ class Adapter:
                 problems.append(f"{key} is {keys.describe(tensor)}, which cannot be read exactly")
             elif not tensor.isfinite().all():
                 problems.append(f"{key} holds values that are not finite")
-        if not self.modules:
+        if not self.modules and not config.beside:
             problems.append("it holds no lora_A and lora_B")
         keys.refuse("the adapter's tensors are wrong", problems)
 
@@ -90,10 +98,9 @@ class Adapter:
     @property
     def extras(self) -> dict[str, Tensor]:
         """The biases and whole modules that trained too, by name on disk without the prefix."""
+        found = (k for k in self.tensors if not keys.OF_A_LAYER.fullmatch(k))
         return {
-            key.removeprefix(keys.PREFIX): tensor
-            for key, tensor in self.tensors.items()
-            if not keys.OF_A_LAYER.fullmatch(key)
+            k.removeprefix(keys.PREFIX): self.tensors[k] for k in found if not keys.is_beside(k)
         }
 
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
@@ -122,7 +129,7 @@ def read_adapter(directory: str | Path) -> Adapter:
     """Read and check an adapter directory as PEFT or minilora wrote it. Never reads a pickle.
 
     PEFT saves an adapter with a name of its own one directory deeper; it is read from there if it
-    is the only one.
+    is the only one. A prompt or prefix is read too, from `prompt/`, `prefix/` or the directory.
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors.
@@ -139,18 +146,29 @@ def read_adapter(directory: str | Path) -> Adapter:
         minilora.config.LoRAError: nowhere: no such directory
     """
     directory = _adapter_directory(Path(directory))
-    entries = _read_json(directory / CONFIG_FILE)
+    folders = [directory / name for name in (*keys.FOLDERS, "")]
+    configs, held = list[Any](), dict[str, Tensor]()
+    for folder in [p for p in folders if (p / WEIGHTS_FILE).exists()] or [directory]:
+        entries = _read_json(folder / CONFIG_FILE)
+        with naming(folder):
+            kind = kind_of(entries)
+            config, tensors = kind.read(entries, _read_tensors(folder))
+            if issubclass(kind.config, LoRAConfig):
+                config = config_from_peft(config, keys.modules_of(tensors))
+                if config.bias == "all" and config.also_train:
+                    tensors = _without_repeats(tensors)
+            base_model = entries.get("base_model_name_or_path")
+            if not isinstance(base_model, str | None):
+                raise LoRAError(f"{CONFIG_FILE}: base_model_name_or_path is not a string or null")
+            if _read_json(folder / CONFIG_FILE) != entries:
+                raise LoRAError("the adapter changed while it was being read: try again")
+        configs.append(config)
+        held |= tensors
+    beside = tuple(c for c in configs if not isinstance(c, LoRAConfig))
+    lora = [replace(c, beside=beside) for c in configs if isinstance(c, LoRAConfig)]
+    config = lora[0] if lora else LoRAConfig(targets=(), beside=beside)
     with naming(directory):
-        said, tensors = kind_of(entries).read(entries, _read_tensors(directory))
-        config = config_from_peft(said, keys.modules_of(tensors))
-        if config.bias == "all" and config.also_train:
-            tensors = _without_repeats(tensors)
-        base_model = entries.get("base_model_name_or_path")
-        if not isinstance(base_model, str | None):
-            raise LoRAError(f"{CONFIG_FILE}: base_model_name_or_path is not a string or null")
-        if _read_json(directory / CONFIG_FILE) != entries:
-            raise LoRAError("the adapter changed while it was being read: try again")
-        return Adapter(config, tensors, base_model, entries.get("fan_in_fan_out") is True)
+        return Adapter(config, held, base_model, entries.get("fan_in_fan_out") is True)
 
 
 def write_adapter(adapter: Adapter, directory: str | Path) -> None:
@@ -161,7 +179,8 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
         directory: made if it is not there; an adapter in it is replaced, whole or not at all.
 
     Raises:
-        LoRAError: the directory's name is taken by a file.
+        LoRAError: the directory's name is taken by a file, or it holds an adapter with a prompt or
+            prefix, or with LoRA, that this one lacks.
         OSError: it cannot be written; a file that was there before is untouched.
 
     Example:
@@ -178,22 +197,32 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise LoRAError(f"{directory} is a file, not a directory")
-    entries = config_to_peft(adapter.config, adapter.modules) | {
-        "base_model_name_or_path": adapter.base_model,
-        "fan_in_fan_out": adapter.fan_in_fan_out,
-    }
-    entries, tensors = kind_of(entries).write(entries, adapter.tensors)
-    tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
-    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
-    write_directory(directory, {WEIGHTS_FILE: weights, CONFIG_FILE: text.encode()})
+    writers = {kind.config: kind.write for kind in KINDS.values()}
+    beside = adapter.config.beside
+    parts = {f"{c.folder}/": writers[type(c)](c, adapter.tensors) for c in beside}
+    if adapter.modules:
+        entries = config_to_peft(adapter.config, adapter.modules)
+        entries["fan_in_fan_out"] = adapter.fan_in_fan_out
+        own = {key: t for key, t in adapter.tensors.items() if not keys.is_beside(key)}
+        parts[""] = kind_of(entries).write(entries, own)
+    for folder in {"", *(f"{name}/" for name in keys.FOLDERS)} - parts.keys():
+        if (directory / folder / WEIGHTS_FILE).exists():
+            raise LoRAError(f"{directory / folder} holds another adapter: remove it first")
+    contents = {}
+    for folder, (entries, tensors) in parts.items():
+        tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
+        entries = entries | {"base_model_name_or_path": adapter.base_model}
+        text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
+        contents[folder + WEIGHTS_FILE] = safetensors.torch.save(tensors, {"format": "pt"})
+        contents[folder + CONFIG_FILE] = text.encode()
+    write_directory(directory, contents)
 
 
 def _adapter_directory(directory: Path) -> Path:
     if not directory.is_dir():
         raise LoRAError(f"{directory}: no such directory")
     named = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
-    if (directory / CONFIG_FILE).exists() or not named:
+    if (directory / CONFIG_FILE).exists() or {path.name for path in named} <= {*keys.FOLDERS}:
         return directory
     if len(named) > 1:
         choices = ", ".join(path.name for path in named)

@@ -20,6 +20,14 @@ LoRAConfig that asks for it."""
 SUFFIXES = {name: suffix for name, (suffix, _, _) in PARAMETERS.items()}
 OF_A_LAYER = re.compile(rf"{re.escape(PREFIX)}(.*)({'|'.join(map(re.escape, SUFFIXES.values()))})")
 
+FOLDERS = ("prompt", "prefix")
+"""Directories in that of the adapter, for methods that adapt no layer."""
+
+
+def is_beside(key: str) -> bool:
+    """Whether a tensor lies in one of those directories: its key begins with the name."""
+    return key.startswith(tuple(f"{folder}/" for folder in FOLDERS))
+
 
 def modules_of(keys: Iterable[str]) -> tuple[str, ...]:
     """Dotted names of the modules that the keys are of, sorted."""

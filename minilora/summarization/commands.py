@@ -237,7 +237,7 @@ def _predict(
     trained = _trained(directory, run)
     size, options, output = run.generation.evaluation_batch_size, run.data, Path(arguments.output)
     settings = {
-        "run": f"{trained.resolve()} {max(file.stat().st_mtime for file in trained.iterdir())}",
+        "run": f"{trained.resolve()} {max(file.stat().st_mtime for file in trained.rglob('*'))}",
         "lengths": asdict(run.generation) | {"evaluation_batch_size": 0},
         "prompt": [options.prompt_before, options.prompt_after, options.max_source_length],
         "--base": arguments.base,
@@ -254,19 +254,15 @@ def _predict(
     return 0
 
 
-def _is_adapter(directory: Path) -> bool:
-    return (directory / loading.ADAPTER_FILES[0]).exists()
-
-
 def _is_model(directory: Path) -> bool:
     """Whether it holds a whole model, as `minilora merge` or transformers writes it."""
     config = read_object(directory / "config.json") or {}
-    return "model_type" in config and not _is_adapter(directory)
+    return "model_type" in config and not loading.is_adapter(directory)
 
 
 def _trained(directory: Path, run: RunConfig) -> Path:
     """What was trained: the adapter or the model, of a run or alone."""
-    alone = _is_adapter(directory) or _is_model(directory)
+    alone = loading.is_adapter(directory) or _is_model(directory)
     return directory if alone else trained_path(directory, run)
 
 
@@ -279,7 +275,7 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
     if inside and (directory.parent / "config.json").exists():
         directory = directory.parent
     flat = PRESETS[arguments.preset] | {"preset": arguments.preset}
-    if _is_adapter(directory):
+    if loading.is_adapter(directory):
         base = base_of(directory, minilora.read_adapter(directory))
         if "model" not in base | arguments.changes:
             raise UserError(f"{directory} does not name its base model: say --model")

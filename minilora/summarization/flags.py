@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from .errors import UserError
 from .files import read_object
-from .presets import LEARNING_RATES, PRESETS, restored
+from .presets import LEARNING_RATES, OTHER_RATES, PRESETS, restored
 from .settings import (
     FILES,
     GROUPS,
@@ -84,7 +84,8 @@ def _add_settings(parser: Parser, kind: Any, show_defaults: bool = True) -> None
         if show_defaults and shown not in (None, "", True, False):
             text += f" (default: {shown})"
         takes = _takes(types[setting.name], setting.name)
-        group.add_argument(spelt(setting.name), help=text, default=argparse.SUPPRESS, **takes)
+        takes |= {"help": text, "default": argparse.SUPPRESS, "dest": setting.name}
+        group.add_argument(spelt(setting.name), **takes)
 
 
 def _takes(kind: Any, name: str) -> dict[str, Any]:
@@ -123,7 +124,8 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
     run.check()
     if run.training.learning_rate is None:
         rates, method = LEARNING_RATES[run.preset], run.model.method
-        rate = rates.get(run.adapter.init, rates.get(method, rates["lora"]))
+        usual = OTHER_RATES | {"adalora": rates["lora"]} | rates
+        rate = rates.get(run.adapter.init, usual[method])
         # With LoRA+ it is the geometric mean of the rates of A and B.
         run.training.learning_rate = rate / math.sqrt(run.training.lora_plus_ratio)
     return run
@@ -160,8 +162,10 @@ def output_directory(run: RunConfig) -> Path:
     if run.output.output:
         check_free(output := Path(run.output.output))
         return output
-    rank = f"-r{run.adapter.rank}" if run.model.method != "full" else ""
-    name = f"{run.preset}-{run.model.method}{rank}"
+    method, beside = run.model.method, run.model.with_
+    size = f"-r{run.adapter.rank}" if method not in ("full", "prompt", "prefix") else ""
+    size += f"-{beside}" if beside != "none" else ""
+    name = f"{run.preset}-{method}{size}"
     names = (name, *(f"{name}-{i}" for i in range(2, 10000)))
     return next(path for path in (Path("runs") / name for name in names) if not path.exists())
 

@@ -39,14 +39,27 @@ PRESETS: dict[str, dict[str, Any]] = {
 # The peak learning rate of each method. LoRA needs four to ten times the rate of a full fine-tune.
 # "adalora" is the best of 4e-3, 1.6e-2, 3.2e-2 and 6.4e-2 after 40 steps of one seed: lambda starts
 # at zero and moves by one rate a step, however wide the layer. Elsewhere it has LoRA's.
-# "loftq" is QLoRA with that start, where it was measured. pocket's rates: docs/log.md, 2026-11-28.
+# "loftq" is QLoRA with that start, where it was measured. pocket's rates: docs/log.md, 2026-11-28;
+# those of a prompt and a prefix are from chats learnt by heart: benchmarks/by_heart.py.
 LEARNING_RATES: dict[str, dict[str, float]] = {
-    "pocket": {"lora": 4e-3, "qlora": 4e-3, "loftq": 2e-3, "full": 5e-4, "adalora": 3.2e-2},
+    "pocket": {
+        "lora": 4e-3,
+        "qlora": 4e-3,
+        "loftq": 2e-3,
+        "full": 5e-4,
+        "adalora": 3.2e-2,
+        "prompt": 0.1,
+        "prefix": 3e-3,
+    },
     "bart-large-cnn-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "bart-large-xsum-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "bart-base-samsum": {"lora": 5e-4, "qlora": 5e-4, "full": 5e-5},
     "notebook": {"lora": 1e-5, "qlora": 1e-5, "full": 1e-5},
 }
+
+# Of methods that were not measured with a preset: a prompt's is that of Lester et al. 2021, a
+# prefix's that of Li and Liang 2021. AdaLoRA's is LoRA's.
+OTHER_RATES = {"prompt": 0.3, "prefix": 5e-5}
 
 
 def embedded(name: str) -> str:

@@ -21,11 +21,11 @@ PATHS = ("model", "data", "adapter", *FILES)  # settings that may be paths
 POSITIVE = (
     *("epochs", "learning_rate", "batch_size", "accumulate", "beams", "validation_beams"),
     *("evaluation_batch_size", "keep_checkpoints", "max_source_length", "max_target_length"),
-    "lora_plus_ratio",
+    *("lora_plus_ratio", "virtual_tokens"),
 )
 NOT_NEGATIVE = (
     *("max_steps", "clip", "weight_decay", "validation_limit", "min_length", "no_repeat_ngram"),
-    *("checkpoint_minutes", "checkpoint_steps", "seed"),
+    *("checkpoint_minutes", "checkpoint_steps", "seed", "prefix_hidden"),
 )
 
 
@@ -40,9 +40,10 @@ class ModelOptions:
     _argument_group_name = "model"
 
     model: str = _flag("pocket-bart", "directory or hub name of the base model, or pocket-bart")
-    method: Literal["lora", "qlora", "adalora", "full"] = _flag(
+    method: Literal["lora", "qlora", "adalora", "prompt", "prefix", "full"] = _flag(
         "lora", "what trains; qlora: base in 4 bits; adalora: training chooses the ranks"
     )
+    with_: Literal["none", "prompt", "prefix"] = _flag("none", "what trains beside LoRA")
     device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag("auto", "auto: the fastest here")
     seed: int = _flag(0, "random seed of the adapter's initialization, batch order and dropout")
@@ -100,6 +101,17 @@ class AdapterOptions:
     init: Literal["kaiming", "gaussian", "loftq", "pissa"] = _flag(
         "kaiming", "initial values of A (loftq, pissa: of A and B)"
     )
+
+
+@dataclass
+class VirtualOptions:
+    _argument_group_name = "virtual tokens (prompt and prefix tuning)"
+
+    virtual_tokens: int = _flag(20, "how many a prompt or a prefix has")
+    prefix_places: list[str] = _flag(
+        ["encoder", "decoder", "cross"], "the attentions that get a prefix"
+    )
+    prefix_hidden: int = _flag(512, "width of the MLP that a prefix trains through; 0: without")
 
 
 @dataclass
@@ -161,6 +173,7 @@ class RunConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    virtual: VirtualOptions = field(default_factory=VirtualOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
@@ -229,15 +242,22 @@ class RunConfig:
             raise UserError("--init loftq requires --method qlora")
         if self.adapter.init == "pissa" and self.model.method != "lora":
             raise UserError("--init pissa requires --method lora")
-        if self.training.lora_plus_ratio != 1 and self.model.method == "full":
-            raise UserError("--lora-plus-ratio requires an adapter: not --method full")
+        adapts = self.model.method not in ("full", "prompt", "prefix")
+        if self.training.lora_plus_ratio != 1 and not adapts:
+            raise UserError(
+                f"--lora-plus-ratio requires an adapter of LoRA, not {self.model.method}"
+            )
+        if self.model.with_ != "none" and not adapts:
+            raise UserError(f"--with is for LoRA, not --method {self.model.method}")
+        if self.training.compile and "prefix" in (self.model.method, self.model.with_):
+            raise UserError("--compile does not go with a prefix: leave the flag out")
         if not 0 <= warmup < 1:
             raise UserError(f"--warmup is a share of the steps, from 0 to below 1, not {warmup}")
 
 
 def spelt(name: str) -> str:
-    """A setting as it is typed."""
-    return f"--{name.replace('_', '-')}"
+    """A setting as it is typed: `with_` is --with, which is no name in Python."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def _is_of(value: object, kind: Any) -> bool:

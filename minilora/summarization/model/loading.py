@@ -27,7 +27,16 @@ from ..files import put_directory
 from ..presets import local_path
 from .four_bits import FourBits
 
-ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
+ADAPTER_FILES = [
+    f"{folder}{name}"
+    for name in ("adapter_config.json", "adapter_model.safetensors")
+    for folder in ("", "prompt/", "prefix/")
+]
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether it holds an adapter: LoRA, a prompt or a prefix."""
+    return any((directory / name).is_file() for name in ADAPTER_FILES if name.endswith(".json"))
 
 
 def load_model(
@@ -154,7 +163,7 @@ def adapter_directory(name: str) -> Path:
         raise UserError(
             f"{name}: no such directory, and {hub.not_found()}: {one_line(error, name=True)}"
         ) from None
-    if not (directory / ADAPTER_FILES[0]).is_file():
+    if not is_adapter(directory):
         raise UserError(f"{name}: the hub has it, but without {ADAPTER_FILES[0]}: it is no adapter")
     return directory
 

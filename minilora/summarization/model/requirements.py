@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import minilora
 from minilora import LoRALinear
 from minilora.linears import is_linear
+from minilora.methods import PrefixConfig, PromptConfig
 
 from ..data.batches import IGNORED, encode, end_token, frame
 from ..data.reading import Example
@@ -130,16 +132,45 @@ def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
     return shifted.masked_fill(shifted == IGNORED, start if pad is None else pad)
 
 
+def virtual_tokens(run: RunConfig) -> list[Any]:
+    """The library's configurations of the run's prompt or prefix."""
+    options, length = run.virtual, run.virtual.virtual_tokens
+    found: dict[str, Any] = {
+        "prompt": PromptConfig(length),
+        "prefix": PrefixConfig(length, tuple(options.prefix_places), options.prefix_hidden or None),
+    }
+    return [found[kind] for kind in (run.model.method, run.model.with_) if kind in found]
+
+
+def _taken(run: RunConfig, model: PreTrainedModel) -> dict[str, int]:
+    """The positions that virtual tokens take: those of a prompt, and of a prefix in the decoder."""
+    carried = minilora.config_of(model) or virtual_tokens(run)
+    taken = {"encoder": 0, "decoder": 0}
+    for config in carried if isinstance(carried, list) else [carried]:
+        if isinstance(config, PromptConfig):
+            taken["encoder"] = config.length
+        if isinstance(config, PrefixConfig) and "decoder" in config.places:
+            taken["decoder"] = config.length
+    return taken
+
+
 def limit_lengths(run: RunConfig, model: PreTrainedModel) -> RunConfig:
-    """The settings with lengths cut to the positions of the model."""
-    limited = deepcopy(run)
+    """The settings with lengths cut to the positions of the model.
+
+    Raises:
+        UserError: virtual tokens take all of them.
+    """
+    limited, taken = deepcopy(run), _taken(run, model)
     for options, name, side in (
         (limited.data, "max_source_length", "encoder"),
         (limited.data, "max_target_length", "decoder"),
         (limited.generation, "max_length", "decoder"),
     ):
         wanted, most = getattr(options, name), positions(model, side)
-        setattr(options, name, wanted if most is None else min(wanted, most))
+        if most is not None and most <= taken[side]:
+            what = f"{taken[side]} virtual tokens take all {most} positions of the {side}"
+            raise UserError(f"--virtual-tokens: {what}: use fewer")
+        setattr(options, name, wanted if most is None else min(wanted, most - taken[side]))
     return limited
 
 

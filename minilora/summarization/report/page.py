@@ -74,7 +74,12 @@ def _title(run: Run) -> str:
     method, rank = run.config.get("method", "lora"), run.config.get("rank", "?")
     how = {"full": "every parameter fine-tuned", "qlora": f"QLoRA of rank {rank}"}
     how["adalora"] = f"AdaLoRA of mean rank {rank}"
-    return f"{run.config.get('model', 'pocket-bart')}, {how.get(method, f'LoRA of rank {rank}')}"
+    tokens = f"of {run.config.get('virtual_tokens', '?')} tokens"
+    how |= {"prompt": f"a prompt {tokens}", "prefix": f"a prefix {tokens}"}
+    beside = run.config.get("with_", "none")
+    more = f" with {how[beside]}" if beside in how else ""
+    model = run.config.get("model", "pocket-bart")
+    return f"{model}, {how.get(method, f'LoRA of rank {rank}')}{more}"
 
 
 def _lead(run: Run) -> str:

@@ -12,6 +12,7 @@ from .. import processes
 from ..errors import counted
 from ..evaluation.compare import Evaluation
 from ..evaluation.rouge import tokenizer_for
+from ..settings import RunConfig
 from ..training.session import Session, trained_path
 from ..training.trainer import Outcome
 from .figures import Table, duration, nonsense_table, score_table
@@ -103,6 +104,11 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text)
 
 
+def _method(run: RunConfig) -> str:
+    beside = run.model.with_
+    return run.model.method + (f" with a {beside}" if beside != "none" else "")
+
+
 def header(session: Session, output: Path) -> str:
     """What will be trained, on which data, and into which directory."""
     run, train, validation = session.run, session.splits["train"], session.splits["validation"]
@@ -115,7 +121,7 @@ def header(session: Session, output: Path) -> str:
     lines = [
         f"{run.model.model} on {run.data.name}: {sizes} to validate; {session.device.type}, "
         f"{precision}{shared}",
-        f"{run.model.method}: {report if report.modules else trained}",
+        f"{_method(run)}: {report if report.modules else trained}",
     ]
     if run.model.method == "qlora":
         lines.append(str(quantize_report(session.model)))

@@ -108,7 +108,7 @@ def open_session(run: RunConfig) -> Session:
     adapter = start(run)
     anew = run.model.method != "full" and not adapter
     if anew:
-        adapter_config(run)  # refuses impossible settings before anything is read
+        method_configs(run)  # refuses impossible settings before anything is read
     data, notices = load(run.data, SPLITS if run.output.evaluate else SPLITS[:2])
     tokenizer = load_tokenizer(run.model.model)
     model = load_model(run.model.model, device, four_bits(run, start=True))
@@ -143,7 +143,7 @@ def open_session(run: RunConfig) -> Session:
         report = inject_report(model)
     elif anew:
         steps = last_step(run.training, len(splits["train"]))
-        report = minilora.inject(model, adapter_config(run, steps))
+        report = minilora.inject(model, method_configs(run, steps))
     else:
         trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
         report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
@@ -198,6 +198,12 @@ def keep(
         with out_of_memory("while the encoder's states are computed", "use --cache-encoder off"):
             kept = keep_states(model, sources, autocast_dtype, options.cache_encoder, where)
         splits[name].states = kept
+
+
+def method_configs(run: RunConfig, steps: int = 100) -> list[Any]:
+    """What `minilora.inject` takes: LoRA, a prompt, a prefix, or LoRA and one of these."""
+    alone = run.model.method in ("prompt", "prefix")
+    return [*([] if alone else [adapter_config(run, steps)]), *requirements.virtual_tokens(run)]
 
 
 def adapter_config(run: RunConfig, steps: int = 100) -> LoRAConfig:

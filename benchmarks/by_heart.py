@@ -1,0 +1,100 @@
+"""How well LoRA, a prefix and a prompt learn 32 chats by heart, with equal steps.
+
+    python benchmarks/by_heart.py --method prefix --rate 0.01 --steps 300
+
+A method that cannot learn its training data is implemented wrongly or trained at a wrong rate. The
+loss is that of the 32 chats themselves, without dropout, before and after; pocket-bart.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+import minilora
+from minilora.methods import PrefixConfig, PromptConfig
+
+ASSETS = Path(minilora.__file__).parent / "summarization" / "assets"
+
+
+def batches(count: int = 32, size: int = 8) -> list[dict[str, torch.Tensor]]:
+    """The shortest chats of minichat's training set, tokenized and padded."""
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "pocket-bart")
+    lines = (ASSETS / "minichat" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = sorted(map(json.loads, lines), key=lambda row: len(row["dialogue"]))[:count]
+    found = []
+    for start in range(0, count, size):
+        part = rows[start : start + size]
+        batch = dict(
+            tokenizer([row["dialogue"] for row in part], padding=True, return_tensors="pt")
+        )
+        batch.pop("token_type_ids", None)
+        labels = tokenizer([row["summary"] for row in part], padding=True, return_tensors="pt")
+        batch["labels"] = labels.input_ids.masked_fill(labels.attention_mask == 0, -100)
+        found.append(batch)
+    return found
+
+
+def configuration(method: str, length: int, hidden: int | None) -> object:
+    """What `minilora.inject` takes."""
+    lora = minilora.LoRAConfig(rank=8, alpha=32)
+    prefix = PrefixConfig(length=length, reparametrize=hidden)
+    return {
+        "lora": lora, "prefix": prefix, "prompt": PromptConfig(length=length),
+        "lora+prefix": [lora, prefix], "lora+prompt": [lora, PromptConfig(length=length)],
+    }[method]  # fmt: skip
+
+
+@torch.no_grad()
+def loss_of(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> float:
+    """The mean loss of a target token, without dropout."""
+    model.eval()
+    tokens = [int((batch["labels"] >= 0).sum()) for batch in data]
+    losses = [float(model(**batch).loss) * n for batch, n in zip(data, tokens, strict=True)]
+    model.train()
+    return sum(losses) / sum(tokens)
+
+
+def learn(
+    method: str, rate: float, steps: int, length: int = 20, hidden: int | None = None, seed: int = 0
+) -> dict[str, object]:
+    """Train on the chats with AdamW at a rate that falls linearly; the losses before and after."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(ASSETS / "pocket-bart", dtype=torch.float32)
+    torch.manual_seed(seed)
+    data = batches()
+    base = loss_of(model, data)
+    report = minilora.inject(model, configuration(method, length, hidden), seed=seed)
+    optimizer = torch.optim.AdamW(minilora.trainable_parameters(model), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    start, began = loss_of(model, data), time.perf_counter()
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(**data[step % len(data)]).loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(minilora.trainable_parameters(model)), 1.0)
+        optimizer.step()
+        schedule.step()
+    return {
+        "method": method, "rate": rate, "steps": steps, "length": length, "hidden": hidden,
+        "trainable": report.trainable, "seed": seed, "base": round(base, 4),
+        "start": round(start, 4), "end": round(loss_of(model, data), 4),
+        "seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Print one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", default="lora")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--length", type=int, default=20)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    print(json.dumps(learn(**vars(parser.parse_args()))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
