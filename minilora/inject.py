@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -200,8 +200,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 # What a model remembers, and what methods other than plain LoRA add ------------------------------
 
 
-class Extra(Protocol):
-    """What trains outside the adapted layers, such as biases.
+class Extra:
+    """What trains outside the adapted layers, such as biases; here nothing.
 
     One is made for every injection, by (model, configuration, names of the adapted modules). The
     constructor raises on wrong input and leaves the model as it is. If there is nothing to train,
@@ -210,6 +210,7 @@ class Extra(Protocol):
 
     def find(self, model: nn.Module) -> dict[str, Tensor]:
         """What trains, by name on disk without PEFT's prefix; before `start` a tensor like it."""
+        return {}
 
     def start(self, model: nn.Module) -> None:
         """Make it require a gradient, and keep the base's values."""

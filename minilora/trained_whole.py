@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minilora import linears
 from minilora.config import LoRAConfig, LoRAError
-from minilora.inject import lora_layers
+from minilora.inject import Extra, lora_layers
 from minilora.modules import named_modules, owners, plain_name
 from minilora.targets import trained_whole
 
@@ -20,7 +20,7 @@ BASE_BIAS = ".base_layer.bias"
 """How PEFT ends the name of an adapted module's own bias."""
 
 
-class TrainedWhole:
+class TrainedWhole(Extra):
     """What one configuration lets train beside A and B: `inject.Extra`.
 
     Args:
@@ -29,7 +29,7 @@ class TrainedWhole:
         adapted: the modules that this configuration adapts.
 
     Attributes:
-        values: name in the state_dict -> the base's values; while swapped, the trained ones.
+        values: name on disk -> the base's values; while swapped, the trained ones.
 
     Raises:
         LoRAError: a module of `also_train` shares a weight with another, or is in four bits.
@@ -76,25 +76,20 @@ class TrainedWhole:
 
     def start(self, model: nn.Module) -> None:
         """Let the tensors train, and keep their values before that."""
-        live = self.names(model).values()
-        state = tensors(model) if live else {}
         # A tied bias has two names and one value.
-        for name in {id(state[name]): name for name in live}.values():
-            self.values[name] = state[name].detach().clone()
-            require_grad(state[name])
+        for name, tensor in {id(t): (name, t) for name, t in self.find(model).items()}.values():
+            self.values[name] = tensor.detach().clone()
+            require_grad(tensor)
 
     def swap(self, model: nn.Module) -> None:
         """Put the base's values in the place of the trained ones, or back; no bytes are copied."""
-        state = tensors(model) if self.values else {}
+        state = self.find(model)
         for name, value in self.values.items():
             tensor = state[name]
             self.values[name] = tensor.data
             tensor.data = value.to(tensor)  # the model may have moved since
         if state:
             torch.clear_autocast_cache()  # its key is the tensor, whatever the values
-
-    def stop(self, model: nn.Module) -> None:
-        """Nothing was put in."""
 
 
 class Embeddings(TrainedWhole):

@@ -24,8 +24,7 @@ from torch import Tensor
 import minilora
 from minilora import LoRAError
 from minilora.peft_format.apply import adapter_of
-from minilora.peft_format.config import CONFIG_FILE
-from minilora.peft_format.directory import WEIGHTS_FILE
+from minilora.peft_format.keys import CONFIG_FILE, WEIGHTS_FILE
 from tests.conftest import State, adapted, tiny_bart
 
 try:

@@ -22,8 +22,8 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 import minilora
 from minilora import linears
 from minilora.inject import lora_layers
-from minilora.peft_format.directory import WEIGHTS_FILE, read_adapter
-from minilora.peft_format.keys import SUFFIXES
+from minilora.peft_format.directory import read_adapter
+from minilora.peft_format.keys import SUFFIXES, WEIGHTS_FILE
 from tests.conftest import (
     ALPHA,
     RANK,

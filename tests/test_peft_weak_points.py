@@ -17,8 +17,7 @@ from torch import Tensor, nn
 import minilora
 from minilora import LoRAConfig, LoRAError
 from minilora.peft_format.apply import adapter_of
-from minilora.peft_format.config import CONFIG_FILE
-from minilora.peft_format.directory import WEIGHTS_FILE
+from minilora.peft_format.keys import CONFIG_FILE, WEIGHTS_FILE
 from tests.conftest import ALPHA, RANK, State, adapted, equal, logits, tiny_bart, weights
 from tests.test_peft_interchange import perturb
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import minilora
 from minilora import LoRAConfig, LoRAError, trained_whole
 from minilora.peft_format.apply import adapter_of
-from minilora.peft_format.directory import WEIGHTS_FILE
+from minilora.peft_format.keys import WEIGHTS_FILE
 from tests.conftest import (
     State,
     equal,

@@ -11,6 +11,7 @@ import pytest
 import minilora
 from minilora.__main__ import main
 from minilora.methods import PrefixConfig, PromptConfig
+from minilora.methods.prefix_tuning import PLACES
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.flags import parse_run
 from minilora.summarization.training.session import method_configs
@@ -118,11 +119,12 @@ def test_the_flags_are_the_configurations(folder: Path) -> None:
     def configs(*more: str) -> list[Any]:
         return method_configs(parse_run(flags(folder, *more)))
 
-    prefix = PrefixConfig(4, reparametrize=512)
+    prefix = PrefixConfig(4)  # with the MLP of the library
     assert configs("--method", "prompt") == [PromptConfig(4)]
     assert configs("--method", "prefix") == [prefix]
     (lora, beside) = configs("--with", "prefix", "--prefix-places", "decoder")
     assert (lora.rank, beside) == (3, PrefixConfig(4, "decoder", 512))
+    assert configs("--method", "prefix", "--prefix-hidden", "0") == [PrefixConfig(4, PLACES, None)]
     assert configs("--with", "prompt", "--method", "adalora")[1] == PromptConfig(4)
     run = parse_run(["--method", "prompt"])
     assert parse_run(["--method", "prefix"]).training.learning_rate != run.training.learning_rate

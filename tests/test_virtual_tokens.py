@@ -50,8 +50,8 @@ MODELS: dict[str, Callable[..., Any]] = {
     "llama": lambda **c: tiny_llama(**{"pad_token_id": 0} | c),
 }
 PLACES = ("encoder", "decoder", "cross")
-EACH = [PrefixConfig(3, places=place) for place in PLACES]
-ALL = PrefixConfig(3)
+EACH = [PrefixConfig(3, place, None) for place in PLACES]
+ALL = PrefixConfig(3, reparametrize=None)
 MLP = PrefixConfig(3, reparametrize=5)
 PROMPT = PromptConfig(3)
 

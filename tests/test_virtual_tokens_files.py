@@ -17,7 +17,7 @@ from minilora.methods import PrefixConfig, PromptConfig
 from .conftest import inputs, logits
 from .test_virtual_tokens import ALL, MODELS, PROMPT, difference, randomized, tuned
 
-DECODER = PrefixConfig(3, places="decoder")
+DECODER = PrefixConfig(3, "decoder", None)
 NAMES = sorted(MODELS)
 
 
@@ -87,7 +87,7 @@ def test_a_prefix_of_peft_is_read(name: str, tmp_path: Path) -> None:
     minilora.load_adapter(model, tmp_path)
     assert difference(outputs(theirs), outputs(model)) < 1e-4
     assert difference(outputs(model), outputs(MODELS[name]())) > 0.1
-    assert minilora.config_of(model) == PrefixConfig(3, "decoder", task_type=task(name))
+    assert minilora.config_of(model) == PrefixConfig(3, "decoder", None, task(name))
     minilora.save_adapter(model, tmp_path / "again")
     again = PeftModel.from_pretrained(MODELS[name](), tmp_path / "again" / "prefix").eval()
     assert difference(outputs(again), outputs(model)) < 1e-4

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as hooks
 
 from minilora.config import LoRAConfig, LoRAError, check
-from minilora.inject import injection_of, lora_layers
+from minilora.inject import Extra, injection_of, lora_layers
 from minilora.layer import LoRALinear
 
 
@@ -115,7 +115,7 @@ class AdaLoRALinear(LoRALinear):
         return self.lora_E * self.lora_A, self.lora_B
 
 
-class Allocation:
+class Allocation(Extra):
     """The optimizer's step of AdaLoRA: an `inject.Extra`, of which nobody has to call anything.
 
     A pair of hooks of torch reaches every step of every `torch.optim.Optimizer`. It is put in at
@@ -136,18 +136,11 @@ class Allocation:
     def __init__(self, model: nn.Module, config: LoRAConfig, _: Collection[str]) -> None:
         self.active = isinstance(config, AdaLoRAConfig)
 
-    def find(self, model: nn.Module) -> dict[str, Tensor]:
-        """Nothing trains outside the layers."""
-        return {}
-
     def start(self, model: nn.Module) -> None:
         """Follow the steps of optimizers."""
         if self.active:
             self.model, self.layers = model, list(lora_layers(model).values())
             follow(self)
-
-    def swap(self, model: nn.Module) -> None:
-        """Nothing to leave out."""
 
     def stop(self, model: nn.Module) -> None:
         """Follow no more."""

@@ -44,7 +44,7 @@ class PrefixConfig:
         length: m, the number of keys and values in front.
         places: of "encoder" (its self-attention), "decoder" (its self-attention) and "cross" (the
             decoder's attention to the encoder). A Llama has a "decoder" only.
-        reparametrize: width of the MLP's hidden layer; None trains P itself.
+        reparametrize: width of the MLP's hidden layer; None trains P itself, more slowly.
         task_type: PEFT's; inject takes it from the model.
 
     Raises:
@@ -57,7 +57,7 @@ class PrefixConfig:
 
     length: int = 20
     places: tuple[str, ...] = tuple(PLACES)
-    reparametrize: int | None = None
+    reparametrize: int | None = 512
     task_type: str | None = None
     folder: ClassVar[str] = "prefix"
 

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from minilora.config import LoRAConfig, LoRAError
 from minilora.conventions import embeddings
+from minilora.inject import Extra
 from minilora.modules import named_modules, others, owners
 from minilora.targets import trained_whole
 
@@ -17,7 +18,7 @@ ROWS = ".token_adapter.trainable_tokens_delta"
 """How PEFT ends the name of the rows. They are the rows themselves, though it says delta."""
 
 
-class TokenRows:
+class TokenRows(Extra):
     """E[rows] trains, the rest of the embeddings E (vocabulary, d) stays frozen: an `inject.Extra`.
 
     The rows are a parameter of their own, so that weight decay reaches no other row. Hooks put

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from minilora.config import LoRAConfig, LoRAError
+from minilora.inject import Extra
 from minilora.modules import named_modules
 
 MODELS = ("bart", "mbart", "t5", "llama")
@@ -42,7 +43,7 @@ def task_type(model: nn.Module, what: str) -> str:
     return ENCODER_DECODER if "encoder" in stacks(model, what) else DECODER
 
 
-class VirtualTokens:
+class VirtualTokens(Extra):
     """Virtual tokens in a model: the part of an `inject.Extra` that both methods share.
 
     Args:

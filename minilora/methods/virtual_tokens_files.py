@@ -78,7 +78,7 @@ def read_prefix(entries: Entries, tensors: Tensors) -> tuple[PrefixConfig, dict[
     m, d, heads = _counts(entries, "num_virtual_tokens", "token_dim", "num_attention_heads")
     own = entries["peft_type"] == OWN_TYPE
     places = entries.get("places", ()) if own else ("decoder",)
-    config = PrefixConfig(m, places, task_type=entries.get("task_type"))
+    config = PrefixConfig(m, places, None, entries.get("task_type"))  # of P the MLP is folded away
     if own:  # of how many layers, only a model can say
         ends = {place: tensors[place].shape[-1:].numel() for place in places if place in tensors}
         shapes = {place: (m, max(1, ends.get(place, 1) // (2 * d)) * 2 * d) for place in places}

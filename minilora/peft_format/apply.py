@@ -71,7 +71,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     write_adapter(adapter_of(model), directory)
 
 
-class SavePretrained:
+class SavePretrained(Extra):
     """`model.save_pretrained` writes the adapter: an `inject.Extra` in which nothing trains.
 
     Otherwise it would write the whole model under names that `from_pretrained` does not know, such
@@ -81,17 +81,10 @@ class SavePretrained:
     def __init__(self, model: nn.Module, *_: object) -> None:
         self.model = model
 
-    def find(self, model: nn.Module) -> dict[str, Tensor]:
-        """Nothing trains here."""
-        return {}
-
     def start(self, model: nn.Module) -> None:
         """Put it before the method of the class, in this model alone."""
         if hasattr(model, "save_pretrained"):
             model.save_pretrained = self.save  # type: ignore[assignment]
-
-    def swap(self, model: nn.Module) -> None:
-        """Nothing was trained."""
 
     def stop(self, model: nn.Module) -> None:
         """The method of the class again."""
@@ -191,8 +184,7 @@ def _fill(model: nn.Module, adapter: Adapter, config: LoRAConfig, inference: boo
 
 def _held(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors in a model, the model's own, by their keys on disk."""
-    injection = injection_of(model)
-    found = _extra_tensors(model, injection.extras) if injection is not None else {}
+    found = _extra_tensors(model, getattr(injection_of(model), "extras", ()))
     for module, layer in lora_layers(model).items():
         for name in keys.SUFFIXES.keys() & layer._parameters.keys():
             found[keys.PREFIX + module + keys.SUFFIXES[name]] = layer.get_parameter(name)

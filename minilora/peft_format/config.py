@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from minilora.config import ALL_LINEAR, ATTENTION, LoRAConfig, LoRAError, check_regex, matches_end
 from minilora.modules import naming
+from minilora.peft_format.keys import CONFIG_FILE
 
-CONFIG_FILE = "adapter_config.json"
 Pattern = dict[str, Any]
 
 # LoRAConfig's field -> PEFT's. A file without an entry means PEFT's default, given here.

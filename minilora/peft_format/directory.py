@@ -23,15 +23,9 @@ from minilora.files import write_directory
 from minilora.functional import scale
 from minilora.modules import naming
 from minilora.peft_format import keys
-from minilora.peft_format.config import (
-    CONFIG_FILE,
-    KINDS,
-    config_from_peft,
-    config_to_peft,
-    kind_of,
-)
+from minilora.peft_format.config import KINDS, config_from_peft, config_to_peft, kind_of
+from minilora.peft_format.keys import CONFIG_FILE, WEIGHTS_FILE
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -74,8 +68,7 @@ class Adapter:
             A, B = (parameters.get(name, torch.empty(0)) for name in ("lora_A", "lora_B"))
             out, in_ = B.shape[:1].numel(), A.shape[-1:].numel()
             expected |= keys.expected_of(self.config, module, out, in_)
-        held = {key: t for key, t in self.tensors.items() if not keys.is_beside(key)}
-        config = self.config
+        held, config = self.own, self.config
         some = config.bias != "none" or config.also_train or config.token_rows
         for name in self.extras:  # whether it is one of these, only a model can say
             if some or (name.endswith(".weight") and ".lora_" not in name):  # PEFT's embeddings
@@ -96,12 +89,15 @@ class Adapter:
         return keys.modules_of(self.tensors)
 
     @property
+    def own(self) -> dict[str, Tensor]:
+        """All tensors but those of a prompt or prefix."""
+        return {key: t for key, t in self.tensors.items() if not keys.is_beside(key)}
+
+    @property
     def extras(self) -> dict[str, Tensor]:
         """The biases and whole modules that trained too, by name on disk without the prefix."""
-        found = (k for k in self.tensors if not keys.OF_A_LAYER.fullmatch(k))
-        return {
-            k.removeprefix(keys.PREFIX): self.tensors[k] for k in found if not keys.is_beside(k)
-        }
+        found = {key: t for key, t in self.own.items() if not keys.OF_A_LAYER.fullmatch(key)}
+        return {key.removeprefix(keys.PREFIX): tensor for key, tensor in found.items()}
 
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of a module."""
@@ -203,8 +199,7 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     if adapter.modules:
         entries = config_to_peft(adapter.config, adapter.modules)
         entries["fan_in_fan_out"] = adapter.fan_in_fan_out
-        own = {key: t for key, t in adapter.tensors.items() if not keys.is_beside(key)}
-        parts[""] = kind_of(entries).write(entries, own)
+        parts[""] = kind_of(entries).write(entries, adapter.own)
     for folder in {"", *(f"{name}/" for name in keys.FOLDERS)} - parts.keys():
         if (directory / folder / WEIGHTS_FILE).exists():
             raise LoRAError(f"{directory / folder} holds another adapter: remove it first")

@@ -1,4 +1,4 @@
-"""The keys of an adapter's tensors: which are expected, and what is wrong with those held."""
+"""Names on disk: those of the files, and the tensors' keys, compared with what is expected."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minilora.config import LoRAConfig, LoRAError
 
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARAMETERS: dict[str, tuple[str, tuple[str, ...], str | None]] = {
     "lora_A": (".lora_A.weight", ("r", "in"), None),

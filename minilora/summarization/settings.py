@@ -6,6 +6,7 @@ defaults, and a run's `config.json` holds the values of all of them.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -249,10 +250,24 @@ class RunConfig:
             )
         if self.model.with_ != "none" and not adapts:
             raise UserError(f"--with is for LoRA, not --method {self.model.method}")
+        if self.model.with_ != "none" and self.adapter.adapter:
+            raise UserError(f"--adapter does not go with --with {self.model.with_}: leave one out")
         if self.training.compile and "prefix" in (self.model.method, self.model.with_):
             raise UserError("--compile does not go with a prefix: leave the flag out")
         if not 0 <= warmup < 1:
             raise UserError(f"--warmup is a share of the steps, from 0 to below 1, not {warmup}")
+
+
+def in_words(flat: Mapping[str, Any]) -> str:
+    """What trains, by the settings of a run: one of an earlier version may lack some."""
+    rank, tokens = flat.get("rank", "?"), f"of {flat.get('virtual_tokens', '?')} tokens"
+    words = {"lora": f"LoRA of rank {rank}", "qlora": f"QLoRA of rank {rank}"}
+    words |= {"adalora": f"AdaLoRA of mean rank {rank}", "full": "every parameter fine-tuned"}
+    words |= {"prompt": f"a prompt {tokens}", "prefix": f"a prefix {tokens}"}
+    beside = words.get(flat.get("with_", "none"))
+    return words.get(flat.get("method", "lora"), words["lora"]) + (
+        f" with {beside}" if beside else ""
+    )
 
 
 def spelt(name: str) -> str:

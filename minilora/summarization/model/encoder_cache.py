@@ -50,6 +50,7 @@ from .speed import uncompiled
 ROWS = 32  # dialogues at once; in another batch a state's last bits differ
 IN_MEMORY = 2**30  # bytes
 ON_DISK = 10 * 10**9  # bytes of all files together
+DECODER_ONLY = "name targets, and places of a prefix, in the decoder"
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors
 
 Source = tuple[int, ...]
@@ -128,7 +129,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
     for name, parameter in model.named_parameters():
         new = injection is not None and plain_name(name) not in injection.required_grad
         if (new or parameter.requires_grad) and id(parameter) not in allowed:
-            return f"{plain_name(name)} is not of the decoder only: name targets in the decoder"
+            return f"{plain_name(name)} is not of the decoder only: {DECODER_ONLY}"
     return None
 
 

@@ -45,10 +45,13 @@ def decided(given: dict[str, Any]) -> dict[str, Any]:
     name = given["adapter"]
     if not name:
         raise UserError("--adapter must not be empty: name a directory, a run or a hub name")
-    directory = adapter_directory(name)
+    directory = _directory(name)
     adapter = minilora.read_adapter(directory)
     if isinstance(adapter.config, AdaLoRAConfig):  # its budget was for another number of steps
         raise UserError(f"--adapter {name} is AdaLoRA: minilora.methods.as_lora makes LoRA of it")
+    if adapter.config.beside:
+        what = " and ".join(config.folder for config in adapter.config.beside)
+        raise UserError(f"--adapter {name} holds a {what}: a run starts from LoRA only")
     base, found = base_of(directory, adapter), _settings(adapter.config)
     if "model" not in base | given:
         raise UserError(f"--adapter {name} does not name its base model: say --model")
@@ -69,7 +72,7 @@ def start(run: RunConfig) -> Adapter | None:
     """The adapter of --adapter, with the dropout of the run."""
     if run.adapter.adapter is None:
         return None
-    adapter = minilora.read_adapter(adapter_directory(run.adapter.adapter))
+    adapter = minilora.read_adapter(_directory(run.adapter.adapter))
     return replace(adapter, config=replace(adapter.config, dropout=run.adapter.dropout))
 
 
@@ -87,6 +90,12 @@ def apply_start(model: PreTrainedModel, adapter: Adapter, name: str) -> list[str
     )
     notices = [f"--adapter {name}: the run starts from it, with {what}"]
     return notices + ([loaded.notice] if loaded.notice else [])
+
+
+def _directory(name: str) -> Path:
+    """Of an adapter, or of a run's."""
+    found = adapter_directory(name)
+    return inside if (inside := found / "adapter").is_dir() else found
 
 
 def _settings(config: LoRAConfig) -> dict[str, Any]:

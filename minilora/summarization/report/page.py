@@ -18,7 +18,7 @@ from minilora.files import write_file
 from ..errors import counted
 from ..evaluation.compare import Evaluation
 from ..presets import ASSETS
-from ..settings import GROUPS
+from ..settings import GROUPS, in_words
 from .figures import Table, duration, nonsense_table, score_table
 from .markup import escape, html_table
 from .page_charts import curves
@@ -71,15 +71,7 @@ def _hash(source: str) -> str:
 
 
 def _title(run: Run) -> str:
-    method, rank = run.config.get("method", "lora"), run.config.get("rank", "?")
-    how = {"full": "every parameter fine-tuned", "qlora": f"QLoRA of rank {rank}"}
-    how["adalora"] = f"AdaLoRA of mean rank {rank}"
-    tokens = f"of {run.config.get('virtual_tokens', '?')} tokens"
-    how |= {"prompt": f"a prompt {tokens}", "prefix": f"a prefix {tokens}"}
-    beside = run.config.get("with_", "none")
-    more = f" with {how[beside]}" if beside in how else ""
-    model = run.config.get("model", "pocket-bart")
-    return f"{model}, {how.get(method, f'LoRA of rank {rank}')}{more}"
+    return f"{run.config.get('model', 'pocket-bart')}, {in_words(run.config)}"
 
 
 def _lead(run: Run) -> str:

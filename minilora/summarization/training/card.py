@@ -11,12 +11,12 @@ from minilora.files import write_file
 
 from ..evaluation.rouge import METRICS
 from ..presets import local_path
-from ..settings import FILES, RunConfig
+from ..settings import FILES, RunConfig, in_words
 
 CARD = """---
-library_name: peft
+library_name: {library}
 pipeline_tag: summarization
-tags: [lora, minilora]
+tags: [{tags}, minilora]
 {hub}---
 
 # {base}, fine-tuned on {data}
@@ -25,20 +25,22 @@ tags: [lora, minilora]
 
 {scores}
 
-`ADAPTER` is the directory of this file; PEFT also takes its name on a hub:
+`ADAPTER` is the directory of this file{also}:
 
 ```python
 from transformers import AutoModelForSeq2SeqLM
 model = AutoModelForSeq2SeqLM.from_pretrained("{base}")
 
-from peft import PeftModel  # with PEFT
-model = PeftModel.from_pretrained(model, "ADAPTER")
-
-import minilora  # or with minilora
+{peft}import minilora  # with minilora
 minilora.load_adapter(model, "ADAPTER", inference=True)
 ```
 
 To share it, add a licence and what the summaries are for, then: `hf upload USER/NAME ADAPTER`
+"""
+
+PEFT = """from peft import PeftModel  # with PEFT, or else
+model = PeftModel.from_pretrained(model, "{directory}")
+
 """
 
 
@@ -62,16 +64,31 @@ def card(run: RunConfig, evaluation: Mapping[str, Any] | None) -> str:
     files = filter(None, (getattr(run.data, split) for split in FILES))
     base, *data = map(_shown, (run.model.model, *(list(files) or [run.data.data])))
     hub = [f"base_model: {base}\n", *(f"datasets: {name}\n" for name in data)]
-    how = f"LoRA of rank {run.adapter.rank} and alpha {run.adapter.alpha:g}."
-    if run.model.method == "qlora":
+    method, beside, directory = run.model.method, run.model.with_, _peft_directory(run)
+    virtual = [kind for kind in ("prompt", "prefix") if kind in (method, beside)]
+    lora = [] if method in virtual else ["lora"]
+    how = in_words(run.to_dict()) + (f", alpha {run.adapter.alpha:g}." if lora else ".")
+    if method == "qlora":
         how += " The base was in four bits: `minilora.quantize(model)` before the adapter."
     return CARD.format(
+        library="peft" if directory else "minilora",
+        tags=", ".join([*lora, *(f"{kind}-tuning" for kind in virtual)]),
+        also="; PEFT also takes its name on a hub" if directory == "ADAPTER" else "",
+        peft=PEFT.format(directory=directory) if directory else "",
         hub="".join(line for line in hub if "/" in line),
         base=base,
         data=", ".join(data),
-        how=how,
+        how=how[0].upper() + how[1:],
         scores=_scores(evaluation) if evaluation else "Not scored yet.",
     )
+
+
+def _peft_directory(run: RunConfig) -> str | None:
+    """What PEFT loads. It has no prefix outside the decoder, and no prompt or prefix beside LoRA."""
+    kind, places = run.model.method, set(run.virtual.prefix_places)
+    if run.model.with_ != "none" or (kind == "prefix" and places != {"decoder"}):
+        return None
+    return f"ADAPTER/{kind}" if kind in ("prompt", "prefix") else "ADAPTER"
 
 
 def _scores(evaluation: Mapping[str, Any]) -> str:

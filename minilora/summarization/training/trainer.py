@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import minilora
 from minilora import TrainingReport
+from minilora.inject import config_of
 from minilora.methods import AdaLoRAConfig
 
 from .. import processes
@@ -269,7 +270,7 @@ class Trainer:
 
     def settled(self, step: int) -> bool:
         """False as long as AdaLoRA has more ranks than its budget: such an adapter is not kept."""
-        config = minilora.config_of(self.session.model)
+        config = config_of(self.session.model)  # that of LoRA, whatever is beside it
         if not isinstance(config, AdaLoRAConfig):
             return True
         return step >= config.total_steps - config.final_steps
