@@ -74,6 +74,20 @@ def test_losses_of_50_steps_are_those_without_it(folder: Path, tmp_path: Path) -
     assert validations[0] == pytest.approx(validations[1], abs=1e-5)
 
 
+def test_a_prefix_in_the_decoder_learns_as_without_it(folder: Path, tmp_path: Path) -> None:
+    """Beside LoRA; the tolerance is that of the test above."""
+    places = ("--with", "prefix", "--prefix-places", "decoder", "cross", "--prefix-hidden", 8)
+    more = (*places, "--dropout", "0", "--cache-encoder")
+    for choice in ("on", "off"):
+        run = flags(folder, *more, choice, "--output", tmp_path / choice, model="calm")
+        assert train_main(run) == 0
+    with_it, without = losses(tmp_path / "on"), losses(tmp_path / "off")
+    assert without[0] - without[-1] > 0.02
+    assert max(abs(a - b) for a, b in zip(with_it, without, strict=True)) < 1e-5
+    texts = [json.loads((tmp_path / c / "evaluation.json").read_bytes()) for c in ("on", "off")]
+    assert texts[0] == texts[1]
+
+
 def test_training_and_validation_never_call_the_encoder(folder: Path, tmp_path: Path) -> None:
     session = open_session(parse_run(flags(folder, "--no-evaluate")))
     calls: list[int] = []
@@ -96,6 +110,9 @@ def test_it_is_said_and_the_states_are_kept_only_where_they_are_read_again(
     assert kept("--epochs", 1, "--cache-encoder", "on") == (True, True)
     assert kept("--cache-encoder", "off") == (False, False)
     assert kept("--targets", "attention") == (False, False)
+    assert kept("--with", "prompt") == (False, False)
+    assert kept("--method", "prefix") == (False, False)
+    assert kept("--method", "prefix", "--prefix-places", "decoder", "cross") == (True, True)
     assert capsys.readouterr() == ("", "")  # beside the header not a word
     again = ["--resume", str(whole), "--no-evaluate"]
     assert train_main(again) == 0
@@ -103,7 +120,17 @@ def test_it_is_said_and_the_states_are_kept_only_where_they_are_read_again(
     assert re.search(said, capsys.readouterr().out, re.M)
 
 
-@pytest.mark.parametrize("more", [("--method", "full"), ("--targets", "q_proj")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--method", "full"),
+        ("--targets", "q_proj"),
+        ("--method", "prompt"),
+        ("--method", "prefix"),
+        ("--with", "prompt"),
+        ("--with", "prefix", "--prefix-places", "encoder"),
+    ],
+)
 def test_on_is_refused_in_one_line_where_the_encoder_trains(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
 ) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import minilora
+from minilora.methods import PrefixConfig, PromptConfig
 from minilora.summarization.data.batches import encode
 from minilora.summarization.data.reading import Example
 from minilora.summarization.errors import UserError
@@ -142,21 +143,29 @@ def test_the_encoder_does_not_drop_out_and_no_random_number_is_drawn() -> None:
 # Where they can be kept ---------------------------------------------------------------------------
 
 
-OTHERS = {
+OTHERS: dict[str, Any] = {
     "an adapter in the encoder": {"targets": ("q_proj",)},
     "biases": {"targets": DECODER, "bias": "all"},
     "a module of the encoder": {"targets": DECODER, "also_train": ("encoder.layers.0.fc1",)},
     "token rows": {"targets": DECODER, "token_rows": (5, 6)},
 }
+BESIDE: dict[str, Any] = {
+    "a prompt": PromptConfig(3),
+    "a prefix": PrefixConfig(3, reparametrize=5),
+    "a prefix of the encoder": PrefixConfig(3, "encoder", None),
+}
+LORA = minilora.LoRAConfig(rank=3, targets=DECODER)
+CHANGING = {name: minilora.LoRAConfig(rank=3, **more) for name, more in OTHERS.items()}
+CHANGING |= BESIDE | {f"LoRA and {name}": [LORA, config] for name, config in BESIDE.items()}
 
 
 @pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize("what", CHANGING)
 def test_what_changes_the_encoder_is_refused(
     what: str, inference: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_bart()
-    minilora.inject(model, minilora.LoRAConfig(rank=3, **OTHERS[what]))
+    minilora.inject(model, CHANGING[what])
     base = kept(tiny_bart().requires_grad_(False))
     if inference:
         minilora.save_adapter(model, tmp_path)
@@ -176,6 +185,38 @@ def test_what_changes_the_encoder_is_refused(
         with pytest.raises(UserError, match=r"^--cache-encoder on: .* is not of the decoder only"):
             keep_states(model, SOURCES, None, "on")
     assert capsys.readouterr().err == ""  # auto: not a word
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("hidden", [None, 5])
+@pytest.mark.parametrize("places", ["decoder", "cross", ("decoder", "cross")])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prefix_in_the_decoder_leaves_the_states_as_they_are(
+    name: str, places: Any, hidden: int | None, inference: bool, tmp_path: Path
+) -> None:
+    """Beside LoRA in the decoder: the logits, and so do the texts, of a batch with padding."""
+    model = MODELS[name]()
+    ids = torch.tensor([[5, 6, 7, 1], [9, 8, 7, 6]])
+    more: Any = {"attention_mask": (ids != 1).long()}
+    start = {"decoder_input_ids": torch.tensor([[2, 5, 9]] * 2)}
+    with torch.no_grad():
+        base = model.eval()(input_ids=ids, **more, **start).logits
+    minilora.inject(model, [LORA, PrefixConfig(3, places, hidden)])
+    randomize_adapter(model)
+    if inference:
+        minilora.save_adapter(model, tmp_path)
+        minilora.load_adapter(model := MODELS[name](), tmp_path, inference=True)
+    states = kept(model, None, "on", sources=[[5, 6, 7], [9, 8, 7, 6]])
+    outputs = states.batch([[5, 6, 7], [9, 8, 7, 6]], CPU)
+    with torch.no_grad():
+        wanted = model(input_ids=ids, **more, **start).logits
+        logits = model(encoder_outputs=outputs, **more, **start).logits
+        # float32, in another batch: the same products in another order
+        torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+        assert (wanted - base).abs().max() > 0.1
+        how: Any = more | {"max_new_tokens": 6, "num_beams": 2, "do_sample": False}
+        texts = model.generate(input_ids=ids, **how), model.generate(encoder_outputs=outputs, **how)
+    assert torch.equal(*texts)
 
 
 def test_a_decoder_that_needs_more_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

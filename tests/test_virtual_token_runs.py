@@ -52,11 +52,11 @@ def files(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in found}
 
 
-def test_each_part_lies_in_its_directory(runs: dict[str, Path]) -> None:
+def test_each_part_lies_in_its_directory_and_the_card_above(runs: dict[str, Path]) -> None:
     both = ("adapter_config.json", "adapter_model.safetensors")
     for name, run in runs.items():
         part = "prompt" if "prompt" in name else "prefix"
-        expected = {f"adapter/{part}/{file}" for file in both}
+        expected = {f"adapter/{part}/{file}" for file in both} | {"adapter/README.md"}
         expected |= {f"adapter/{file}" for file in both if "lora" in name}
         assert set(files(run)) == expected
 

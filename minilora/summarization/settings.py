@@ -264,10 +264,8 @@ def in_words(flat: Mapping[str, Any]) -> str:
     words = {"lora": f"LoRA of rank {rank}", "qlora": f"QLoRA of rank {rank}"}
     words |= {"adalora": f"AdaLoRA of mean rank {rank}", "full": "every parameter fine-tuned"}
     words |= {"prompt": f"a prompt {tokens}", "prefix": f"a prefix {tokens}"}
-    beside = words.get(flat.get("with_", "none"))
-    return words.get(flat.get("method", "lora"), words["lora"]) + (
-        f" with {beside}" if beside else ""
-    )
+    what, beside = (words.get(flat.get(name, "")) for name in ("method", "with_"))
+    return (what or words["lora"]) + (f" with {beside}" if beside else "")
 
 
 def spelt(name: str) -> str:

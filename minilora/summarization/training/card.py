@@ -84,7 +84,7 @@ def card(run: RunConfig, evaluation: Mapping[str, Any] | None) -> str:
 
 
 def _peft_directory(run: RunConfig) -> str | None:
-    """What PEFT loads. It has no prefix outside the decoder, and no prompt or prefix beside LoRA."""
+    """What PEFT loads, if it can: no prefix outside the decoder, and nothing beside LoRA."""
     kind, places = run.model.method, set(run.virtual.prefix_places)
     if run.model.with_ != "none" or (kind == "prefix" and places != {"decoder"}):
         return None
