@@ -71,6 +71,55 @@ def test_the_code_of_the_card_loads_the_adapter_with_peft_and_with_minilora(
     assert not torch.equal(base, mine)
 
 
+METHODS: dict[str, tuple[list[str], str, str | None]] = {
+    # flags; what the card says; the directory that PEFT reads, or None
+    "adalora": (["--method", "adalora"], "AdaLoRA of mean rank 3, alpha 32.", ""),
+    "prompt": (["--method", "prompt"], "A prompt of 4 tokens.", "/prompt"),
+    "prefix": (["--method", "prefix"], "A prefix of 4 tokens.", None),
+    "prefix of the decoder": (
+        ["--method", "prefix", "--prefix-places", "decoder"],
+        "A prefix of 4 tokens.",
+        "/prefix",
+    ),
+    "LoRA and a prompt": (
+        ["--with", "prompt"],
+        "LoRA of rank 3 with a prompt of 4 tokens, alpha 32.",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_card_of_another_method_loads_it_with_peft_where_peft_can(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    flags, how, inside = METHODS[name]
+    argv = ["--model", folder / "bart", "--data", folder / "chats", "--output", tmp_path / "run"]
+    more = ["--rank", "3", "--virtual-tokens", "4", "--learning-rate", "0.1", "--no-evaluate"]
+    assert train_main([*map(str, argv), *SMALL, *more, *flags]) == 0
+    text = (tmp_path / "run/adapter/README.md").read_text()
+    assert f"\n\n{how}\n\n" in text
+    lora = "LoRA" in how
+    tags = [*(["lora"] if lora else []), *(f"{k}-tuning" for k in ("prompt", "prefix") if k in how)]
+    assert front(text)["tags"] == [*tags, "minilora"]
+    assert front(text)["library_name"] == ("minilora" if inside is None else "peft")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    start, *ways = code.replace('"ADAPTER', f'"{tmp_path}/run/adapter').split("\n\n")
+    assert len(ways) == (1 if inside is None else 2)
+    assert inside is None or f'run/adapter{inside}")' in ways[0]
+    monkeypatch.chdir(folder)
+    ids, outputs = torch.tensor([[0, 5, 6, 7, 2]]), []
+    for way in ("", *ways):
+        names: dict[str, Any] = {}
+        exec(f"{start}\n{way}", names)
+        with torch.no_grad():
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            outputs.append(names["model"].eval()(**inputs, decoder_input_ids=ids).logits)
+    base, *tuned = outputs
+    assert (tuned[0] - tuned[-1]).abs().max() < 1e-4  # float32; PEFT's order is another one
+    assert (tuned[-1] - base).abs().max() > 1e-2
+
+
 def test_a_run_that_is_resumed_ends_with_the_same_card(folder: Path) -> None:
     before = {path.name: path.read_bytes() for path in (folder / "run/adapter").iterdir()}
     assert before.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}

@@ -127,8 +127,9 @@ def test_the_ranks_are_those_of_the_budget(folder: Path, tmp_path: Path) -> None
     assert chosen[-3:] == [3 * len(layers)] * 3
 
 
+@pytest.mark.parametrize("beside", [[], ["--with", "prompt"]])
 def test_an_epoch_with_the_final_ranks_beats_a_better_one_without(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: list[str]
 ) -> None:
     """Else --rank would be exceeded in silence. Four epochs of four steps: final from step 11."""
     scores = iter([9.0, 8.0, 5.0, 4.0])
@@ -137,7 +138,7 @@ def test_an_epoch_with_the_final_ranks_beats_a_better_one_without(
         return {"loss": 1.0, **dict.fromkeys(("rouge1", "rouge2", "rougeL"), next(scores))}
 
     monkeypatch.setattr(trainer_module, "validate", validate)
-    more = [*METHODS["adalora"], "--epochs", "4", "--no-evaluate", "--no-report"]
+    more = [*METHODS["adalora"], *beside, "--epochs", "4", "--no-evaluate", "--no-report"]
     assert train_main(flags(folder, *more, "--output", tmp_path / "run")) == 0
     kept = read_report(tmp_path / "run")
     assert kept.best is not None

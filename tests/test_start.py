@@ -257,6 +257,8 @@ BAD_STARTS = {
     "data": (["--adapter", "data"], "data/adapter_config.json: no such file; an adapter direct"),
     "another model": (["--adapter", "other"], "the adapter does not fit the model"),
     "with --resume": (["--resume", "run", "--adapter", "peft"], "--adapter (was None, is 'peft')"),
+    "with a prompt": (["--adapter", "peft", "--with", "prompt"], "does not go with --with prompt"),
+    "a prompt": (["--adapter", "peft", "--method", "prompt"], "goes with --method lora or qlora"),
     "an empty name": (["--adapter", ""], "--adapter must not be empty"),
 }
 

@@ -95,6 +95,19 @@ def test_it_is_scored_again_as_at_its_end(
     assert any(one["base"] != one["finetuned"] for one in shown)
 
 
+@pytest.mark.parametrize("inside", ["", "adapter"])
+@pytest.mark.parametrize("name", METHODS)
+def test_no_run_starts_from_it(
+    folder: Path, runs: dict[str, Path], tmp_path: Path, capsys: Any, name: str, inside: str
+) -> None:
+    start = ["--adapter", str(runs[name] / inside), "--data", str(folder / "data")]
+    assert train_main([*start, "--output", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    part = "prompt" if "prompt" in name else "prefix"
+    assert line.endswith(f" holds a {part}: a run starts from LoRA only")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_it_is_inspected_and_not_merged(
     runs: dict[str, Path], tmp_path: Path, capsys: Any, name: str
