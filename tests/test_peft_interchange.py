@@ -477,8 +477,8 @@ def test_loftq_belongs_to_a_quantized_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "advice"),
     [
-        ("peft_type", "IA3", "LORA, ADALORA only: merge it into the base with PEFT"),
-        ("peft_type", "XLORA", "LORA, ADALORA only: merge it into the base with PEFT"),
+        ("peft_type", "IA3", "LORA, .*MINILORA_PREFIX only: merge it into the base with PEFT"),
+        ("peft_type", "XLORA", "LORA, .*MINILORA_PREFIX only: merge it into the base with PEFT"),
         (
             "alora_invocation_tokens",
             [1, 2],
