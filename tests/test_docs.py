@@ -129,7 +129,7 @@ def flags() -> set[str]:
     """Every flag of train.py, evaluate.py and the merge command."""
     from minilora import __main__
     from minilora.summarization.flags import evaluation_parser
-    from minilora.summarization.settings import GROUPS
+    from minilora.summarization.settings import GROUPS, spelt
 
     names = {field.name for kind in GROUPS.values() for field in fields(kind)}
     commands = __main__._parser()._subparsers
@@ -137,7 +137,7 @@ def flags() -> set[str]:
     merge = commands._group_actions[0].choices["merge"]  # type: ignore[index]
     parsers = (evaluation_parser(), merge)
     options = {option for parser in parsers for option in parser._option_string_actions}
-    return options | {f"--{name.replace('_', '-')}" for name in names} | {"--preset"}
+    return options | {spelt(name) for name in names} | {"--preset"}
 
 
 def test_the_readme_is_short_and_begins_with_code() -> None:

@@ -10,7 +10,7 @@ import pytest
 from minilora.summarization.errors import UserError
 from minilora.summarization.flags import parse_run
 from minilora.summarization.presets import LEARNING_RATES, PRESETS, embedded
-from minilora.summarization.settings import GROUPS, RunConfig
+from minilora.summarization.settings import GROUPS, RunConfig, spelt
 
 FIELDS = [(group, field) for group, kind in GROUPS.items() for field in fields(kind)]
 NAMES = [field.name for _, field in FIELDS]
@@ -25,6 +25,7 @@ def other_value(field: "Field[Any]") -> tuple[list[str], Any]:
         "layers": [0, 2],
         "rank_pattern": ["fc1=4"],
         "also_train": ["final_layer_norm"],
+        "prefix_places": ["decoder", "cross"],
         "learning_rate": 0.25,
         "warmup": 0.5,
         "max_length": 99,
@@ -34,13 +35,14 @@ def other_value(field: "Field[Any]") -> tuple[list[str], Any]:
     elif choices := get_args(field.type):
         value = next((c for c in choices if isinstance(c, str) and c != field.default), "x")
     elif field.type is bool:
-        return ([f"--{'no_' if field.default else ''}{field.name}"], not field.default)
+        no = "--no-" if field.default else "--"
+        return ([spelt(field.name).replace("--", no, 1)], not field.default)
     elif field.type in (int, float):
         value = field.type(field.default + 2)
     else:
         value = "elsewhere"
     typed = value if isinstance(value, list) else [value]
-    return ([f"--{field.name}", *map(str, typed)], value)
+    return ([spelt(field.name), *map(str, typed)], value)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -81,7 +83,7 @@ def test_every_field_is_a_flag_with_hyphens_and_underscores(
         typed, value = ["--resume", str(tmp_path)], str(tmp_path)
     else:
         typed, value = other_value(field)
-    for flag in {typed[0], "--" + typed[0][2:].replace("_", "-")}:
+    for flag in {typed[0], "--" + typed[0][2:].replace("-", "_")}:
         run = parse_run([flag, *typed[1:]])
         assert getattr(getattr(run, group), field.name) == value
         others = {k: v for k, v in run.to_dict().items() if k not in (field.name, "learning_rate")}
@@ -101,7 +103,7 @@ def test_help_groups_the_flags_and_explains_every_one(capsys: Any) -> None:
         assert f"\n{kind._argument_group_name}:" in text
     flat = " ".join(text.split())
     for _, field in FIELDS:
-        assert f"--{field.name.replace('_', '-')}" in flat
+        assert spelt(field.name) in flat
         assert " ".join(field.metadata["help"].split()[:3]) in flat
 
 
