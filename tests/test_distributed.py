@@ -659,3 +659,37 @@ def test_what_one_finds_out_all_know(tmp_path: Path) -> None:
         return 0
 
     assert forked(3, work, tmp_path) == [0, 0, 0], [p.read_text() for p in tmp_path.iterdir()]
+
+
+THREADS_AT_THE_END = """
+import os, torch
+from minilora.summarization import processes
+
+def threads():
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    return [name for name in names if "gloo" in name]
+
+def train():
+    linear = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    linear(torch.ones(1, 2)).sum().backward()
+
+with processes.join():
+    train()
+    assert threads()
+assert not threads(), threads()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_thread_of_gloo_is_left_at_the_end() -> None:
+    """One that frees a tensor while the interpreter ends aborts the process (SIGABRT), rarely.
+
+    A new interpreter: what the processes of this file have imported already hides the fault.
+    """
+    job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": meeting_point()}
+    job |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    command = [sys.executable, "-c", THREADS_AT_THE_END]
+    done = subprocess.run(command, env=os.environ | job, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -198,6 +198,10 @@ def join() -> Iterator[None]:
     if not (dist.is_available() and all(name in os.environ for name in ENVIRONMENT)):
         yield
         return
+    # Imported after init_process_group, as DDP does, it keeps the group as a default argument. Then
+    # gloo's threads outlive the group, and one that frees a tensor at exit aborts the process.
+    import torch.distributed.nn
+
     store, number, count = next(iter(rendezvous("env://", timeout=PATIENCE)))
     # Counts and messages travel between CPUs, gradients between GPUs.
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
