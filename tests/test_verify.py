@@ -12,6 +12,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 import minilora
 from minilora import LoRAConfig, TrainingReport, verify_training
 from minilora.verify import checksum
+from tests.marks import slow_but
 
 LISTS = ("not_in_optimizer", "no_gradient", "not_moved", "base_changed")
 
@@ -283,10 +284,10 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
           torch.bool, torch.float8_e4m3fn, torch.complex128)  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", slow_but((torch.bfloat16,), DTYPES), ids=str)
 def test_a_checksum_sees_one_bit_anywhere_and_two_that_change_places(dtype: torch.dtype) -> None:
     bits = torch.randint(0, 2, (3, 16), dtype=torch.uint8)
-    tensor = bits.bool() if dtype == torch.bool else bits.repeat(1, 16).view(dtype)
+    tensor = bits.bool() if dtype == torch.bool else bits.repeat(1, 4).view(dtype)
     before, width = checksum(tensor), tensor.view(torch.uint8).shape[1]
     for row, column, bit in itertools.product(range(3), range(width), range(8)):
         if dtype == torch.bool and bit:
