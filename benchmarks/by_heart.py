@@ -51,11 +51,14 @@ def configuration(method: str, length: int, hidden: int | None) -> object:
 @torch.no_grad()
 def loss_of(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> float:
     """The mean loss of a target token, without dropout."""
-    model.eval()
     tokens = [int((batch["labels"] >= 0).sum()) for batch in data]
     losses = [float(model(**batch).loss) * n for batch, n in zip(data, tokens, strict=True)]
-    model.train()
     return sum(losses) / sum(tokens)
+
+
+def risen(step: int, steps: int) -> float:
+    """The share of the rate in a step: it rises over a tenth of the steps, then falls to zero."""
+    return min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps), 1.0)
 
 
 def learn(
@@ -63,12 +66,13 @@ def learn(
 ) -> dict[str, object]:
     """Train on the chats with AdamW at a rate that falls linearly; the losses before and after."""
     model = AutoModelForSeq2SeqLM.from_pretrained(ASSETS / "pocket-bart", dtype=torch.float32)
+    model.eval()  # no dropout in training either: nothing is held out
     torch.manual_seed(seed)
     data = batches()
     base = loss_of(model, data)
     report = minilora.inject(model, configuration(method, length, hidden), seed=seed)
     optimizer = torch.optim.AdamW(minilora.trainable_parameters(model), lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: risen(step, steps))
     start, began = loss_of(model, data), time.perf_counter()
     for step in range(steps):
         optimizer.zero_grad()

@@ -315,6 +315,33 @@ def test_full_fine_tuning_as_well(folder: Path) -> None:
     assert set(by_step(two, "sent_bytes")) == {4 * trainable}
 
 
+@pytest.mark.parametrize(
+    "method",
+    slow_but(
+        ["--method prefix --prefix-hidden 0"],
+        ["--method prefix --prefix-hidden 0", "--method prefix --prefix-hidden 8",
+         "--method prompt", "--with prefix", "--with prompt"],
+    ),
+)  # fmt: skip
+def test_prompts_and_prefixes_as_well(folder: Path, tmp_path: Path, method: str) -> None:
+    """The joint batch's losses to 1e-5; weights as for LoRA: float32 sums in another order."""
+    rate = "0.1" if "hidden 0" in method or "prompt" in method else "0.01"
+    argv = flags(folder, "--virtual-tokens", 3, "--no-evaluate", *method.split(), data="short")
+    argv += ["--learning-rate", rate, "--epochs", "4"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train_main([*argv, "--output", str(one)]) == 0
+    assert train(2, argv, two, counting) == [0, 0], printed(two)
+    assert by_step(two) == pytest.approx(by_step(one), abs=1e-5)
+    assert by_step(one)[0] - by_step(one)[-1] > 0.1
+    assert set(by_step(two, "sent_bytes")) == {4 * records(two)[0]["trainable"]}
+    files = sorted((one / "adapter").rglob("*.safetensors"))
+    assert len(files) == 1 + ("--with" in method)
+    for file in files:
+        theirs = load_file(two / file.relative_to(one))
+        for name, tensor in load_file(file).items():
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_adalora_chooses_the_same_ranks_in_every_process(folder: Path) -> None:
     """Each by itself, from gradients that are the same bits in all."""
