@@ -1,0 +1,129 @@
+"""One run of the study of methods: train, and measure what was learnt and what was forgotten.
+
+`methods.py` starts it in a process of its own, with the job as JSON; it prints its result as JSON.
+
+    learnt       validation loss and test ROUGE after the last step: no epoch is chosen
+    forgotten    the loss on held-out chats and prose of the pre-training, infilled as there
+
+What was forgotten is known of pocket-bart only, since its pre-training texts are at hand.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import ROOT
+from pocket import METRICS, minutes
+
+import minilora
+from minilora.inject import lora_layers
+from minilora.summarization.errors import UserError
+from minilora.summarization.evaluation.generate import summarize
+from minilora.summarization.evaluation.rouge import rouge
+from minilora.summarization.flags import parse_run
+from minilora.summarization.training.session import Session, open_session
+from minilora.summarization.training.trainer import fit
+from minilora.summarization.training.validation import validate
+
+POCKET_BART = Path(minilora.__file__).parent / "summarization" / "assets" / "pocket-bart"
+TASKS = {"chat": 96, "prose": 64}  # held-out examples, as pretraining/train.py evaluates them
+LONGEST = 448  # tokens of their source and target: virtual tokens take positions
+
+
+def flags_of(job: dict[str, Any]) -> list[str]:
+    """What train.py is told."""
+    flags = [*job["flags"], "--seed", str(job["seed"]), "--data", job["data"], "--beams", "1"]
+    flags += ["--epochs", str(job["epochs"]), "--max-steps", str(job["steps"]), "--no-evaluate"]
+    flags += ["--precision", "fp32", "--validation-limit", "1"]  # the loss is of all of them
+    return flags if job["rate"] is None else [*flags, "--learning-rate", str(job["rate"])]
+
+
+def forgotten(model: torch.nn.Module, data: Path, limit: int) -> dict[str, float]:
+    """Nats per target token of each task on held-out texts of the pre-training."""
+    sys.path.insert(0, str(ROOT / "pretraining"))  # its scripts import each other by bare names
+    from model import evaluate
+    from tokenizers import Tokenizer
+
+    from examples import STAGES, Source, chunks, collate
+
+    held = Source(data, "heldout", Tokenizer.from_file(str(POCKET_BART / "tokenizer.json")))
+    sets = {}
+    for task, count in TASKS.items():
+        rng = np.random.default_rng(1)
+        drawn = [held.example(task, STAGES[-1], rng) for _ in range(min(count, limit or count))]
+        short = [pair for pair in drawn if max(map(len, pair)) <= LONGEST]
+        sets[task] = [collate(part) for part in chunks(short, 4_000)]
+    losses = evaluate(model, sets, "cpu", "fp32", wrong=False)
+    return {task: losses[f"{task}_right"] for task in TASKS}
+
+
+def learnt(session: Session, limit: int) -> dict[str, Any]:
+    """ROUGE of the summaries of the test split, dialogue by dialogue."""
+    test = session.splits["test"]
+    some, how = test.encoded[: limit or len(test)], session.run.generation
+    model, tokenizer = session.model.eval(), session.tokenizer
+    texts = [s.text for s in summarize(model, tokenizer, some, how, session.autocast_dtype)]
+    rows = rouge(texts, [example.references for example in test.examples[: len(texts)]])
+    return {metric: [round(row[metric], 2) for row in rows] for metric in METRICS}
+
+
+def ranks(model: torch.nn.Module) -> dict[str, int]:
+    """AdaLoRA's ranks by module."""
+    layers = {name: getattr(layer, "lora_E", None) for name, layer in lora_layers(model).items()}
+    return {name: int(E.count_nonzero()) for name, E in layers.items() if E is not None}
+
+
+def stored(session: Session) -> int:
+    """How many numbers the adapter's files hold: a prefix trains through a larger MLP."""
+    if session.run.model.method == "full":
+        return session.report.trainable
+    with tempfile.TemporaryDirectory() as folder:
+        minilora.save_adapter(session.model, folder)
+        from safetensors.torch import load_file
+
+        files = Path(folder).rglob("*.safetensors")
+        return sum(tensor.numel() for file in files for tensor in load_file(file).values())
+
+
+def work(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The result of one run; after a loss that is not finite there is none."""
+    base = job["rate"] is None
+    run = parse_run([*flags_of(job), "--output", str(folder)])
+    run.output.evaluate = not job["search"]  # reads the test split
+    session = open_session(run)
+    result: dict[str, Any] = {}
+    if base:
+        minilora.unload(session.model)
+        result["validation_loss"] = validate(session)["loss"]
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            outcome = fit(session, folder)
+        except UserError as error:
+            if "lower --learning-rate" not in str(error):
+                raise
+            return {"validation_loss": None, "failed": str(error)}
+        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        result["validation_loss"] = [r["loss"] for r in records if r["kind"] == "validation"][-1]
+        result |= {"trainable": session.report.trainable, "stored": stored(session)}
+        result |= {"minutes": minutes(records), "peak_gib": outcome.peak_bytes / 2**30}
+        if found := ranks(session.model):
+            result["ranks"] = found
+    if not job["search"]:
+        result["scores"] = learnt(session, job["limit"])
+        if job["pretraining_data"]:
+            where = Path(job["pretraining_data"])
+            result["forgotten"] = forgotten(session.model, where, job["limit"])
+    return result
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    with tempfile.TemporaryDirectory(dir=given["work"]) as temporary:
+        answer = work(given, Path(temporary) / "run")
+    Path(given["answer"]).write_text(json.dumps(answer))
