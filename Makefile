@@ -39,6 +39,7 @@ docs-check: .venv/development  ## run the commands and the Python of README and 
 	$(BIN)/python docs/reading.py --check
 	$(BIN)/python docs/record.py --check
 	$(BIN)/python benchmarks/tables.py --check
+	$(BIN)/python benchmarks/methods_page.py --check
 
 api: .venv/development  ## the API reference from the docstrings: build/api/index.html
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[api]"

@@ -48,7 +48,7 @@ METHODS: dict[str, tuple[list[str], float]] = {
     "LoRA r 64, q/v": (["--rank", "64", *QV], 4e-3),
     "rsLoRA r 64, q/v": (["--rank", "64", "--rslora", *QV], 1e-3),
 }  # fmt: skip
-"""Flags of train.py, and the middle of the rates: those that smaller studies chose (docs/log.md)."""
+"""Flags of train.py, and the middle of the rates, from smaller studies (docs/log.md)."""
 BASE = "pocket-bart as it ships"
 
 

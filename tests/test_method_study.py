@@ -1,0 +1,260 @@
+"""The study of methods: which runs it makes, how it resumes, its verdicts and its page.
+
+The runs are made up here, but for one. Their losses are known, so the verdicts are too.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rouge_score")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Any:
+    """The scripts, which import each other by bare names."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import methods
+    import methods_claims
+    import methods_page
+
+    yield argparse.Namespace(study=methods, claims=methods_claims, page=methods_page)
+    sys.path.remove(str(ROOT / "benchmarks"))
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "benchmarks")):
+            del sys.modules[name]
+
+
+SETTING = {"weights": "0" * 64, "data": "minichat", "epochs": 3, "steps": 9, "limit": 4}
+TRUTH = {  # the best rate by its power of two from the middle, the loss there, what is forgotten
+    "LoRA r 8, q/v": (1, 2.00, 0.10), "full fine-tuning": (0, 1.90, 0.50),
+    "LoRA r 2, all-linear": (0, 1.95, 0.10), "DoRA r 8, q/v": (0, 2.00, 0.1),
+    "PiSSA r 8, q/v": (0, 2.001, 0.1), "LoRA+ r 8, q/v": (-3, 2.002, 0.1),
+    "AdaLoRA r 8, q/v": (0, 2.05, 0.1), "prefix of 16": (0, 2.1, 0.0),
+    "prompt of 50": (4, 2.9, 0.0), "LoRA r 4 with a prefix of 8": (0, 2.0, 0.1),
+    "LoRA r 64, q/v": (0, 2.0, 0.1), "rsLoRA r 64, q/v": (0, 1.99, 0.1),
+}  # fmt: skip
+
+
+def made_up(study: Any, job: Any) -> dict[str, Any]:
+    """A parabola over the logarithm of the rate, shifted a little by the seed."""
+    scores = {m: [40.0, 50.0, 30.0 + job.seed, 20.0] for m in ("rouge1", "rouge2", "rougeL")}
+    if job.rate is None:
+        return {"validation_loss": 3.0, "scores": scores, "forgotten": {"chat": 1.0, "prose": 2.0}}
+    power = math.log2(job.rate / study.METHODS[job.method][1])
+    place, loss, lost = TRUTH[job.method]
+    if power - place > 2.5:
+        return {"validation_loss": None, "failed": "lower --learning-rate"}
+    result = {"validation_loss": loss + 0.1 * (power - place) ** 2 + 0.01 * job.seed}
+    result |= {"trainable": 1000, "stored": 900, "minutes": 1.0, "peak_gib": 0.5}
+    if "AdaLoRA" in job.method:
+        result["ranks"] = {f"layer{i}": i + job.seed % 2 * (i == 0) for i in range(5)}
+    if job.search:
+        return result | {"validation_loss": result["validation_loss"] + 0.5}
+    more = lost + 0.001 * job.seed
+    return result | {"scores": scores, "forgotten": {"chat": 1 + more, "prose": 2 + more}}
+
+
+@pytest.fixture(scope="module")
+def plan(scripts: Any) -> Any:
+    return scripts.study.Plan(list(TRUTH), [0, 1, 2], 5, 3)
+
+
+def conduct(scripts: Any, plan: Any, work: Path, minutes: float = 60) -> tuple[Any, list[Any]]:
+    """The study with made-up runs; what is done, and which jobs were started."""
+    started: list[Any] = []
+
+    def run(job: Any, *_: Any) -> dict[str, Any]:
+        started.append(job)
+        return made_up(scripts.study, job)
+
+    options = argparse.Namespace(work=work, minutes=minutes, processes=2, pretraining_data="")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(scripts.study, "run", run)
+        return scripts.study.study(plan, SETTING, options), started
+
+
+@pytest.fixture(scope="module")
+def result(scripts: Any, plan: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    done, _ = conduct(scripts, plan, tmp_path_factory.mktemp("work"))
+    study = scripts.study
+    base = done[study.Job(study.BASE, None, 0, False)]
+    rows = study.collected(plan, done)
+    more = {"seeds": [0, 1, 2], "search_steps": 3, "left_out": []}
+    return json.loads(json.dumps({**SETTING, **more, "base": base, "methods": rows}))
+
+
+def test_every_method_is_in_the_study(scripts: Any) -> None:
+    assert list(TRUTH) == list(scripts.study.METHODS)
+    assert {name for claim in scripts.claims.CLAIMS for name in claim.names} <= set(TRUTH)
+
+
+def test_searches_come_first_then_seeds_then_neighbours(
+    scripts: Any, plan: Any, tmp_path: Path
+) -> None:
+    done, started = conduct(scripts, plan, tmp_path)
+    assert len(started) == len(set(started)) == len(done)
+    assert started[0].rate is None
+    kinds = ["search" if job.search else "all" for job in started[1:]]
+    assert kinds.index("all") == kinds.count("search")  # but for the last to finish
+    best = {name: scripts.study.METHODS[name][1] * 2.0 ** TRUTH[name][0] for name in TRUTH}
+    for name, rate in best.items():
+        jobs = [job for job in started if job.method == name]
+        searched = sorted(job.rate for job in jobs if job.search)
+        assert len(searched) == 5 + max(0, abs(TRUTH[name][0]) - 1)
+        assert searched[0] < rate < searched[-1]
+        full = sorted((job.rate, job.seed) for job in jobs if not job.search)
+        near = [scripts.study.shifted(rate, factor) for factor in (0.5, 1, 2)]
+        assert full == [(r, seed) for r in near for seed in (0, 1, 2)]
+    places = [started.index(job) for job in started if job.rate and not job.search]
+    own = [started[i].rate == pytest.approx(best[started[i].method], rel=1e-2) for i in places]
+    assert own == sorted(own, reverse=True)
+
+
+def test_it_goes_on_where_it_was_stopped(scripts: Any, plan: Any, tmp_path: Path) -> None:
+    """A line that was cut off is run again; one of other weights does not count."""
+    done, _ = conduct(scripts, plan, tmp_path)
+    path = tmp_path / "runs.jsonl"
+    lines = path.read_text().splitlines()
+    other = json.loads(lines[3])
+    other["setting"]["weights"] = "1" * 64
+    path.write_text("\n".join([*lines[:3], json.dumps(other), *lines[4:-1], lines[-1][:40]]) + "\n")
+    again, started = conduct(scripts, plan, tmp_path)
+    assert again == done
+    assert {job.method for job in started} == {
+        json.loads(lines[i])["job"]["method"] for i in (3, -1)
+    }
+    assert len(started) == 2
+    assert conduct(scripts, plan, tmp_path)[1] == []
+
+
+def test_when_the_minutes_are_over_nothing_starts(scripts: Any, plan: Any, tmp_path: Path) -> None:
+    done, started = conduct(scripts, plan, tmp_path, minutes=0)
+    assert done == {}
+    assert started == []
+    assert len(list(plan.wanted(done))) == 1 + 5 * len(TRUTH)
+
+
+EXPECTED = {
+    "LoRA is no worse": "does not hold",
+    "LoRA's best rate": "does not hold",  # 8e-3 / 2.5e-4 = 32
+    "LoRA in all layers": "holds",
+    "DoRA, PiSSA and LoRA+": "holds",
+    "LoRA learns less": "holds",
+    "PiSSA wants": "holds",
+    "rsLoRA is better": "holds",
+    "LoRA+ is better": "does not hold",
+    "AdaLoRA moves": "does not hold",
+}
+
+
+def test_the_verdicts_are_those_of_the_made_up_losses(scripts: Any, result: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in result["methods"]}
+    found = {claim.text: claim.verdict(rows)[0] for claim in scripts.claims.CLAIMS}
+    assert len(found) == len(EXPECTED)
+    for start, verdict in EXPECTED.items():
+        (said,) = [v for text, v in found.items() if text.startswith(start)]
+        assert said == verdict, start
+    del rows["full fine-tuning"]
+    assert scripts.claims.CLAIMS[0].verdict(rows) == ("not measured", "")
+
+
+@pytest.mark.parametrize(
+    ("values", "below", "alike"),
+    [
+        ([-0.1, -0.11, -0.12], "holds", "does not hold"),
+        ([0.1, 0.11, 0.12], "does not hold", "does not hold"),
+        ([-0.1, 0.0, 0.1], "cannot tell", "cannot tell"),
+        ([0.001, 0.0, -0.001], "cannot tell", "holds"),
+        ([-0.1], "cannot tell", "cannot tell"),  # a single seed says nothing
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(
+    scripts: Any, values: list[float], below: str, alike: str
+) -> None:
+    claims = scripts.claims
+    found = claims.interval(values)
+    assert claims.below(found, 0) == below
+    assert claims.within(found, -claims.MARGIN, claims.MARGIN) == alike
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4])
+def test_the_interval_is_student_s(scripts: Any, degrees: int) -> None:
+    """Of 95%: the density, integrated up to the quantile in small steps, gives 0.475."""
+    n, end = degrees, scripts.claims.STUDENT[degrees]
+    scale = math.gamma((n + 1) / 2) / math.sqrt(n * math.pi) / math.gamma(n / 2)
+    steps = 20_000
+    middles = [(i + 0.5) * end / steps for i in range(steps)]
+    area = sum(scale * (1 + x * x / n) ** (-(n + 1) / 2) for x in middles) * end / steps
+    assert area == pytest.approx(0.475, abs=1e-4)
+    values = [float(i * i) for i in range(n + 1)]
+    mean = sum(values) / (n + 1)
+    error = math.sqrt(sum((x - mean) ** 2 for x in values) / n / (n + 1))
+    assert scripts.claims.interval(values) == pytest.approx(
+        (mean, mean - end * error, mean + end * error)
+    )
+
+
+def test_the_page_says_what_the_result_says(
+    scripts: Any, result: dict[str, Any], tmp_path: Path
+) -> None:
+    """And README; a page that differs is told, and without a result both are silent."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "docs").mkdir()
+    readme, file = tmp_path / "README.md", tmp_path / "methods.json"
+    readme.write_text("# A\n\n<!-- study -->\n<!-- end -->\n\nB\n")
+    main, docs = scripts.page.main, tmp_path / "docs" / "methods.md"
+    assert main(tmp_path, file, check=True) == 0  # no result, no page
+    file.write_text(json.dumps(result))
+    assert main(tmp_path, file, check=True) == 1
+    assert main(tmp_path, file, check=False) == 0
+    assert main(tmp_path, file, check=True) == 0
+    text, block = docs.read_text(), readme.read_text()
+    assert (
+        "| LoRA r 8, q/v | 1,000 | 900 | 5, 0.001 to 0.016 | 0.008 | 3 | 2.010 [1.985, 2.035] |"
+        in text
+    )
+    assert text.count("| holds |") + text.count("| does not hold |") == len(EXPECTED)
+    assert "0.101 [0.099, 0.103]" in text  # forgotten
+    assert block.count("\n") == 6 + 5
+    assert "full fine-tuning 1.910" in block
+    for name in ("methods-rates.svg", "methods-forgetting.svg"):
+        assert (tmp_path / "docs" / name).read_text().startswith("<?xml")
+    docs.write_text(text.replace("2.010", "2.009"))
+    assert main(tmp_path, file, check=True) == 1
+    file.unlink()
+    assert main(tmp_path, file, check=False) == 0
+    assert not docs.exists()
+    assert readme.read_text() == "# A\n\n<!-- study -->\n<!-- end -->\n\nB\n"
+
+
+def test_the_repository_s_page_is_that_of_its_result(scripts: Any) -> None:
+    """Of the weights that the package holds."""
+    page = scripts.page
+    assert page.main(ROOT, page.RESULT, check=True) == 0
+    if page.RESULT.exists():
+        weights = hashlib.sha256(scripts.study.WEIGHTS.read_bytes()).hexdigest()
+        assert json.loads(page.RESULT.read_text())["weights"] == weights
+
+
+@pytest.mark.slow
+def test_a_run_measures_what_it_should(scripts: Any, tmp_path: Path) -> None:
+    study = scripts.study
+    setting = SETTING | {"steps": 3, "limit": 2}
+    name = "AdaLoRA r 8, q/v"
+    found = study.run(study.Job(name, 3.2e-2, 1, False), setting, tmp_path, None)
+    assert 1 < found["validation_loss"] < 6
+    assert {len(scores) for scores in found["scores"].values()} == {2}
+    assert sum(found["ranks"].values()) == 8 * 22
+    assert found["stored"] < found["trainable"]  # pruned
+    assert found["peak_gib"] > 0.1
+    assert "forgotten" not in found
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".txt"]  # no weights are left
