@@ -320,12 +320,12 @@ def test_full_fine_tuning_as_well(folder: Path) -> None:
     slow_but(
         ["--method prefix --prefix-hidden 0"],
         ["--method prefix --prefix-hidden 0", "--method prefix --prefix-hidden 8",
-         "--method prompt", "--with prefix", "--with prompt"],
+         "--method prompt", "--with prefix --prefix-hidden 0", "--with prompt"],
     ),
 )  # fmt: skip
 def test_prompts_and_prefixes_as_well(folder: Path, tmp_path: Path, method: str) -> None:
     """The joint batch's losses to 1e-5; weights as for LoRA: float32 sums in another order."""
-    rate = "0.1" if "hidden 0" in method or "prompt" in method else "0.01"
+    rate = "0.01" if "hidden 8" in method else "0.02" if "--with" in method else "0.1"
     argv = flags(folder, "--virtual-tokens", 3, "--no-evaluate", *method.split(), data="short")
     argv += ["--learning-rate", rate, "--epochs", "4"]
     one, two = tmp_path / "one", tmp_path / "two"

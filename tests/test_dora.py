@@ -179,6 +179,12 @@ def test_the_norm_is_a_constant_in_the_gradient() -> None:
         assert torch.allclose(left, right, rtol=1e-10)
         assert right.abs().max() > 0.1
 
+    def fixed(A: Tensor, B: Tensor, magnitude: Tensor, x: Tensor) -> Tensor:
+        v_ = layer.base.weight + layer.scale * B @ A
+        return nn.functional.linear(x, (magnitude / v.norm(dim=1).detach())[:, None] * v_)
+
+    assert torch.autograd.gradcheck(fixed, wanted)  # finite differences
+
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_dropout_is_pefts(kind: str) -> None:
