@@ -41,6 +41,9 @@ METHODS: dict[str, tuple[list[str], float]] = {
     "LoRA+ r 8, q/v": (["--rank", "8", "--lora-plus-ratio", "16", *QV], 1e-3),
     "AdaLoRA r 8, q/v": (["--method", "adalora", "--rank", "8", *QV], 3.2e-2),
     "prefix of 16": (["--method", "prefix", "--virtual-tokens", "16"], 3e-3),
+    "prefix of 16, no MLP": (
+        ["--method", "prefix", "--virtual-tokens", "16", "--prefix-hidden", "0"], 0.1,
+    ),
     "prompt of 50": (["--method", "prompt", "--virtual-tokens", "50"], 0.2),
     "LoRA r 4 with a prefix of 8": (
         ["--rank", "4", *QV, "--with", "prefix", "--virtual-tokens", "8"], 2e-3,

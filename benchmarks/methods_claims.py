@@ -28,6 +28,7 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5% quantiles by degree
 QV, FULL, ALL = "LoRA r 8, q/v", "full fine-tuning", "LoRA r 2, all-linear"
 PISSA, PLUS, DORA, ADALORA = "PiSSA r 8, q/v", "LoRA+ r 8, q/v", "DoRA r 8, q/v", "AdaLoRA r 8, q/v"
 HIGH, RS = "LoRA r 64, q/v", "rsLoRA r 64, q/v"
+MLP, PLAIN = "prefix of 16", "prefix of 16, no MLP"
 
 
 def interval(values: list[float]) -> Interval:
@@ -204,4 +205,6 @@ CLAIMS = [
     Claim("LoRA+ is better than LoRA", "Hayou et al. 2024", (PLUS, QV), better),
     Claim("AdaLoRA moves ranks to where they are needed: better than LoRA, and seeds agree on them",
           "Zhang et al. 2023", (ADALORA, QV), moves_ranks),
+    Claim("A prefix that trains through an MLP is better than one without", "Li and Liang 2021",
+          (MLP, PLAIN), better),
 ]  # fmt: skip

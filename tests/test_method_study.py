@@ -38,7 +38,7 @@ TRUTH = {  # the best rate by its power of two from the middle, the loss there, 
     "LoRA r 8, q/v": (1, 2.00, 0.10), "full fine-tuning": (0, 1.90, 0.50),
     "LoRA r 2, all-linear": (0, 1.95, 0.10), "DoRA r 8, q/v": (0, 2.00, 0.1),
     "PiSSA r 8, q/v": (0, 2.001, 0.1), "LoRA+ r 8, q/v": (-3, 2.002, 0.1),
-    "AdaLoRA r 8, q/v": (0, 2.05, 0.1), "prefix of 16": (0, 2.1, 0.0),
+    "AdaLoRA r 8, q/v": (0, 2.05, 0.1), "prefix of 16": (0, 2.1, 0.0), "prefix of 16, no MLP": (0, 2.2, 0.0),
     "prompt of 50": (4, 2.9, 0.0), "LoRA r 4 with a prefix of 8": (0, 2.0, 0.1),
     "LoRA r 64, q/v": (0, 2.0, 0.1), "rsLoRA r 64, q/v": (0, 1.99, 0.1),
 }  # fmt: skip
@@ -153,6 +153,7 @@ EXPECTED = {
     "rsLoRA is better": "holds",
     "LoRA+ is better": "does not hold",
     "AdaLoRA moves": "does not hold",
+    "A prefix that trains": "holds",
 }
 
 

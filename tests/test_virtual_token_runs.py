@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PegasusConfig, PegasusForConditionalGeneration
 
 import minilora
 from minilora.__main__ import main
@@ -15,7 +16,7 @@ from minilora.methods.prefix_tuning import PLACES
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.flags import parse_run
 from minilora.summarization.training.session import method_configs
-from tests.helpers import SMALL, save_bart, save_data
+from tests.helpers import SMALL, byte_level_bpe, save_bart, save_data
 from tests.test_training import at_step, interrupt
 
 METHODS = {
@@ -128,6 +129,53 @@ def test_own_chats_are_summarized(runs: dict[str, Path], tmp_path: Path, capsys:
         assert "fine-tuned" in capsys.readouterr().out
 
 
+def test_a_file_of_chats_is_summarized(runs: dict[str, Path], tmp_path: Path) -> None:
+    chats, out = tmp_path / "chats.jsonl", tmp_path / "summaries.jsonl"
+    chats.write_text(json.dumps({"dialogue": "Ann: hi\nBob: hello"}) + "\n")
+    for run in runs.values():
+        out.unlink(missing_ok=True)
+        assert evaluate_main([str(run), "--predict", str(chats), "--output", str(out)]) == 0
+        assert len(out.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "says"),
+    [
+        ("lora_prompt", ["--with", "prefix"], "--with (was 'prompt', is 'prefix')"),
+        ("lora_prefix", ["--with", "none"], "--with (was 'prefix', is 'none')"),
+        ("prompt", ["--method", "prefix"], "--method (was 'prompt', is 'prefix')"),
+        ("prefix", ["--prefix-places", "decoder"], "--prefix-places (was"),
+        ("prompt", ["--virtual-tokens", "5"], "--virtual-tokens (was 4, is 5)"),
+    ],
+)
+def test_a_run_goes_on_as_it_began(
+    runs: dict[str, Path], capsys: Any, name: str, more: list[str], says: str
+) -> None:
+    before = files(runs[name])
+    assert train_main(["--resume", str(runs[name]), *more]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+    assert files(runs[name]) == before
+
+
+@pytest.mark.parametrize("method", [["--method", "prompt"], ["--with", "prefix"]])
+def test_another_kind_of_model_is_refused(
+    folder: Path, tmp_path: Path, capsys: Any, method: list[str]
+) -> None:
+    """A Pegasus has BART's parts, but not its positions."""
+    sizes = {f"{side}_{n}": 1 for side in ("encoder", "decoder") for n in ("layers", "ffn_dim")}
+    sizes |= {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
+    config = PegasusConfig(vocab_size=400, d_model=16, max_position_embeddings=64, **sizes)
+    PegasusForConditionalGeneration(config).save_pretrained(tmp_path / "pegasus")
+    byte_level_bpe().save_pretrained(tmp_path / "pegasus")
+    argv = flags(folder, *method, "--output", tmp_path / "run")
+    assert train_main([*argv, "--model", str(tmp_path / "pegasus")]) == 2
+    err = capsys.readouterr().err
+    assert "needs a BART, mBART, T5 or Llama, not PegasusForConditionalGeneration" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_flags_are_the_configurations(folder: Path) -> None:
     def configs(*more: str) -> list[Any]:
         return method_configs(parse_run(flags(folder, *more)))
@@ -171,7 +219,10 @@ def test_a_prompt_leaves_its_positions_to_itself(folder: Path, tmp_path: Path) -
         (["--virtual-tokens", "0"], "--virtual-tokens must be above 0, not 0"),
         (["--method", "prefix", "--prefix-places", "heart"], "places must be some of encoder"),
         (["--method", "prompt", "--virtual-tokens", "9999"], "9999 virtual tokens take all"),
-        (["--with", "prefix", "--compile"], "--compile does not go with a prefix"),
+        (
+            ["--with", "prefix", "--compile"],
+            "--compile does not go with a prefix: leave the flag out",
+        ),
         (["--with", "chants"], "invalid choice: 'chants'"),
     ],
 )
