@@ -1,22 +1,30 @@
-"""How well LoRA, a prefix and a prompt learn 32 chats by heart, with equal steps.
+"""How well LoRA, a prefix and a prompt learn 32 chats by heart, each at its own learning rate.
 
-    python benchmarks/by_heart.py --method prefix --rate 0.01 --steps 300
+    python benchmarks/by_heart.py --method prefix --rate 0.1 --steps 100     one line of JSON
+    python benchmarks/by_heart.py --lines FILE    all of GRID that FILE lacks; results/by_heart.json
 
 A method that cannot learn its training data is implemented wrongly or trained at a wrong rate. The
-loss is that of the 32 chats themselves, without dropout, before and after; pocket-bart.
+loss is that of the 32 chats themselves, before and after; pocket-bart, without dropout.
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from common import write_result
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import minilora
 from minilora.methods import PrefixConfig, PromptConfig
 
+GRID: list[dict[str, Any]] = [
+    *({"method": "lora", "rate": r, "steps": 100} for r in (5e-3, 1e-2, 2e-2)),
+    *({"method": "prefix", "rate": r, "steps": 100, "hidden": None} for r in (5e-2, 0.1, 0.2)),
+    *({"method": "prefix", "rate": r, "steps": 100, "hidden": 512} for r in (3e-3, 5e-3)),
+    {"method": "prompt", "rate": 0.3, "steps": 200, "length": 50},
+]
 ASSETS = Path(minilora.__file__).parent / "summarization" / "assets"
 
 
@@ -38,7 +46,7 @@ def batches(count: int = 32, size: int = 8) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def configuration(method: str, length: int, hidden: int | None) -> object:
+def configuration(method: str, length: int, hidden: int | None) -> Any:
     """What `minilora.inject` takes."""
     lora = minilora.LoRAConfig(rank=8, alpha=32)
     prefix = PrefixConfig(length=length, reparametrize=hidden)
@@ -63,7 +71,7 @@ def risen(step: int, steps: int) -> float:
 
 def learn(
     method: str, rate: float, steps: int, length: int = 20, hidden: int | None = None, seed: int = 0
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Train on the chats with AdamW at a rate that falls linearly; the losses before and after."""
     model = AutoModelForSeq2SeqLM.from_pretrained(ASSETS / "pocket-bart", dtype=torch.float32)
     model.eval()  # no dropout in training either: nothing is held out
@@ -73,7 +81,7 @@ def learn(
     report = minilora.inject(model, configuration(method, length, hidden), seed=seed)
     optimizer = torch.optim.AdamW(minilora.trainable_parameters(model), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: risen(step, steps))
-    start, began = loss_of(model, data), time.perf_counter()
+    start = loss_of(model, data)
     for step in range(steps):
         optimizer.zero_grad()
         model(**data[step % len(data)]).loss.backward()
@@ -84,20 +92,37 @@ def learn(
         "method": method, "rate": rate, "steps": steps, "length": length, "hidden": hidden,
         "trainable": report.trainable, "seed": seed, "base": round(base, 4),
         "start": round(start, 4), "end": round(loss_of(model, data), 4),
-        "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
 
 
+def all_of(lines: Path) -> Path:
+    """Every setting of GRID; a finished one is a line. The result has the best rate of each."""
+    with lines.open("a+", encoding="utf-8") as file:
+        file.seek(0)
+        rows = [json.loads(line) for line in file]
+        for setting in GRID:
+            if not any(setting.items() <= row.items() for row in rows):
+                rows.append(learn(**setting))
+                file.write(json.dumps(rows[-1]) + "\n")
+                file.flush()
+    chosen = [next(r for r in rows if setting.items() <= r.items()) for setting in GRID]
+    best = {r["method"]: r for r in sorted(chosen, key=lambda r: r["end"], reverse=True)}
+    return write_result("by_heart", {"rows": chosen, "best": best})
+
+
 def main() -> None:
-    """Print one line of JSON."""
+    """Print one line of JSON, or write the result of all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", default="lora")
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rate", type=float, default=1e-2)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--length", type=int, default=20)
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    print(json.dumps(learn(**vars(parser.parse_args()))), flush=True)
+    parser.add_argument("--lines", type=Path, help="run all of GRID; finished runs are read here")
+    options = vars(parser.parse_args())
+    lines = options.pop("lines")
+    print(all_of(lines) if lines else json.dumps(learn(**options)), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from minilora.methods import PrefixConfig, PromptConfig
 from minilora.methods.prefix_tuning import PLACES
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.flags import parse_run
+from minilora.summarization.presets import LEARNING_RATES, OTHER_RATES
 from minilora.summarization.training.session import method_configs
 from tests.helpers import SMALL, byte_level_bpe, save_bart, save_data
 from tests.test_training import at_step, interrupt
@@ -189,6 +190,10 @@ def test_the_flags_are_the_configurations(folder: Path) -> None:
     assert configs("--with", "prompt", "--method", "adalora")[1] == PromptConfig(4)
     run = parse_run(["--method", "prompt"])
     assert parse_run(["--method", "prefix"]).training.learning_rate != run.training.learning_rate
+    plain = parse_run(["--method", "prefix", "--prefix-hidden", "0"])
+    assert plain.training.learning_rate == LEARNING_RATES["pocket"]["plain prefix"]
+    other = ["--method", "prefix", "--prefix-hidden", "0", "--preset", "bart-base-samsum"]
+    assert parse_run(other).training.learning_rate == OTHER_RATES["prefix"]
 
 
 def test_a_prompt_leaves_its_positions_to_itself(folder: Path, tmp_path: Path) -> None:

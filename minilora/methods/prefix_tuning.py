@@ -44,7 +44,8 @@ class PrefixConfig:
         length: m, the number of keys and values in front.
         places: of "encoder" (its self-attention), "decoder" (its self-attention) and "cross" (the
             decoder's attention to the encoder). A Llama has a "decoder" only.
-        reparametrize: width of the MLP's hidden layer; None trains P itself, more slowly.
+        reparametrize: width of the MLP's hidden layer; None trains P itself, which wants a higher
+            learning rate (of AdamW, some thirty times).
         task_type: PEFT's; inject takes it from the model.
 
     Raises:

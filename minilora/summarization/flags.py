@@ -125,7 +125,8 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
     if run.training.learning_rate is None:
         rates, method = LEARNING_RATES[run.preset], run.model.method
         usual = OTHER_RATES | {"adalora": rates["lora"]} | rates
-        rate = rates.get(run.adapter.init, usual[method])
+        plain = method == "prefix" and not run.virtual.prefix_hidden
+        rate = rates.get("plain prefix" if plain else run.adapter.init, usual[method])
         # With LoRA+ it is the geometric mean of the rates of A and B.
         run.training.learning_rate = rate / math.sqrt(run.training.lora_plus_ratio)
     return run

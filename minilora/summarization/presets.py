@@ -40,7 +40,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # "adalora" is the best of 4e-3, 1.6e-2, 3.2e-2 and 6.4e-2 after 40 steps of one seed: lambda starts
 # at zero and moves by one rate a step, however wide the layer. Elsewhere it has LoRA's.
 # "loftq" is QLoRA with that start, where it was measured. pocket's rates: docs/log.md, 2026-11-28;
-# those of a prompt and a prefix are from chats learnt by heart: benchmarks/by_heart.py.
+# those of a prompt and a prefix are from chats learnt by heart: benchmarks/by_heart.py. A plain
+# prefix has no MLP: each of its numbers moves by one rate a step.
 LEARNING_RATES: dict[str, dict[str, float]] = {
     "pocket": {
         "lora": 4e-3,
@@ -50,6 +51,7 @@ LEARNING_RATES: dict[str, dict[str, float]] = {
         "adalora": 3.2e-2,
         "prompt": 0.1,
         "prefix": 3e-3,
+        "plain prefix": 0.1,
     },
     "bart-large-cnn-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "bart-large-xsum-samsum": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
