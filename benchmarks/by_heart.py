@@ -19,11 +19,15 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 import minilora
 from minilora.methods import PrefixConfig, PromptConfig
 
+STEPS = 100
 GRID: list[dict[str, Any]] = [
-    *({"method": "lora", "rate": r, "steps": 100} for r in (5e-3, 1e-2, 2e-2)),
-    *({"method": "prefix", "rate": r, "steps": 100, "hidden": None} for r in (5e-2, 0.1, 0.2)),
-    *({"method": "prefix", "rate": r, "steps": 100, "hidden": 512} for r in (3e-3, 5e-3)),
-    {"method": "prompt", "rate": 0.3, "steps": 200, "length": 50},
+    *(
+        {"method": "lora", "rate": r, "hidden": None, "length": 20}
+        for r in (5e-3, 7e-3, 1e-2, 2e-2)
+    ),
+    *({"method": "prefix", "rate": r, "hidden": None, "length": 20} for r in (0.1, 0.2, 0.4)),
+    *({"method": "prefix", "rate": r, "hidden": 512, "length": 20} for r in (3e-3, 5e-3)),
+    *({"method": "prompt", "rate": r, "hidden": None, "length": 50} for r in (0.1, 0.3)),
 ]
 ASSETS = Path(minilora.__file__).parent / "summarization" / "assets"
 
@@ -101,10 +105,11 @@ def all_of(lines: Path) -> Path:
         file.seek(0)
         rows = [json.loads(line) for line in file]
         for setting in GRID:
-            if not any(setting.items() <= row.items() for row in rows):
-                rows.append(learn(**setting))
+            if not any(setting.items() <= row.items() and row["steps"] == STEPS for row in rows):
+                rows.append(learn(**setting, steps=STEPS))
                 file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()
+    rows = [row for row in rows if row["steps"] == STEPS]
     chosen = [next(r for r in rows if setting.items() <= r.items()) for setting in GRID]
     best = {r["method"]: r for r in sorted(chosen, key=lambda r: r["end"], reverse=True)}
     return write_result("by_heart", {"rows": chosen, "best": best})
@@ -115,9 +120,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", default="lora")
     parser.add_argument("--rate", type=float, default=1e-2)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--length", type=int, default=20)
-    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--hidden", type=int, help="width of a prefix's MLP; none without")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lines", type=Path, help="run all of GRID; finished runs are read here")
     options = vars(parser.parse_args())

@@ -11,7 +11,8 @@
 Which of the three rates is a method's own, the mean validation loss over the seeds says. Every run
 is a line of WORK/runs.jsonl, so the study goes on where it was stopped; when the minutes are over,
 no further run starts. Lines of other weights or settings do not count. What was not run is listed
-in the result, benchmarks/results/methods.json. Processes have one thread each.
+in the result, benchmarks/results/methods.json. Processes have one thread each. All of it is about
+190 runs and nine and a half hours of two cores.
 """
 
 import argparse
@@ -206,8 +207,8 @@ def main() -> None:
     add("--pretraining-data", default=str(ROOT / "build" / "pocket-bart" / "data"),
         help="what pretraining/prepare.py wrote; '' leaves out what was forgotten")  # fmt: skip
     add("--data", default="minichat")
-    add("--epochs", type=int, default=3)
-    add("--steps", type=int, default=645, help="of all epochs: 215 batches of 8 in each")
+    add("--epochs", type=int, default=2)
+    add("--steps", type=int, default=430, help="of all epochs: 215 batches of 8 in each")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--rates", type=int, default=5, help="of each method, before further ones")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -197,6 +197,18 @@ def nf4_parity(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def by_heart(result: dict[str, Any]) -> Rows:
+    """One row a method and rate: the loss of 32 chats before and after training on them."""
+    rows = [["", "trained parameters", "learning rate", "loss before", "after"]]
+    for row in result["rows"]:
+        mlp = f", MLP of {row['hidden']}" if row["hidden"] else ""
+        size = "" if row["method"] == "lora" else f" of {row['length']}{mlp}"
+        name = "LoRA r 8, q/v" if row["method"] == "lora" else row["method"]
+        losses = f"{row['start']:.3f}", f"{row['end']:.4f}"
+        rows.append([name + size, f"{row['trainable']:,}", f"{row['rate']:g}", *losses])
+    return rows
+
+
 def startup(result: dict[str, Any]) -> Rows:
     """One row a command: until the process ends; after Ctrl-C, from the signal on."""
     bound = result["settings"]["bound"]
@@ -271,6 +283,7 @@ TABLES: dict[str, Callable[..., Rows]] = {
     "qlora_avx2": qlora_speed,
     "qlora_quality": qlora_quality,
     "startup": startup,
+    "by_heart": by_heart,
 }
 
 

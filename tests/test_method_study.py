@@ -5,6 +5,7 @@ The runs are made up here, but for one. Their losses are known, so the verdicts 
 
 import argparse
 import hashlib
+import importlib
 import json
 import math
 import sys
@@ -22,11 +23,8 @@ def scripts() -> Any:
     """The scripts, which import each other by bare names."""
     before = set(sys.modules)
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    import methods
-    import methods_claims
-    import methods_page
-
-    yield argparse.Namespace(study=methods, claims=methods_claims, page=methods_page)
+    names = {"study": "methods", "claims": "methods_claims", "page": "methods_page"}
+    yield argparse.Namespace(**{k: importlib.import_module(v) for k, v in names.items()})
     sys.path.remove(str(ROOT / "benchmarks"))
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "benchmarks")):
