@@ -156,26 +156,40 @@ def run(job: Job, setting: dict[str, Any], work: Path, data: str | None) -> dict
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(Path(__file__).with_name("methods_run.py")), json.dumps(task)]
     with (work / f"{name}.txt").open("w") as log:
-        subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
+        code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+    if code:
+        raise RuntimeError(f"{job} ended with exit code {code}: see {log.name}")
     return json.loads(Path(task["answer"]).read_text())
 
 
 def study(plan: Plan, setting: dict[str, Any], options: argparse.Namespace) -> dict[Job, Any]:
-    """Run what is wanted until the minutes are over. One line is written for each run."""
+    """Run what is wanted until the minutes are over. One line is written for each run.
+
+    Raises:
+        RuntimeError: a run failed; those that ran beside it are written.
+    """
     path, end = options.work / "runs.jsonl", time.monotonic() + 60 * options.minutes
     done, running = read(path, setting), dict[Future[dict[str, Any]], Job]()
+    failed: BaseException | None = None
     with ThreadPoolExecutor(options.processes) as pool:
         while True:
             waiting = [job for job in plan.wanted(done) if job not in running.values()]
             while waiting and len(running) < options.processes and time.monotonic() < end:
+                if failed:
+                    break
                 job = waiting.pop(0)
                 arguments = (job, setting, options.work, options.pretraining_data)
                 running[pool.submit(run, *arguments)] = job
+            if not running and failed:
+                raise failed
             if not running:
                 return done
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                job, result = running.pop(future), future.result()
+                job, failed = running.pop(future), future.exception() or failed
+                if future.exception():
+                    continue
+                result = future.result()
                 done[job] = result
                 row = {"job": asdict(job), "setting": setting, "result": result}
                 with path.open("a", encoding="utf-8") as file:
@@ -226,11 +240,12 @@ def main() -> None:
     setting["forgotten"] = bool(options.pretraining_data)
     plan = Plan(options.methods, options.seeds, options.rates, 0 if options.small else 3)
     done = study(plan, setting, options)
+    if (base := done.get(Job(BASE, None, options.seeds[0], False))) is None:
+        parser.exit(1, "no run is done: there is no result\n")
     left = [asdict(job) for job in plan.wanted(done)]
     content = {
         **setting, "seeds": options.seeds, "search_steps": options.steps // 3,
-        "base": done.get(Job(BASE, None, options.seeds[0], False)),
-        "methods": collected(plan, done), "left_out": left,
+        "base": base, "methods": collected(plan, done), "left_out": left,
     }  # fmt: skip
     print(f"{len(done)} runs are done, {len(left)} are left")
     print(write_result("methods", content, options.small))

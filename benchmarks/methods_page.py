@@ -43,7 +43,9 @@ models.
 In brackets are intervals of 95%: of a loss over the seeds (Student), of ROUGE-1 over the test
 dialogues (bootstrap of the mean over the seeds). "Forgotten" is how much the loss on held-out texts
 of the pre-training rose: chats and prose, infilled as in the pre-training. "Stored" counts the
-numbers in the adapter's files. A prefix trains through an MLP that is not stored.
+numbers in the adapter's files. A prefix trains through an MLP that is not stored. With a star: the
+best of the rates that all seeds tried is the lowest or the highest of them, and a better one may
+lie beyond.
 
 ## Loss over the learning rate
 
@@ -100,7 +102,9 @@ def table(result: Row) -> str:
         runs = [r for r in row["runs"] if r["rate"] == rate and r["validation_loss"] is not None]
         figures = [f"{runs[0]['trainable']:,}", f"{runs[0]['stored']:,}"]
         tried = [one["rate"] for one in row["search"]]
-        figures += [f"{len(tried)}, {min(tried):g} to {max(tried):g}", f"{rate:g}", str(len(runs))]
+        end = "*" * (rate in (min(rates(row)), max(rates(row))))
+        figures += [f"{len(tried)}, {min(tried):g} to {max(tried):g}", f"{rate:g}{end}"]
+        figures.append(str(len(runs)))
         figures += [cell(interval(list(by_seed(row, rate).values())), 3), cell(rouge1(runs), 1)]
         forgotten = by_seed(row, rate, "forgotten").values()
         known = lost is not None and forgotten

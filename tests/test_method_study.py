@@ -142,6 +142,22 @@ def test_when_the_minutes_are_over_nothing_starts(scripts: Any, plan: Any, tmp_p
     assert len(list(plan.wanted(done))) == 1 + 5 * len(TRUTH)
 
 
+def test_a_run_that_fails_stops_the_study_and_loses_no_other(
+    scripts: Any, plan: Any, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        truth = dict(TRUTH)
+        patched.delitem(TRUTH, "DoRA r 8, q/v")
+        with pytest.raises(KeyError):
+            conduct(scripts, plan, tmp_path)
+        patched.setitem(TRUTH, "DoRA r 8, q/v", truth["DoRA r 8, q/v"])
+        lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+        assert len(lines) >= 1 + 5 * 3  # the base, and the methods before it
+        _, started = conduct(scripts, plan, tmp_path)
+    assert not {json.loads(line)["job"]["method"] for line in lines} & {"DoRA r 8, q/v"}
+    assert started[0].method == "DoRA r 8, q/v"
+
+
 EXPECTED = {
     "LoRA is no worse": "does not hold",
     "LoRA's best rate": "does not hold",  # 8e-3 / 2.5e-4 = 32
