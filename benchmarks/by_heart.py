@@ -19,15 +19,12 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 import minilora
 from minilora.methods import PrefixConfig, PromptConfig
 
-STEPS = 100
+PLAIN = {"steps": 100, "length": 20, "hidden": None}
 GRID: list[dict[str, Any]] = [
-    *(
-        {"method": "lora", "rate": r, "hidden": None, "length": 20}
-        for r in (5e-3, 7e-3, 1e-2, 2e-2)
-    ),
-    *({"method": "prefix", "rate": r, "hidden": None, "length": 20} for r in (0.1, 0.2, 0.4)),
-    *({"method": "prefix", "rate": r, "hidden": 512, "length": 20} for r in (3e-3, 5e-3)),
-    *({"method": "prompt", "rate": r, "hidden": None, "length": 50} for r in (0.1, 0.3)),
+    *({**PLAIN, "method": "lora", "rate": rate} for rate in (5e-3, 7e-3, 1e-2, 2e-2)),
+    *({**PLAIN, "method": "prefix", "rate": rate} for rate in (0.1, 0.2, 0.4)),
+    *({**PLAIN, "method": "prefix", "rate": rate, "hidden": 512} for rate in (3e-3, 5e-3)),
+    *({**PLAIN, "method": "prompt", "rate": r, "length": 50, "steps": 200} for r in (0.1, 0.3)),
 ]
 ASSETS = Path(minilora.__file__).parent / "summarization" / "assets"
 
@@ -105,11 +102,12 @@ def all_of(lines: Path) -> Path:
         file.seek(0)
         rows = [json.loads(line) for line in file]
         for setting in GRID:
-            if not any(setting.items() <= row.items() and row["steps"] == STEPS for row in rows):
-                rows.append(learn(**setting, steps=STEPS))
+            if not any(setting.items() <= row.items() for row in rows):
+                rows.append(learn(**setting))
                 file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()
-    rows = [row for row in rows if row["steps"] == STEPS]
+    names = {*GRID[0], "trainable", "seed", "base", "start", "end"}
+    rows = [{name: row[name] for name in row if name in names} for row in rows]
     chosen = [next(r for r in rows if setting.items() <= r.items()) for setting in GRID]
     best = {r["method"]: r for r in sorted(chosen, key=lambda r: r["end"], reverse=True)}
     return write_result("by_heart", {"rows": chosen, "best": best})
@@ -120,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", default="lora")
     parser.add_argument("--rate", type=float, default=1e-2)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--length", type=int, default=20)
     parser.add_argument("--hidden", type=int, help="width of a prefix's MLP; none without")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,7 +1,7 @@
-"""Prefix and prompt tuning learn: 32 chats by heart, each method at its own rate, in 100 steps.
+"""Prefix and prompt tuning learn: 32 chats by heart, each method at its own rate.
 
-A prefix reaches at most 1.2 times LoRA's loss, a prompt at most half of its own start. All rates
-that were tried are in benchmarks/results/by_heart.json, and the best one of each is taken.
+A prefix reaches at most 1.2 times LoRA's loss with as many steps, a prompt at most half of its own
+start. All rates that were tried are in benchmarks/results/by_heart.json; the best one is taken.
 """
 
 import importlib
@@ -23,30 +23,38 @@ def best() -> dict[str, Any]:
         assert row in result["rows"]
         assert row["end"] == min(ends)
         assert len(ends) > 1
-    assert len({row["steps"] for row in result["rows"]}) == 1
+    rows = [row for row in result["rows"] if row["method"] != "prompt"]
+    assert len({row["steps"] for row in rows}) == 1
     return result["best"]
 
 
-def within_the_bounds(found: dict[str, Any]) -> bool:
-    lora, prefix, prompt = (found[method] for method in ("lora", "prefix", "prompt"))
+def as_well_as_lora(prefix: dict[str, Any], lora: dict[str, Any]) -> bool:
     assert lora["end"] < 0.01 * lora["start"]  # LoRA has learnt them
-    return prefix["end"] <= 1.2 * lora["end"] and prompt["end"] <= 0.5 * prompt["start"]
+    return prefix["end"] <= 1.2 * lora["end"]
 
 
 def test_the_measured_losses_are_within_the_bounds(best: dict[str, Any]) -> None:
-    assert within_the_bounds(best)
+    assert as_well_as_lora(best["prefix"], best["lora"])
+    assert best["prompt"]["end"] <= 0.5 * best["prompt"]["start"]
+
+
+def learn(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The same again. A loss near zero differs from machine to machine: within a factor of two."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = ("method", "rate", "steps", "length", "hidden", "seed")
+    again = importlib.import_module("by_heart").learn(**{name: row[name] for name in names})
+    assert again["start"] == pytest.approx(row["start"], rel=1e-3)
+    assert row["end"] / 2 <= again["end"] <= 2 * row["end"]
+    return again
 
 
 @pytest.mark.slow
-def test_a_prefix_learns_as_lora_does_and_a_prompt_half(
-    best: dict[str, Any], monkeypatch: Any
-) -> None:
-    """Trained anew. The losses end near zero, where machines differ: within a factor of two."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    learn = importlib.import_module("by_heart").learn
-    names = ("method", "rate", "steps", "length", "hidden", "seed")
-    found = {method: learn(**{n: row[n] for n in names}) for method, row in best.items()}
-    assert within_the_bounds(found)
-    for method, row in found.items():
-        assert row["start"] == pytest.approx(best[method]["start"], rel=1e-3)
-        assert row["end"] == pytest.approx(best[method]["end"], rel=1)
+def test_a_prefix_learns_as_well_as_lora(best: dict[str, Any], monkeypatch: Any) -> None:
+    prefix, lora = (learn(best[method], monkeypatch) for method in ("prefix", "lora"))
+    assert as_well_as_lora(prefix, lora)
+
+
+@pytest.mark.slow
+def test_a_prompt_learns_half_of_it(best: dict[str, Any], monkeypatch: Any) -> None:
+    prompt = learn(best["prompt"], monkeypatch)
+    assert prompt["end"] <= 0.5 * prompt["start"]
