@@ -199,13 +199,14 @@ def nf4_parity(result: dict[str, Any]) -> Rows:
 
 def by_heart(result: dict[str, Any]) -> Rows:
     """One row a method and rate: the loss of 32 chats before and after training on them."""
-    rows = [["", "trained parameters", "learning rate", "loss before", "after"]]
+    rows = [["", "trained parameters", "learning rate", "steps", "loss before", "after"]]
     for row in result["rows"]:
         mlp = f", MLP of {row['hidden']}" if row["hidden"] else ""
         size = "" if row["method"] == "lora" else f" of {row['length']}{mlp}"
         name = "LoRA r 8, q/v" if row["method"] == "lora" else row["method"]
         losses = f"{row['start']:.3f}", f"{row['end']:.4f}"
-        rows.append([name + size, f"{row['trainable']:,}", f"{row['rate']:g}", *losses])
+        rate, steps = f"{row['rate']:g}", str(row["steps"])
+        rows.append([name + size, f"{row['trainable']:,}", rate, steps, *losses])
     return rows
 
 
