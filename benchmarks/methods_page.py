@@ -20,7 +20,7 @@ from tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "methods.json"
-BLOCK = re.compile(r"(<!-- study -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- study -->).*?(<!-- end -->)", re.DOTALL)
 COLORS = ("#1b6ca8", "#222222", "#c8553d", "#4c8c4a", "#8a5fa8", "#c99a2e", "#2fa3a0", "#b0447c",
           "#7a7a7a", "#6a4a3a", "#5a7ad0", "#a0b030")  # fmt: skip
 TEXT = """\
@@ -151,12 +151,12 @@ def block(result: Row) -> str:
     counts = [f"{said.count(v)} {v}" for v in ("holds", "does not hold", "cannot tell")]
     names = "; ".join(f"{name} {losses[name]:.3f}" for name in best)
     return (
-        f"{len(losses)} methods, each with its own learning rate and {len(result['seeds'])} seeds, "
+        f"\n\n{len(losses)} methods, each with its own learning rate and {len(result['seeds'])} seeds, "
         f"on {result['data']} with pocket-bart.\n"
         f"The lowest validation losses: {names}\n"
         f"(pocket-bart as it ships: {result['base']['validation_loss']:.3f}).\n"
         f"Of {len(said)} claims of papers: {', '.join(counts)}.\n"
-        "What each learns and forgets, and at which rate: [the study](docs/methods.md).\n"
+        "What each learns and forgets, and at which rate: [the study](docs/methods.md)."
     )
 
 

@@ -226,7 +226,7 @@ def test_the_page_says_what_the_result_says(
     pytest.importorskip("matplotlib")
     (tmp_path / "docs").mkdir()
     readme, file = tmp_path / "README.md", tmp_path / "methods.json"
-    readme.write_text("# A\n\n<!-- study -->\n<!-- end -->\n\nB\n")
+    readme.write_text("# A\n\nB.<!-- study --><!-- end -->\n\nC\n")
     main, docs = scripts.page.main, tmp_path / "docs" / "methods.md"
     assert main(tmp_path, file, check=True) == 0  # no result, no page
     file.write_text(json.dumps(result))
@@ -240,7 +240,7 @@ def test_the_page_says_what_the_result_says(
     )
     assert text.count("| holds |") + text.count("| does not hold |") == len(EXPECTED)
     assert "0.101 [0.099, 0.103]" in text  # forgotten
-    assert block.count("\n") == 6 + 5
+    assert block.count("\n") == 5 + 1 + 5
     assert "full fine-tuning 1.910" in block
     for name in ("methods-rates.svg", "methods-forgetting.svg"):
         assert (tmp_path / "docs" / name).read_text().startswith("<?xml")
@@ -249,7 +249,7 @@ def test_the_page_says_what_the_result_says(
     file.unlink()
     assert main(tmp_path, file, check=False) == 0
     assert not docs.exists()
-    assert readme.read_text() == "# A\n\n<!-- study -->\n<!-- end -->\n\nB\n"
+    assert readme.read_text() == "# A\n\nB.<!-- study --><!-- end -->\n\nC\n"
 
 
 def test_the_repository_s_page_is_that_of_its_result(scripts: Any) -> None:
