@@ -151,8 +151,8 @@ def block(result: Row) -> str:
     counts = [f"{said.count(v)} {v}" for v in ("holds", "does not hold", "cannot tell")]
     names = "; ".join(f"{name} {losses[name]:.3f}" for name in best)
     return (
-        f"\n\n{len(losses)} methods, each with its own learning rate and {len(result['seeds'])} seeds, "
-        f"on {result['data']} with pocket-bart.\n"
+        f"\n\n{len(losses)} methods, each with its own learning rate and {len(result['seeds'])} "
+        f"seeds, on {result['data']} with pocket-bart.\n"
         f"The lowest validation losses: {names}\n"
         f"(pocket-bart as it ships: {result['base']['validation_loss']:.3f}).\n"
         f"Of {len(said)} claims of papers: {', '.join(counts)}.\n"
