@@ -270,7 +270,7 @@ def test_a_run_measures_what_it_should(scripts: Any, tmp_path: Path) -> None:
     assert 1 < found["validation_loss"] < 6
     assert {len(scores) for scores in found["scores"].values()} == {2}
     assert sum(found["ranks"].values()) == 8 * 22
-    assert found["stored"] < found["trainable"]  # pruned
+    assert found["stored"] == found["trainable"]  # the ranks it took are in the file too
     assert found["peak_gib"] > 0.1
     assert "forgotten" not in found
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".txt"]  # no weights are left
