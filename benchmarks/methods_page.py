@@ -44,8 +44,8 @@ In brackets are intervals of 95%: of a loss over the seeds (Student), of ROUGE-1
 dialogues (bootstrap of the mean over the seeds). "Forgotten" is how much the loss on held-out texts
 of the pre-training rose: chats and prose, infilled as in the pre-training. "Stored" counts the
 numbers in the adapter's files. A prefix trains through an MLP that is not stored; AdaLoRA's files
-hold the ranks that training took as well. With a star: the best of the rates that all seeds tried is
-the lowest or the highest of them, and a better one may lie beyond.
+hold the ranks that training took as well. With a star: the best of the rates that all seeds tried
+is the lowest or the highest of them, and a better one may lie beyond.
 
 ## Loss over the learning rate
 
