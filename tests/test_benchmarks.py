@@ -341,18 +341,26 @@ def test_one_command_for_a_gpu_runs_from_a_tree_without_optional_packages(tmp_pa
     training = results["training_8"]
     assert training["results"].keys() == {
         "minilora",
+        "minilora, decoder only, cached",
+        "minilora, decoder only",
         "PEFT + loop",
+        "PEFT, decoder only + loop",
         "PEFT + Seq2SeqTrainer",
         "full fine-tuning, loop",
     }
-    assert "encoder cache: not built, and so not measured" in training["notes"]
+    cached = training["results"]["minilora, decoder only, cached"]
+    assert cached["cache_seconds"] > 0 == training["results"]["minilora"]["cache_seconds"]
     losses = [row["loss_at_the_start"] for row in training["results"].values()]
     assert max(losses) / min(losses) < 1.001  # minilora's weights are rounded to bf16 once
-    trainable = [row["trainable"] for row in training["results"].values()]
-    assert trainable[0] == trainable[1] == trainable[2] < trainable[3]
+    trainable = {name: row["trainable"] for name, row in training["results"].items()}
+    whole = {trainable[name] for name in ("minilora", "PEFT + loop", "PEFT + Seq2SeqTrainer")}
+    decoder = {value for name, value in trainable.items() if "decoder only" in name}
+    assert max(decoder) < max(whole) < trainable["full fine-tuning, loop"]
+    assert len(whole) == len(decoder) == 1
     assert "needs CUDA" in results["waits"]["skipped"]
     assert "skipped" in results["compiled"]
     rows = results["evaluation"]["results"]
+    assert "minilora, base and fine-tuned model, encoder computed once" in rows
     for name in ("minilora, unmerged", "PEFT, unmerged"):  # bf16: 8 bits
         assert rows[name]["logits_differ_from_the_base_by"] > 0.02
         assert rows[name]["logits_differ_from_merged_by"] < 0.02
