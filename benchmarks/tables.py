@@ -98,7 +98,9 @@ def layer(result: dict[str, Any]) -> Rows:
 
 def training(result: dict[str, Any]) -> Rows:
     """One row a contestant with the adapter in all layers: speed, memory and loss."""
-    head = [result["settings"]["model"].split(",")[0], "real tokens/s", "minilora is"]
+    settings = result["settings"]
+    head = [f"{settings['model'].split(',')[0]}, {settings['precision']}", "real tokens/s"]
+    head.append("minilora is")
     head += ["of matrix rate", "peak memory", "validation loss"]
     rows = [head]
     for name, row in result["results"].items():
@@ -128,7 +130,8 @@ def cached(result: dict[str, Any]) -> Rows:
         "memory": ("peak memory", "{:.2f} of its"),
         "validation_loss": ("validation loss", "{:.3f} of its"),
     }
-    rows = [["minilora, decoder only, encoder once, beside", "whose targets are"]]
+    what = f"minilora, decoder only, encoder once, {result['settings']['precision']}, beside"
+    rows = [[what, "whose targets are"]]
     rows[0] += [title for title, _ in measures.values()]
     for name in ratios:
         equal = name.replace("PEFT + ", "PEFT, decoder only + ")

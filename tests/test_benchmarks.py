@@ -180,7 +180,7 @@ def test_pieces_add_up_and_the_table_has_both_ratios_in_a_row() -> None:
     assert ratios["PEFT + Trainer"]["speed"] == pytest.approx(8)
     # 40 s for 2,000 tokens; three epochs of 0.005 s a token, and of 0.04 and 0.03
     assert ratios["PEFT + Trainer"]["speed_of_three_epochs"] == pytest.approx(0.12 / 0.035)
-    head, *body = tables.cached({"cached_to_others": ratios})
+    head, *body = tables.cached({"cached_to_others": ratios, "settings": {"precision": "fp32"}})
     assert [row[0] for row in body] == ["minilora", "PEFT + Trainer"]
     assert body[1][2] == "8.00x as fast; 6.00x as fast"
     assert {len(row) for row in body} == {len(head)}
@@ -252,8 +252,9 @@ def test_figures_and_ratios(trained: dict[str, Any]) -> None:
     ratios = training.compare(results)
     assert ratios["PEFT + Trainer"]["speed"] == pytest.approx(2)
     assert results["PEFT + Trainer, fixed length"]["padding"] > 2
+    settings = {"model": "tiny", "precision": "fp32"}
     table = script("tables").training(
-        {"settings": {"model": "tiny"}, "results": results, "minilora_to_others": ratios}
+        {"settings": settings, "results": results, "minilora_to_others": ratios}
     )
     assert len({len(row) for row in table}) == 1
     assert [row[0] for row in table[1:]] == list(results)
