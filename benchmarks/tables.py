@@ -97,11 +97,15 @@ def layer(result: dict[str, Any]) -> Rows:
 
 
 def training(result: dict[str, Any]) -> Rows:
-    """One row a contestant: speed, memory and loss over the same examples."""
-    head = [result["settings"]["model"].split(",")[0], "real tokens/s", "minilora is"]
+    """One row a contestant with the adapter in all layers: speed, memory and loss."""
+    settings = result["settings"]
+    head = [f"{settings['model'].split(',')[0]}, {settings['precision']}", "real tokens/s"]
+    head.append("minilora is")
     head += ["of matrix rate", "peak memory", "validation loss"]
     rows = [head]
     for name, row in result["results"].items():
+        if "decoder only" in name:  # `cached` has these
+            continue
         other = result["minilora_to_others"].get(name)
         cells = [
             name,
@@ -115,25 +119,59 @@ def training(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def cached(result: dict[str, Any]) -> Rows:
+    """The encoder computed once: the ratio to adapters on all q and v, and at equal targets."""
+    ratios = result.get("cached_to_others")
+    if not ratios:
+        return []
+    measures = {
+        "speed": ("after the first epoch", "{:.2f}x as fast"),
+        "speed_of_three_epochs": ("three epochs, the first included", "{:.2f}x as fast"),
+        "memory": ("peak memory", "{:.2f} of its"),
+        "validation_loss": ("validation loss", "{:.3f} of its"),
+    }
+    what = f"minilora, decoder only, encoder once, {result['settings']['precision']}, beside"
+    rows = [[what, "whose targets are"]]
+    rows[0] += [title for title, _ in measures.values()]
+    for name in ratios:
+        equal = name.replace("PEFT + ", "PEFT, decoder only + ")
+        equal = "minilora, decoder only" if name == "minilora" else equal
+        if equal == name or equal not in ratios:
+            continue
+        cells = [
+            f"{form.format(ratios[name][key])}; {form.format(ratios[equal][key])}"
+            for key, (_, form) in measures.items()
+        ]
+        rows.append([name, "all q and v; the decoder's", *cells])
+    return rows
+
+
 def evaluation(result: dict[str, Any]) -> Rows:
     """One row a model, precision and contestant."""
-    rows = [["", "dialogues/s", "time beside minilora's", "the same summaries", "peak memory"]]
+    once = "minilora, base and fine-tuned model, encoder computed once"
+    rows = [["", "dialogues/s", "time beside minilora's", "beside one encoder for two models"]]
+    rows[0] += ["the same summaries", "peak memory"]
     for model, precisions in result["results"].items():
         for precision, contestants in precisions.items():
             for name, row in contestants.items():
                 cells = [f"{model}, {precision}: {name}", f"{row['dialogues_per_second']:.2f}"]
-                cells += [f"{row['times_minilora']:.2f}", f"{row['same_texts_as_minilora']:.1%}"]
+                cells.append(f"{row['times_minilora']:.2f}")
+                both = contestants.get(once)
+                cells.append(f"{row['seconds'] / both['seconds']:.2f}" if both else "")
+                cells.append(f"{row['same_texts_as_minilora']:.1%}")
                 rows.append([*cells, f"{row['peak_bytes'] / 2**30:.2f} GiB"])
     return rows
 
 
 def quality(result: dict[str, Any]) -> Rows:
     """One row a contestant: final loss and time."""
-    rows = [["pocket-bart on minichat", "validation loss", "training", "time to an equal loss"]]
+    head = ["pocket-bart on minichat", "validation loss", "training", "time to an equal loss"]
+    rows = [[*head, "beside the encoder computed once"]]
     for name, row in result["results"].items():
-        equal = row["times_minilora_to_equal_loss"]
+        once = result.get("beside_cached", {}).get(name, {})
+        ratios = [found.get("times_minilora_to_equal_loss") for found in (row, once)]
         cells = [name, f"{row['final_loss']:.3f}", f"{row['seconds']:.0f} s"]
-        rows.append([*cells, f"{equal:.2f} x minilora's" if equal else ""])
+        rows.append([*cells, *(f"{ratio:.2f} x minilora's" if ratio else "" for ratio in ratios)])
     return rows
 
 
@@ -260,7 +298,10 @@ def beside_peft(
 
 
 # What a table reads, where that is not the one result of its name.
-READS = {"beside_peft": ("training_base", "evaluation", "exactness")}
+READS = {
+    "beside_peft": ("training_base", "evaluation", "exactness"),
+    "cached": ("training_base",),
+}
 
 TABLES: dict[str, Callable[..., Rows]] = {
     "beside_peft": beside_peft,
@@ -272,6 +313,7 @@ TABLES: dict[str, Callable[..., Rows]] = {
     "layer": layer,
     "layer_cuda": layer,
     "training_base": training,
+    "cached": cached,
     "training_large": training,
     "training_base_cuda": training,
     "training_large_cuda": training,
@@ -376,9 +418,12 @@ def render(text: str, folder: Path = ROOT) -> str:
     def body(name: str) -> str:
         names = READS.get(name, (name,))
         if not all((RESULTS / f"{name}.json").exists() for name in names):
-            return waiting(name)
+            return waiting(names[0])
         results = [load(name) for name in names]
-        text = f"{markdown(TABLES[name](*results))}\n\n"
+        rows = TABLES[name](*results)
+        if not rows:  # a result of an earlier version, without these contestants
+            return waiting(names[0])
+        text = f"{markdown(rows)}\n\n"
         if name in READS:
             links = ", ".join(f"[{name}]({path}/{name}.json)" for name in names)
             return f"{text}From {links}; [all tables](docs/benchmarks.md) with dates and machines."

@@ -94,13 +94,18 @@ def samsum(split: str) -> list[Example]:
     return [example for example in data[split] if example.dialogue.strip()]
 
 
-def spread(examples: Sequence[Example], lengths: Sequence[int], count: int) -> list[Example]:
-    """`count` of them, stratified by length: every n-th in the order of their lengths."""
+def spread(
+    examples: Sequence[Example], lengths: Sequence[int], count: int, shift: float = 0.5
+) -> list[Example]:
+    """`count` of them, stratified by length: every n-th in the order of their lengths.
+
+    Another shift within [0, 1) chooses others, as long as there are enough of them.
+    """
     if count <= 0 or count >= len(examples):
         return list(examples)
     order = sorted(range(len(examples)), key=lambda i: (lengths[i], i))
     step = len(order) / count
-    chosen = sorted(order[int(step * (i + 0.5))] for i in range(count))
+    chosen = sorted(order[int(step * (i + shift))] for i in range(count))
     return [examples[i] for i in chosen]
 
 
@@ -156,15 +161,26 @@ def read_rows(folder: Path) -> dict[str, list[Encoded]]:
 
 
 def samsum_workplace(
-    folder: Path, size: str, train: int, validation: int, rank: int, dropout: float, seed: int
+    folder: Path,
+    size: str,
+    train: int,
+    validation: int,
+    rank: int,
+    dropout: float,
+    seed: int,
+    shift: float = 0.5,
 ) -> dict[str, Any]:
-    """A BART of random weights, its real tokenizer, and a sample of SAMSum by lengths."""
+    """A BART of random weights, its real tokenizer, and a sample of SAMSum by lengths.
+
+    Args:
+        shift: chooses the training dialogues; see `spread`.
+    """
     tokenizer = bart_tokenizer()
     options = DataOptions(max_source_length=MAX_SOURCE, max_target_length=MAX_TARGET)
     splits = {}
-    for split, count in (("train", train), ("validation", validation)):
+    for split, count, where in (("train", train, shift), ("validation", validation, 0.5)):
         examples = samsum(split)
-        splits[split] = spread(examples, [len(e.dialogue) for e in examples], count)
+        splits[split] = spread(examples, [len(e.dialogue) for e in examples], count, where)
     model = random_bart(size, len(tokenizer), seed)
     return furnish(folder, model, tokenizer, splits, options, rank=rank, dropout=dropout, seed=seed)
 

@@ -153,6 +153,55 @@ def names(trained: dict[str, Any]) -> list[str]:
     return [name for name in trained if name != "data"]
 
 
+def test_pieces_add_up_and_the_table_has_both_ratios_in_a_row() -> None:
+    training, tables = script("training"), script("tables")
+    pace = {"minilora": 1.0, training.CACHED: 0.25, "minilora, decoder only": 0.5}
+    pace |= {"PEFT + Trainer": 2.0, "PEFT, decoder only + Trainer": 1.5}
+
+    def piece(factor: float) -> dict[str, Any]:
+        def row(name: str) -> dict[str, Any]:
+            window = {"steps": 1, "examples": 1, "source_tokens": 90, "target_tokens": 10}
+            window |= {"positions": 100, "flops": 1.0, "seconds": factor * pace[name]}
+            cache = 10 * factor if name == training.CACHED else 0.0
+            start = {"cache_seconds": cache, "resident_bytes": 1, "validation_loss": 9.0}
+            end = {"peak_bytes": factor, "validation_loss": factor, "adapters_moved": 1}
+            start |= {"trainable": 1, "threads": 1}
+            return {"start": start, "windows": [window], "end": end | {"adapters": 1}}
+
+        sides = {"source_tokens": {"train": 900}, "target_tokens": {"train": 100}}
+        return {"rows": {name: row(name) for name in pace}, "data": sides}
+
+    rows = training.together([piece(1.0), piece(3.0)])
+    results = {name: training.figures(row, 1.0) for name, row in rows.items()}
+    assert results["minilora"]["tokens_per_second"] == 200 / 4
+    assert results["minilora"]["peak_bytes"] == 3
+    assert results["minilora"]["validation_loss"] == 2
+    ratios = training.compare(results, training.CACHED)
+    assert ratios["PEFT + Trainer"]["speed"] == pytest.approx(8)
+    # 40 s for 2,000 tokens; three epochs of 0.005 s a token, and of 0.04 and 0.03
+    assert ratios["PEFT + Trainer"]["speed_of_three_epochs"] == pytest.approx(0.12 / 0.035)
+    head, *body = tables.cached({"cached_to_others": ratios, "settings": {"precision": "fp32"}})
+    assert [row[0] for row in body] == ["minilora", "PEFT + Trainer"]
+    assert body[1][2] == "8.00x as fast; 6.00x as fast"
+    assert {len(row) for row in body} == {len(head)}
+    assert tables.cached({}) == []
+
+
+def test_pieces_of_other_settings_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training, path = script("training"), tmp_path / "a.json"
+    told = {"pieces": 2, "precision": "fp32"}
+    assert training.finished(path, told) == {}
+    path.write_text(json.dumps({"settings": told, "pieces": {"0": {}}}))
+    assert training.finished(path, told) == {"0": {}}
+    with pytest.raises(SystemExit) as caught:
+        training.finished(path, told | {"precision": "bf16"})
+    assert caught.value.code == 2
+    assert "has pieces of other precision" in capsys.readouterr().err
+    assert training.finished(path, {"pieces": 1}) == {}  # measured anew
+
+
 @pytest.mark.slow
 def test_all_start_alike(trained: dict[str, Any]) -> None:
     """The adapters' tensors are compared by `fine_tune` itself, before the first step."""
@@ -203,8 +252,9 @@ def test_figures_and_ratios(trained: dict[str, Any]) -> None:
     ratios = training.compare(results)
     assert ratios["PEFT + Trainer"]["speed"] == pytest.approx(2)
     assert results["PEFT + Trainer, fixed length"]["padding"] > 2
+    settings = {"model": "tiny", "precision": "fp32"}
     table = script("tables").training(
-        {"settings": {"model": "tiny"}, "results": results, "minilora_to_others": ratios}
+        {"settings": settings, "results": results, "minilora_to_others": ratios}
     )
     assert len({len(row) for row in table}) == 1
     assert [row[0] for row in table[1:]] == list(results)
@@ -341,18 +391,26 @@ def test_one_command_for_a_gpu_runs_from_a_tree_without_optional_packages(tmp_pa
     training = results["training_8"]
     assert training["results"].keys() == {
         "minilora",
+        "minilora, decoder only, cached",
+        "minilora, decoder only",
         "PEFT + loop",
+        "PEFT, decoder only + loop",
         "PEFT + Seq2SeqTrainer",
         "full fine-tuning, loop",
     }
-    assert "encoder cache: not built, and so not measured" in training["notes"]
+    cached = training["results"]["minilora, decoder only, cached"]
+    assert cached["cache_seconds"] > 0 == training["results"]["minilora"]["cache_seconds"]
     losses = [row["loss_at_the_start"] for row in training["results"].values()]
     assert max(losses) / min(losses) < 1.001  # minilora's weights are rounded to bf16 once
-    trainable = [row["trainable"] for row in training["results"].values()]
-    assert trainable[0] == trainable[1] == trainable[2] < trainable[3]
+    trainable = {name: row["trainable"] for name, row in training["results"].items()}
+    whole = {trainable[name] for name in ("minilora", "PEFT + loop", "PEFT + Seq2SeqTrainer")}
+    decoder = {value for name, value in trainable.items() if "decoder only" in name}
+    assert max(decoder) < max(whole) < trainable["full fine-tuning, loop"]
+    assert len(whole) == len(decoder) == 1
     assert "needs CUDA" in results["waits"]["skipped"]
     assert "skipped" in results["compiled"]
     rows = results["evaluation"]["results"]
+    assert "minilora, base and fine-tuned model, encoder computed once" in rows
     for name in ("minilora, unmerged", "PEFT, unmerged"):  # bf16: 8 bits
         assert rows[name]["logits_differ_from_the_base_by"] > 0.02
         assert rows[name]["logits_differ_from_merged_by"] < 0.02

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import minilora
 from minilora.__main__ import main
-from minilora.summarization import predict
+from minilora.summarization import commands, predict
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.data.batches import Encoded
 from minilora.summarization.data.reading import Example
 from minilora.summarization.errors import UserError
+from minilora.summarization.evaluation.compare import Summary
 from minilora.summarization.predict import Row, read_chats
 from minilora.summarization.report import terminal
-from minilora.summarization.settings import DataOptions
+from minilora.summarization.settings import DataOptions, RunConfig
 from tests.helpers import (
     GOOD,
     OTHER,
@@ -31,6 +34,7 @@ from tests.helpers import (
     dialogues,
     save_bart,
     save_data,
+    small_bart,
     write,
 )  # fmt: skip
 
@@ -227,6 +231,33 @@ def test_a_summary_is_that_of_the_evaluation(here: Path) -> None:
     assert [(row["id"], row["base"], row["summary"]) for row in lines("out.jsonl")] == [
         (row["id"], row["base"], row["finetuned"]) for row in scored
     ]
+
+
+def test_base_and_fine_tuned_model_share_the_states_of_their_encoder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[Any] = []
+
+    def record(model: Any, _: Any, rows: list[Encoded], *how: Any) -> list[Summary]:
+        given.append(how[-1])
+        return [Summary("text", 1)] * len(rows)
+
+    monkeypatch.setattr(commands, "summarize", record)
+    for targets, shared in ((r".*decoder.*q_proj", True), (["q_proj"], False)):
+        model = small_bart().eval()
+        minilora.inject(model, minilora.LoRAConfig(rank=2, targets=targets))
+        models = commands.Models(model, None, None, None)  # type: ignore[arg-type]
+        for base in (False, True):
+            given.clear()
+            rows = models.summaries(RunConfig(), ENCODED, base)
+            assert [("base" in row) for row in rows] == [base] * len(ENCODED)
+            assert [states is not None for states in given] == [shared and base] * (1 + base)
+        if shared:
+            assert given[0] is given[1]
+            ids = torch.tensor([ENCODED[0].source])
+            wanted = model.get_encoder()(input_ids=ids).last_hidden_state[0]
+            kept = given[0].rows[tuple(ENCODED[0].source)]
+            torch.testing.assert_close(kept, wanted, rtol=0, atol=1e-5)  # in another batch
 
 
 def test_a_finished_run_is_decoded_in_another_way(here: Path) -> None:

@@ -173,10 +173,11 @@ class Models:
         return keep_states(self.tuned, sources, self.autocast_dtype, *how)
 
     def summaries(self, run: RunConfig, encoded: list[Encoded], base: bool) -> list[Row]:
-        """Of own chats, in their order."""
-        how = (self.tokenizer, encoded, run.generation, self.autocast_dtype)
+        """Of own chats, in their order. An encoder that both models share is computed once."""
         smaller = smaller_evaluation_batch(run.generation.evaluation_batch_size)
         with out_of_memory("while writing summaries", smaller):
+            states = self.states(run, encoded) if base and self.base is None else None
+            how = (self.tokenizer, encoded, run.generation, self.autocast_dtype, None, states)
             rows = [{"summary": written.text} for written in summarize(self.tuned, *how)]
             if base:
                 with minilora.disabled(self.tuned) if self.base is None else nullcontext():

@@ -15,6 +15,7 @@ from minilora.fused import keep_mask
 from minilora.methods.dora import DoRALinear
 
 from ..errors import UserError
+from .attention import attention
 
 
 def hold_frozen_linears(model: nn.Module, dtype: torch.dtype | None) -> None:
@@ -50,33 +51,6 @@ def release_file(model: nn.Module) -> None:
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.clone())  # a view, so changing its data is not enough
-
-
-EAGER_POSITIONS = 512
-"""Up to this length a CPU's step with eager attention takes 0.8 to 0.9 of sdpa's time; at 1,000
-tokens it takes 1.2, and the memory of eager attention grows with the square of the length. Where
-the attention drops out, eager is always faster: torch has no fused kernel for that on a CPU."""
-
-
-@contextmanager
-def cheap_step(model: PreTrainedModel, positions: int) -> Iterator[None]:
-    """Inside the block a CPU's step is cheaper: `CheapDropout`, and eager attention if faster.
-
-    Args:
-        model: about to train.
-        positions: the longest source or target of the step.
-    """
-    before = model.config._attn_implementation
-    short = positions <= EAGER_POSITIONS or getattr(model.config, "attention_dropout", 0) > 0
-    eager = before == "sdpa" and short
-    if eager:
-        model.set_attn_implementation("eager")
-    try:
-        with CheapDropout():
-            yield
-    finally:
-        if eager:
-            model.set_attn_implementation(before)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -120,17 +94,22 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class CheapDropout(TorchFunctionMode):
-    """Inside `with CheapDropout():` F.dropout draws masks faster, and saves one byte per element.
+class CheapStep(TorchFunctionMode):
+    """Inside `with CheapStep():` a CPU's step takes less time and keeps less memory.
 
-    On a CPU F.dropout spends most of its time in `bernoulli_`, and saves four bytes per element.
+    F.dropout draws masks faster, and keeps one byte per element: on a CPU it spends most of its
+    time in `bernoulli_`, and keeps four bytes per element. Attention is that of `attention`.
     It is not for activation checkpoints: their second computation is outside the block.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return (self.dropout if func is F.dropout else func)(*args, **(kwargs or {}))
+        if func is F.dropout:
+            func = self.dropout
+        elif func is F.scaled_dot_product_attention:
+            func = attention
+        return func(*args, **(kwargs or {}))
 
     @staticmethod
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

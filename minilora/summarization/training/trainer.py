@@ -136,7 +136,7 @@ class Trainer:
         self.set_learning_rate()
         session.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with self.cheap_step(group):
+        with self.cheap_step():
             for batch in group:  # one, or --accumulate
                 mine = processes.shard(batch)
                 with step_memory(mine, session.run.training, self.progress.step + 1):
@@ -165,14 +165,11 @@ class Trainer:
         for settings, ratio in zip(self.optimizer.param_groups, self.ratios, strict=True):
             settings["lr"] = rate * ratio
 
-    def cheap_step(self, group: Group) -> AbstractContextManager[None]:
-        """On a CPU `speed.cheap_step`; not for layers that are compiled or computed twice."""
+    def cheap_step(self) -> AbstractContextManager[Any]:
+        """`speed.CheapStep`, on a CPU; not for layers that are compiled or computed twice."""
         options = self.session.run.training
         plain = options.compile or options.checkpoint_activations
-        if self.session.device.type != "cpu" or plain:
-            return nullcontext()
-        longest = max(len(max(row.source, row.target, key=len)) for rows in group for row in rows)
-        return speed.cheap_step(self.session.model, longest)
+        return nullcontext() if self.session.device.type != "cpu" or plain else speed.CheapStep()
 
     def clip(self, group: Group) -> float:
         """Limit the norm of the gradient to --clip. Returns the norm before.
