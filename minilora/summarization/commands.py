@@ -274,7 +274,8 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
     inside = directory.name in ("adapter", "model")
     if inside and (directory.parent / "config.json").exists():
         directory = directory.parent
-    flat = PRESETS[arguments.preset] | {"preset": arguments.preset}
+    preset = arguments.preset or "pocket"
+    flat = PRESETS[preset] | {"preset": preset}
     if loading.is_adapter(directory):
         base = base_of(directory, minilora.read_adapter(directory))
         if "model" not in base | arguments.changes:
@@ -284,6 +285,8 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
         flat |= {"method": "full", "model": str(directory)}
     else:
         flat = flags.read_run(directory).to_dict()
+        if arguments.preset:
+            raise UserError(f"{directory} is a run and has its own settings: leave --preset out")
     run = RunConfig.from_dict(flags.changed(flat, arguments.changes))
     run.check()
     return directory, run

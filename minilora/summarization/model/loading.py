@@ -22,7 +22,7 @@ from minilora.files import PARTIAL
 
 from .. import hub
 from ..data.batches import Encoded
-from ..errors import UserError, one_line
+from ..errors import UserError, counted, one_line
 from ..files import put_directory
 from ..presets import local_path
 from .four_bits import FourBits
@@ -98,9 +98,10 @@ def check_complete(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -
         learned = {key for key, tensor in plain.named_parameters() if tensor.requires_grad}
         missing = [key for key in missing if key in learned]
     if missing:
+        lack = f"{counted(len(missing), 'tensor')} ({missing[0]}, ...)"
         raise UserError(
-            f"model {name}: its weights lack {len(missing)} tensors ({missing[0]}, ...): the file "
-            "is incomplete or belongs to another architecture"
+            f"model {name}: its weights lack {lack}: the file is incomplete or belongs to another "
+            "architecture"
         )
     if mismatched := sorted(info["mismatched_keys"]):
         key, stored, wanted = mismatched[0]

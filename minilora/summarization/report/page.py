@@ -91,8 +91,8 @@ def _lead(run: Run) -> str:
 
 
 def _notices(run: Run) -> str:
-    """What is missing, and the command that adds it."""
-    found = []
+    """What the first steps showed; what is missing, and the command that adds it."""
+    found = [escape(problem) for problem in run.problems]
     path = escape(shlex.quote(str(run.path)))
     if run.end is None:
         step = run.steps[-1]["step"] if run.steps else 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from minilora.files import write_file
 
+from ..errors import counted
 from ..evaluation.rouge import METRICS
 from ..presets import local_path
 from ..settings import FILES, RunConfig, in_words
@@ -92,7 +93,7 @@ def _peft_directory(run: RunConfig) -> str | None:
 
 
 def _scores(evaluation: Mapping[str, Any]) -> str:
-    title = f"{evaluation['n']:,} dialogues of {evaluation['split']}, F1 x 100"
+    title = f"{counted(evaluation['n'], 'dialogue')} of {evaluation['split']}, F1 x 100"
     rows = [f"| {title} | base | fine-tuned |", "| --- | ---: | ---: |"]
     for name in METRICS:
         base, tuned = (evaluation[side][name] for side in ("base", "finetuned"))
