@@ -60,6 +60,9 @@ class Parser(argparse.ArgumentParser):
             self.error(
                 f"unrecognized argument {flag}" + (f"; nearest: {close[0]}" if close else "")
             )
+        for name, value in vars(arguments).items():  # often an unset variable of the shell
+            if "" in (value if isinstance(value, list) else [value]) and name[:6] != "prompt":
+                self.error(f"{'RUN' if name == 'run' else spelt(name)} must not be empty")
         return arguments
 
 
