@@ -166,6 +166,16 @@ def test_what_is_local_loses_its_folder_and_any_name_can_be_written(
     assert "ann" not in text
 
 
+def test_a_local_base_is_named_by_a_path_and_the_card_says_so(folder: Path) -> None:
+    """PEFT's AutoPeftModel finds it from any folder, on this machine."""
+    text = (folder / "run/adapter/README.md").read_text()
+    config = json.loads((folder / "run/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder / "bart")
+    assert "a name of the hub into its\n`base_model_name_or_path`" in text
+    hub = card(run_of(model="facebook/bart-base"), None)
+    assert "base_model_name_or_path" not in hub
+
+
 def test_an_embedded_model_is_known_by_its_name() -> None:
     assert "# pocket-bart, fine-tuned on bookings\n" in card(run_of(), EVALUATION)
 

@@ -262,6 +262,12 @@ BAD = {
         "chats.jsonl is a file: name another file",
     ),
     "scores in a file": (["--output", "chats.jsonl/out"], "chats.jsonl is a file: name another"),
+    "a cache": (
+        ["--predict", "x", "--output", "y", "--cache-encoder", "on"],
+        "does not take --cache-encoder",
+    ),
+    "a preset": (["--preset", "notebook"], "run is a run and has its own settings: leave --preset"),
+    "an unset variable": (["--predict", "", "--output", "y"], "--predict must not be empty"),
     "no chats": (["--predict", "no.jsonl", "--output", "y"], "no.jsonl: no such file"),
     "base of scores": (["--base"], "--base is for --text and --predict"),
     "files and data": (["--data", "x", "--test-file", "y"], "--data and --test-file exclude each"),
@@ -280,6 +286,31 @@ def test_bad_flags(here: Path, capfd: Any, flags: list[str], says: str) -> None:
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert says in err
     assert not Path("y").exists()
+
+
+def test_a_command_calls_itself_as_it_was_called(here: Path, capfd: Any) -> None:
+    for name, words, says in (
+        ("evaluate", ["nowhere"], "nowhere: no such directory; name a run or an adapter"),
+        (
+            "predict",
+            ["nowhere", "chats.jsonl", "--output", "y"],
+            "nowhere: no such directory; name",
+        ),
+        ("predict", ["run", "chats.jsonl"], "--predict requires --output FILE.jsonl"),
+        ("train", ["--data", "nothing.csv"], "nothing.csv: no such file or directory"),
+    ):
+        assert main([name, *words]) == 2
+        assert capfd.readouterr().err.startswith(f"minilora {name}: {says}")
+    for name in ("evaluate", "predict", "train"):
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+        assert capfd.readouterr().out.startswith(f"usage: minilora {name} ")
+
+
+def test_standard_input_that_is_closed(here: Path, capfd: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert evaluate_main(["run", "--text", "-"]) == 2
+    assert capfd.readouterr() == ("", "evaluate.py: -: standard input is closed\n")
 
 
 def test_predict_says_what_it_lacks(here: Path, capfd: Any) -> None:

@@ -67,6 +67,8 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: it cannot be read, or is not UTF-8.
     """
+    if str(path) == "-" and sys.stdin is None:  # the shell's <&-
+        raise UserError("-: standard input is closed")
     try:
         content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         if content.startswith(b"\x1f\x8b"):  # gzip, whatever the name
