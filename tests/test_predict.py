@@ -1,5 +1,6 @@
 """Summaries of own chats: what is read, and that a stop anywhere changes nothing in the end."""
 
+import errno
 import io
 import json
 import os
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 
 from minilora.__main__ import main
-from minilora.summarization import predict
+from minilora.files import write_file
+from minilora.summarization import commands, predict
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.data.batches import Encoded
 from minilora.summarization.data.reading import Example
@@ -311,6 +313,23 @@ def test_standard_input_that_is_closed(here: Path, capfd: Any, monkeypatch: Any)
     monkeypatch.setattr(sys, "stdin", None)
     assert evaluate_main(["run", "--text", "-"]) == 2
     assert capfd.readouterr() == ("", "evaluate.py: -: standard input is closed\n")
+
+
+def test_a_full_disk_loses_nothing(here: Path, capfd: Any, monkeypatch: Any) -> None:
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "out.jsonl":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_file(path, content)
+
+    monkeypatch.setattr(predict, "write_file", full)
+    argv = ["run", "--predict", "chats.jsonl", "--output", "out.jsonl"]
+    assert evaluate_main(argv) == 2
+    says = "evaluate.py: cannot write out.jsonl (No space left on device): nothing is lost: make "
+    assert says in capfd.readouterr().err
+    monkeypatch.setattr(predict, "write_file", write_file)
+    monkeypatch.setattr(commands.Models, "summaries", None)  # all of them are there already
+    assert evaluate_main(argv) == 0
+    assert len(lines("out.jsonl")) == 40
 
 
 def test_predict_says_what_it_lacks(here: Path, capfd: Any) -> None:

@@ -246,7 +246,13 @@ def _predict(
     def summarize(encoded: list[Encoded]) -> list[Row]:
         return models.summaries(run, encoded, arguments.base)
 
-    done = write_summaries(output, texts.examples, texts.encoded, settings, size, summarize)
+    try:
+        done = write_summaries(output, texts.examples, texts.encoded, settings, size, summarize)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {output} ({error.strerror}): nothing is lost: make room, and the same "
+            "command goes on"
+        ) from None
     if done < len(texts):
         print(f"stopped after {done:,} of {len(texts):,} chats; the same command goes on")
         return 130

@@ -125,6 +125,8 @@ def parse_run(argv: Sequence[str], program: str = "train.py") -> RunConfig:
         from .model.start import decided  # it imports transformers
 
         flat = flat | decided(given)
+    if given.get("accept_changes") and not before:
+        raise UserError("--accept-changes is for --resume: leave it out")
     run = RunConfig.from_dict(changed(flat, given))
     run.typed = frozenset(before or given)
     if before:
