@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
 import pytest
-from pyarrow.parquet import write_table
 from rouge_score.rouge_scorer import RougeScorer
 
 from minilora.summarization.data import reading
@@ -223,7 +221,7 @@ REFUSED: dict[str, tuple[str, Content, str]] = {
     "parquet, not so": ("a.parquet", b"PAR1 no", ": cannot be read ("),
     "parquet, no rows": (
         "a.parquet",
-        lambda path: write_table(pyarrow.table({"dialogue": [], "summary": []}), path),
+        lambda path: datasets.Dataset.from_dict({"dialogue": [], "summary": []}).to_parquet(path),
         ": cannot be read (ValueError: Instruction",
     ),
     "parquet, a structure": (
