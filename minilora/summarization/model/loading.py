@@ -231,7 +231,7 @@ def _locate(name: str) -> tuple[str, bool]:
             raise UserError(f"model {name}: it is a run, not a model: --adapter goes on from a run")
         return str(path.resolve()), True
     if path.exists() or not re.fullmatch("[^./~][^/]*(/[^/]+)?", name):
-        raise UserError(f"model {name}: no such directory")
+        raise UserError(f"model {name}: no such directory; --model says where it is")
     return name, False
 
 
