@@ -46,12 +46,13 @@ api: .venv/development  ## the API reference from the docstrings: build/api/inde
 	$(BIN)/python -m pdoc --docformat google --math -o build/api minilora '!minilora[.](inject|merge|quantize)'
 
 bench: .venv/development  ## every benchmark at a small size: benchmarks/results/small/
-	for name in merge_latency exactness layer training evaluation quality qlora conformance startup; do \
+	for name in merge_latency exactness layer training evaluation quality qlora conformance startup \
+		predict; do \
 		$(BIN)/python benchmarks/$$name.py --small || exit 1; done
 
 figures: .venv/development  ## the published figures: over two hours on a machine with nothing else to do
 	for name in default_run merge_latency exactness layer training evaluation quality nf4_parity \
-		qlora qlora_quality full_update conformance startup pocket; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+		qlora qlora_quality full_update conformance startup predict pocket; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	test ! -d ../shared/data/samsum || $(BIN)/python benchmarks/pocket.py --name samsum \
 		--data ../shared/data/samsum --seeds 0 --contestants "LoRA r 8, all-linear" \
 		--epochs 2 --batch-size 16 --learning-rate 2e-3 --min-length 30 --length-penalty 1.0 --validation-limit 200

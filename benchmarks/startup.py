@@ -22,6 +22,7 @@ from common import ROOT, alternate, parser, summary, write_result
 BASE = 'python -c "import torch"'
 ALLOWED = 0.5  # seconds beside the base
 INTERRUPTED = (-signal.SIGINT, 128 + signal.SIGINT)  # ended by the signal, or by the program
+MINILORA = ["-m", "minilora"]  # as the installed command
 TRAIN, EVALUATE = str(ROOT / "train.py"), str(ROOT / "evaluate.py")
 COMMANDS: dict[str, tuple[list[str], int]] = {
     BASE: (["-c", "import torch"], 0),
@@ -29,6 +30,9 @@ COMMANDS: dict[str, tuple[list[str], int]] = {
     "evaluate.py --help": ([EVALUATE, "--help"], 0),
     "train.py --rnak 8": ([TRAIN, "--rnak", "8"], 2),
     "train.py --rank eight": ([TRAIN, "--rank", "eight"], 2),
+    "minilora --help": ([*MINILORA, "--help"], 0),
+    "minilora train --rnak 8": ([*MINILORA, "train", "--rnak", "8"], 2),
+    "minilora predict": ([*MINILORA, "predict"], 2),
 }
 MOMENTS = (0.5, 1.0, 2.0, 3.0)  # seconds from the start of `train.py --rank 8` to Ctrl-C
 
@@ -40,10 +44,11 @@ def run(arguments: list[str], code: int) -> None:
     check(ended.returncode, (code,), ended.stderr)
 
 
-def interrupt(after: float) -> float:
+def interrupt(program: list[str], after: float) -> float:
     """Seconds from Ctrl-C, `after` seconds into a training run, to the end of the process."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, TRAIN, "--rank", "8", "--output", str(Path(folder) / "run")]
+        flags = ["--rank", "8", "--output", str(Path(folder) / "run")]
+        command = [sys.executable, *program, *flags]
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
@@ -66,21 +71,23 @@ def main() -> None:
     options = flags.parse_args()
     rounds, moments = (1, MOMENTS[:2]) if options.small else (options.rounds, MOMENTS)
 
-    stopped: dict[str, list[float]] = {f"Ctrl-C after {t} s": [] for t in moments}
+    ends = {f"Ctrl-C after {t} s": ([TRAIN], t) for t in moments}
+    ends |= {f"minilora train: Ctrl-C after {t} s": ([*MINILORA, "train"], t) for t in moments}
+    stopped: dict[str, list[float]] = {name: [] for name in ends}
 
-    def stop(name: str, after: float) -> None:
-        stopped[name].append(interrupt(after))
+    def stop(name: str) -> None:
+        stopped[name].append(interrupt(*ends[name]))
 
     contestants: dict[str, Callable[[], object]] = {
         name: partial(run, *command) for name, command in COMMANDS.items()
     }
-    contestants |= {n: partial(stop, n, t) for n, t in zip(stopped, moments, strict=True)}
+    contestants |= {name: partial(stop, name) for name in ends}
     seconds = alternate(contestants, rounds, warmup=1)
     seconds |= {name: times[1:] for name, times in stopped.items()}
     results = summary(seconds, BASE)
     bound = results[BASE]["median_seconds"] + ALLOWED
     for name, row in results.items():
-        print(f"{name:26} {row['median_seconds']:6.2f} s")
+        print(f"{name:38} {row['median_seconds']:6.2f} s")
     settings = {"rounds": rounds, "bound": round(bound, 3), "allowed": ALLOWED}
     print(write_result("startup", {"settings": settings, "results": results}, options.small))
 

@@ -32,8 +32,18 @@ Example:
     'Linear'
 """
 
-from minilora import conformance as conformance
-from minilora import methods  # noqa: F401, since it fills the tables of inject and initialization
+import signal
+import sys
+
+# As a command, `minilora` or `python -m minilora`, Ctrl-C while PyTorch is imported ends the
+# process without a traceback. Python runs this file before the command's own. Where minilora is
+# imported by another program, its signals are left alone.
+_is_command = sys.orig_argv[1:3] == ["-m", "minilora"] or sys.argv[0].endswith("/minilora")
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+# ruff: noqa: E402
+from minilora import conformance, methods  # noqa: F401, methods fills the tables of inject
 from minilora.arithmetic import Fitted, combine, extract
 from minilora.config import LoRAConfig, LoRAError
 from minilora.inject import unload, unwrap

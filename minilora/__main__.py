@@ -33,6 +33,7 @@ from minilora.peft_format.directory import Adapter
 from minilora.reports import fold_names
 from minilora.summarization import errors
 from minilora.summarization.errors import UserError
+from minilora.summarization.flags import Parser
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,16 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 if a layer fails, or 2 on bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["train"], ["evaluate"], ["predict"]):
+        program = f"minilora {arguments[0]}"
         from minilora.summarization import cli  # it imports transformers: only when it is needed
 
         if arguments[0] == "predict":
             names = [word for word in arguments[1:3] if word == "-" or not word.startswith("-")]
             if len(names) < 2 and not {"-h", "--help"} & set(arguments):
-                print("minilora predict: say RUN and FILE before any flag", file=sys.stderr)
+                print(f"{program}: say RUN and FILE before any flag", file=sys.stderr)
                 return 2
             arguments[2:2] = ["--predict"]
         entry_point = cli.train_main if arguments[0] == "train" else cli.evaluate_main
-        return entry_point(arguments[1:])
+        return entry_point(arguments[1:], program)
     parsed = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int | None] = parsed.run
     shown = logging.StreamHandler(sys.stdout)  # what the library logs, such as rounding errors
@@ -72,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m minilora",
+    parser = Parser(
+        prog="minilora",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -47,10 +47,9 @@ def refuse_wrapped(model: nn.Module) -> None:
         LoRAError: another library has wrapped it, or put its adapter into it.
     """
     if is_sharded(model) or plain_model(model) is not model:
-        first = "inject before torch.compile or DistributedDataParallel or fully_shard, not after"
-        raise LoRAError(first)
-    marks = ("base_layer", "disable_adapters")  # of a layer of PEFT's, whatever its method
-    if any(all(hasattr(module, mark) for mark in marks) for module in model.modules()):
+        raise LoRAError("inject before torch.compile, DistributedDataParallel or fully_shard")
+    # A layer of PEFT's has both, whatever its method.
+    if any(hasattr(m, "base_layer") and hasattr(m, "disable_adapters") for m in model.modules()):
         raise LoRAError("PEFT's adapter is in the model: take model.unload() or merge_and_unload()")
 
 

@@ -119,8 +119,7 @@ def fold_names(names: tuple[str, ...]) -> list[str]:
 def _fold_numbers(numbers: list[str]) -> str:
     if len(numbers) == 1:
         return numbers[0]
-    indices = sorted(map(int, numbers))
-    first, last = indices[0], indices[-1]
+    first, *_, last = indices = sorted(map(int, numbers))
     if len(indices) > 2 and indices == list(range(first, last + 1)):
         return f"{{{first}-{last}}}"
     return f"{{{','.join(map(str, indices))}}}"

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import io
+import re
 import subprocess
 import sys
 import tokenize
@@ -222,8 +223,12 @@ def test_the_task_starts_without_datasets_and_rouge_score() -> None:
 def test_help_and_a_misspelt_flag_import_no_transformers() -> None:
     code = """
 import sys
+from minilora.__main__ import main as command
 from minilora.summarization.cli import evaluate_main, train_main
-for main, argv in ((train_main, ["--help"]), (train_main, ["--rnak", "8"]), (evaluate_main, [])):
+calls = [(train_main, ["--help"]), (train_main, ["--rnak", "8"]), (evaluate_main, [])]
+calls += [(command, [name, "--help"]) for name in ("train", "evaluate", "predict", "inspect")]
+calls += [(command, ["--help"]), (command, ["trian"])]
+for main, argv in calls:
     try:
         main(argv)
     except SystemExit as error:
@@ -233,8 +238,8 @@ for main, argv in ((train_main, ["--help"]), (train_main, ["--rnak", "8"]), (eva
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY
     )
     assert "--rank RANK" in result.stdout
-    ends = [line for line in result.stderr.splitlines() if ".py: " not in line]
-    assert ends == ["0 set()", "2 set()", "2 set()"]
+    ends = [line for line in result.stderr.splitlines() if not re.match("[a-z.]+: ", line)]
+    assert ends == [f"{code} set()" for code in (0, 2, 2, 0, 0, 0, 0, 0, 2)]
 
 
 def test_the_library_imports_torch_safetensors_and_the_standard_library_only() -> None:

@@ -162,8 +162,18 @@ def test_what_is_local_loses_its_folder_and_any_name_can_be_written(
     write_card(run, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "# bart, fine-tuned on a.jsonl, b {0}.jsonl, c?.jsonl\n" in text
-    assert "base_model" not in text
-    assert "ann" not in text
+    assert "base_model" not in front(text)
+    assert "/home/ann" not in text
+
+
+def test_a_local_base_is_named_by_a_path_and_the_card_says_so(folder: Path) -> None:
+    """PEFT's AutoPeftModel finds it from any folder, on this machine."""
+    text = (folder / "run/adapter/README.md").read_text()
+    config = json.loads((folder / "run/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder / "bart")
+    assert "a name of the hub into its\n`base_model_name_or_path`" in text
+    hub = card(run_of(model="facebook/bart-base"), None)
+    assert "base_model_name_or_path" not in hub
 
 
 def test_an_embedded_model_is_known_by_its_name() -> None:

@@ -101,7 +101,9 @@ def test_the_errors_of_own_files_and_chats_are_explained() -> None:
     pieces = [heading.split("…") for heading in headings("troubleshooting.md")]
     explained = [re.compile(".*".join(map(re.escape, parts)), re.DOTALL) for parts in pieces]
     folder = ROOT / "minilora" / "summarization"
-    for path in (*(folder / "data").glob("*.py"), folder / "predict.py", folder / "model/start.py"):
+    others = ["predict.py", "flags.py", "commands.py", "settings.py", "hub.py"]
+    others += [f"model/{name}.py" for name in ("start", "loading", "requirements")]
+    for path in (*(folder / "data").glob("*.py"), *(folder / name for name in others)):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             called = node.exc if isinstance(node, ast.Raise) else None
             if not isinstance(called, ast.Call) or not isinstance(called.func, ast.Name):

@@ -77,7 +77,7 @@ FC1 = "model.encoder.layers.0.fc1.weight"
     [
         ({FC1: torch.full((24, 16), math.nan)}, r"layers\.0\.fc1.*not finite"),
         ({FC1: torch.ones(16, 16)}, r"layers\.0\.fc1\.weight is \(16, 16\)"),
-        ({FC1: None}, r"lack 1 tensors .*fc1"),
+        ({FC1: None}, r"lack 1 tensor .*fc1"),
     ],
 )
 def test_a_damaged_weight_is_named(

@@ -222,7 +222,7 @@ def test_merge_refuses_in_one_line_and_leaves_nothing(
         ([nameless, tmp_path / "out"], "say --model"),
         ([nowhere, tmp_path / "out"], "no such directory"),
         ([adapter, tmp_path / "out", "--model", unfit], "no such module"),
-        ([adapter, tmp_path / "out", "--model", incomplete], "its weights lack 1 tensors"),
+        ([adapter, tmp_path / "out", "--model", incomplete], "its weights lack 1 tensor ("),
         ([adapter, tmp_path / "out", "--model", damaged], "damaged"),
         (["~nobody-at-all/adapter", tmp_path / "out"], "no such directory"),
     ]:
@@ -263,16 +263,19 @@ def test_inspect_shortens_many_singular_values() -> None:
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_the_doors_of_the_task_are_forwarded(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(cli, f"{command}_main", lambda argv: calls.append(argv) or 7)
+    monkeypatch.setattr(cli, f"{command}_main", lambda *words: calls.append(words) or 7)
     assert main([command, "RUN", "--help"]) == 7
-    assert calls == [["RUN", "--help"]]
+    assert calls == [(["RUN", "--help"], f"minilora {command}")]
 
 
-def test_no_command_and_an_unknown_one_are_answered_with_the_usage() -> None:
-    for arguments in ([], ["fly"]):
+def test_no_command_and_an_unknown_one_are_answered_in_one_line(capfd: Any) -> None:
+    for arguments, says in (([], "COMMAND"), (["fly"], "choose from"), (["merge"], "ADAPTER, OUT")):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
+        out, err = capfd.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert says in err
 
 
 @pytest.mark.slow

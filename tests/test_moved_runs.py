@@ -60,7 +60,22 @@ def test_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert restored(stored(name, run), run) == name
     for name in (str(tmp_path / "bart"), "pocket-bart", "facebook/bart-base", "~/bart"):
         assert stored(name, run) == restored(name, run) == name
-    assert restored("./gone", run) == "./gone"  # as an earlier version stored what was typed
+    # What is gone is named by where it was looked for.
+    assert restored("./gone", run) == "runs/x/gone"
+    (tmp_path / "typed").mkdir()  # an earlier version stored what was typed
+    assert restored("./typed", run) == "./typed"
+
+
+def test_a_run_that_moved_alone_says_where_its_base_is_missing(project: Path, capfd: Any) -> None:
+    (project / "runs" / "x").rename("alone")
+    capfd.readouterr()
+    Path("chat.txt").write_text("Ann: hi")
+    assert evaluate_main(["alone", "--text", "chat.txt"]) == 2
+    missing = Path("alone/../../bart").resolve()
+    found = capfd.readouterr().err.removeprefix("evaluate.py: model ").partition(":")
+    assert Path(found[0]).resolve() == missing
+    assert found[2] == " no such directory; --model says where it is\n"
+    assert evaluate_main(["alone", "--text", "chat.txt", "--model", str(project / "bart")]) == 0
 
 
 def test_a_path_into_another_machines_package_is_the_embedded_model() -> None:

@@ -82,6 +82,14 @@ READ: dict[str, tuple[str, Content]] = {
     "data": ("a.json", as_json({"data": ROWS})),
     "data, indented": ("a.json", json.dumps({"data": ROWS}, indent=2).encode()),
     "data, after a version": ("a.json", as_json({"version": "1.0", "n": 2, "data": ROWS})),
+    "data, after objects and lists": (
+        "a.json",
+        json.dumps({"meta": {"v": 1}, "tags": ["a"], "data": ROWS}, indent=1).encode(),
+    ),
+    "gzipped in two pieces": (
+        "a.jsonl.gz",
+        gzip.compress(as_jsonl([GOOD])) + gzip.compress(as_jsonl([OTHER])),
+    ),
     "data, before a licence": ("a.json", as_json({"data": ROWS, "licence": {"name": "MIT"}})),
     "parquet": ("a.parquet", parquet(ROWS)),
     "save_to_disk": ("a", saved(ROWS)),
@@ -168,6 +176,16 @@ REFUSED: dict[str, tuple[str, Content, str]] = {
         b'dialogue,summary\na,b\n"c,d\n',
         " line 3: not CSV (unexpected end of data); check the quotes",
     ),
+    "tsv, a text that begins with a quote": (
+        "a.tsv",
+        b'dialogue\tsummary\n"Hi" he said\tb\n',
+        r" line 2: not CSV ('\t' expected after '\"'); check the quotes".replace('\\"', '"'),
+    ),
+    "csv, a field too few": (
+        "a.csv",
+        b"dialogue,summary\nx\n",
+        " line 2: 1 field where the header has 2; text with ',' or",
+    ),
     "csv, an empty text": ("a.csv", b"dialogue;summary\na;\n", " line 2: empty summary"),
     "csv, one column": (
         "a.csv", b"dialogue\na\n", " line 2: no column 'summary'; columns found: dialogue; --dial"
@@ -201,6 +219,27 @@ REFUSED: dict[str, tuple[str, Content, str]] = {
         " line 2: not UTF-8",
     ),
     "parquet, not so": ("a.parquet", b"PAR1 no", ": cannot be read ("),
+    "parquet, no rows": (
+        "a.parquet",
+        lambda path: datasets.Dataset.from_dict({"dialogue": [], "summary": []}).to_parquet(path),
+        ": cannot be read (ValueError: Instruction",
+    ),
+    "parquet, a structure": (
+        "a.parquet",
+        parquet([GOOD | {"dialogue": {"turns": ["hi"]}}]),
+        " row 1 (id a-1): column 'dialogue' is dict, not text",
+    ),
+    "gzipped twice": (
+        "a.jsonl.gz",
+        gzip.compress(gzip.compress(as_jsonl(ROWS))),
+        " line 1: not UTF-8 (byte 0x8b",
+    ),
+    "gzip, text after it": (
+        "a.jsonl.gz",
+        gzip.compress(as_jsonl(ROWS)) + b"more",
+        ": damaged or cut off (",
+    ),
+    "a zip": ("a.jsonl", b"PK\x03\x04" + bytes(40), " line 1: not JSON ("),
     "parquet, empty column": (
         "a.parquet",
         parquet([GOOD, OTHER | {"summary": None}]),
@@ -387,10 +426,24 @@ def test_shards_are_read_in_order_and_errors_name_theirs(tmp_path: Path) -> None
         load(tmp_path)
 
 
+def test_what_a_mac_leaves_beside_a_file_is_not_read(tmp_path: Path) -> None:
+    put(tmp_path / "train.jsonl", rows(9))
+    put(tmp_path / "val.jsonl", rows(2, 20))
+    write(tmp_path / "._train.jsonl", b"\0\5\26\7")
+    write(tmp_path / ".notes.csv", b"x")
+    found, notices = load(tmp_path)
+    assert len(found["train"]) == 9
+    assert "not read" not in notices
+
+
 @pytest.mark.parametrize(
     ("names", "line"),
     [
         (("train.csv", "train_old.csv"), "train.csv and .*train_old.csv are both train data"),
+        (
+            ("train-00000-of-00002.csv", "train-00001-of-00003.csv"),
+            "-of-00002.csv and .*-of-00003.csv are both train data",
+        ),
         (("train_1.csv", "train_2.csv"), "train_1.csv and .*train_2.csv are both train data"),
         (("train-test-split.csv",), "train-test-split.csv: is it test or train data"),
         (("notes.csv",), "expected train, validation and test, .* found: notes.csv"),

@@ -10,6 +10,7 @@ import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -46,21 +47,49 @@ def test_the_command_is_the_library_s_main(
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0, 4.0])
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+@pytest.mark.parametrize("command", ["train.py", "evaluate.py", "-m minilora train", "minilora"])
 def test_ctrl_c_in_the_first_seconds_prints_no_traceback(
-    script: str, seconds: float, tmp_path: Path
+    command: str, seconds: float, tmp_path: Path
 ) -> None:
     """Before PyTorch is imported, while it is, and after. 0.3 s: Python itself has started."""
-    argv = [sys.executable, str(ROOT / script)]
-    argv += ["--output", str(tmp_path / "run")] if script == "train.py" else [str(tmp_path)]
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    installed = tmp_path / "minilora"  # as pip writes it
+    installed.write_text("import sys\nfrom minilora.__main__ import main\nsys.exit(main())\n")
+    output = ["--output", str(tmp_path / "run")]
+    words = {
+        "train.py": [str(ROOT / "train.py"), *output],
+        "evaluate.py": [str(ROOT / "evaluate.py"), str(tmp_path)],
+        "-m minilora train": ["-m", "minilora", "train", *output],
+        "minilora": [str(installed), "train", *output],
+    }[command]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    process = subprocess.Popen([sys.executable, *words], env=environment, **pipes)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     if error == f"evaluate.py: {tmp_path} is not a run: it has no config.json\n":
         pytest.skip("it ended before, or was about to: a fast machine")
     assert process.returncode in (-signal.SIGINT, 130)
-    assert error in ("", f"{script}: interrupted\n")
+    program = command if command.endswith(".py") else "minilora train"
+    assert error in ("", f"{program}: interrupted\n")
+
+
+def test_ctrl_c_reaches_the_programs_that_import_minilora(tmp_path: Path) -> None:
+    """Only a command of minilora changes what the signal does."""
+    script = tmp_path / "train.py"
+    lines = (
+        "import signal",
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",  # pytest may ignore it
+        "import minilora",
+        "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)",
+    )
+    script.write_text("\n".join(lines))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(script), "minilora"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "True\n"
 
 
 @pytest.mark.slow

@@ -43,6 +43,9 @@ BASE = ["Ann asks Bob.", f"script {HOSTILE}", "安娜", "Dee meets at 9."]
 TUNED = ["Ann and Bob and Ann go.", "Eve attacks.", "", "Dee is meeting at nine."]
 
 
+PROBLEMS = ["in the first 3 steps, no gradient: a.<b>.lora_A", "in the first 3 steps, not moved: c"]
+
+
 def log(steps: int = 30, end: bool = True) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = [{"kind": "start", "trainable": 1_500, "total": 3_000_000}]
     for step in range(1, steps + 1):
@@ -109,6 +112,19 @@ class Reader(HTMLParser):
 # The page -----------------------------------------------------------------------------------------
 
 
+def test_what_the_first_steps_showed_is_on_the_page(run: Path, tmp_path: Path) -> None:
+    assert "first 3 steps" not in page.render(runs.read_report(run))
+    for problems, shown in ((PROBLEMS, 2), ([], 0), (None, 0), ("x", 0), ([3], 1)):
+        directory = tmp_path / f"run{shown}{problems is None}{len(str(problems))}"
+        save_run(directory)
+        record = {"kind": "check", "step": 3, "problems": problems}
+        with (directory / "log.jsonl").open("ab") as file:
+            file.write(as_jsonl([record]))
+        assert page.render(runs.read_report(directory)).count('<p class="notice">') == shown
+    text = page.render(runs.read_report(tmp_path / f"run2False{len(str(PROBLEMS))}"))
+    assert "no gradient: a.&lt;b&gt;.lora_A" in text
+
+
 def test_the_page_is_well_formed_and_needs_nothing_else(html: str) -> None:
     reader = Reader(html)
     assert reader.open == []
@@ -173,8 +189,8 @@ def test_an_unfinished_run_says_so_and_how_to_go_on(tmp_path: Path) -> None:
         file.write(b'{"kind": "step", "st')  # the process died
     text = Reader(page.render(runs.read_report(run))).text
     assert "the log ends at step 30" in text
-    assert f"python train.py --resume {run}" in text
-    assert f"python evaluate.py {run} --output {run}/evaluation.json" in text
+    assert f"python -m minilora train --resume {run}" in text
+    assert f"python -m minilora evaluate {run} --output {run}/evaluation.json" in text
     assert "not scored yet" in text
     for name in ("log.jsonl", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
         (run / name).unlink()

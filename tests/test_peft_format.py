@@ -198,7 +198,7 @@ def test_no_module_is_replaced_under_a_wrapper(
 ) -> None:
     model = build()
     before = State.of(model)
-    with pytest.raises(LoRAError, match=r"before torch\.compile or DistributedDataParallel"):
+    with pytest.raises(LoRAError, match=r"before torch\.compile, DistributedDataParallel"):
         minilora.load_adapter(wrapper(model), saved)
     before.check(model)
 

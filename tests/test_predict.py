@@ -1,5 +1,6 @@
 """Summaries of own chats: what is read, and that a stop anywhere changes nothing in the end."""
 
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 
 import minilora
 from minilora.__main__ import main
+from minilora.files import write_file
 from minilora.summarization import commands, predict
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.data.batches import Encoded
@@ -293,6 +295,12 @@ BAD = {
         "chats.jsonl is a file: name another file",
     ),
     "scores in a file": (["--output", "chats.jsonl/out"], "chats.jsonl is a file: name another"),
+    "a cache": (
+        ["--predict", "x", "--output", "y", "--cache-encoder", "on"],
+        "does not take --cache-encoder",
+    ),
+    "a preset": (["--preset", "notebook"], "run is a run and has its own settings: leave --preset"),
+    "an unset variable": (["--predict", "", "--output", "y"], "--predict must not be empty"),
     "no chats": (["--predict", "no.jsonl", "--output", "y"], "no.jsonl: no such file"),
     "base of scores": (["--base"], "--base is for --text and --predict"),
     "files and data": (["--data", "x", "--test-file", "y"], "--data and --test-file exclude each"),
@@ -311,6 +319,48 @@ def test_bad_flags(here: Path, capfd: Any, flags: list[str], says: str) -> None:
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert says in err
     assert not Path("y").exists()
+
+
+def test_a_command_calls_itself_as_it_was_called(here: Path, capfd: Any) -> None:
+    for name, words, says in (
+        ("evaluate", ["nowhere"], "nowhere: no such directory; name a run or an adapter"),
+        (
+            "predict",
+            ["nowhere", "chats.jsonl", "--output", "y"],
+            "nowhere: no such directory; name",
+        ),
+        ("predict", ["run", "chats.jsonl"], "--predict requires --output FILE.jsonl"),
+        ("train", ["--data", "nothing.csv"], "nothing.csv: no such file or directory"),
+    ):
+        assert main([name, *words]) == 2
+        assert capfd.readouterr().err.startswith(f"minilora {name}: {says}")
+    for name in ("evaluate", "predict", "train"):
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+        assert capfd.readouterr().out.startswith(f"usage: minilora {name} ")
+
+
+def test_standard_input_that_is_closed(here: Path, capfd: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert evaluate_main(["run", "--text", "-"]) == 2
+    assert capfd.readouterr() == ("", "evaluate.py: -: standard input is closed\n")
+
+
+def test_a_full_disk_loses_nothing(here: Path, capfd: Any, monkeypatch: Any) -> None:
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "out.jsonl":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_file(path, content)
+
+    monkeypatch.setattr(predict, "write_file", full)
+    argv = ["run", "--predict", "chats.jsonl", "--output", "out.jsonl"]
+    assert evaluate_main(argv) == 2
+    says = "evaluate.py: cannot write out.jsonl (No space left on device): nothing is lost: make "
+    assert says in capfd.readouterr().err
+    monkeypatch.setattr(predict, "write_file", write_file)
+    monkeypatch.setattr(commands.Models, "summaries", None)  # all of them are there already
+    assert evaluate_main(argv) == 0
+    assert len(lines("out.jsonl")) == 40
 
 
 def test_predict_says_what_it_lacks(here: Path, capfd: Any) -> None:

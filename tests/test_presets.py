@@ -69,10 +69,11 @@ def usual() -> dict[str, Any]:
     return RunConfig().to_dict() | PRESETS["pocket"]
 
 
-# --adapter names an adapter, which decides other settings: tests/test_start.py.
+# --adapter names an adapter, which decides other settings, and --accept-changes needs --resume:
+# tests/test_start.py.
 @pytest.mark.parametrize(
     ("group", "field"),
-    [pair for pair in FIELDS if pair[1].name != "adapter"],
+    [pair for pair in FIELDS if pair[1].name not in ("adapter", "accept_changes")],
     ids=lambda one: str(getattr(one, "name", "")),
 )
 def test_every_field_is_a_flag_with_hyphens_and_underscores(

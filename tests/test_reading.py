@@ -233,7 +233,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "utf-16, big-endian": ("a.json", b"\xfe\xff" + LIST.decode().encode("utf-16-be"), "byte 0xfe"),
     "utf-16, no mark": ("a.json", LIST.decode().encode("utf-16-le"), "row 1: not JSON"),
     "utf-16, no mark, jsonl": ("a.jsonl", LINES.decode().encode("utf-16-le"), "line 1: not JSON"),
-    "utf-16, no mark, csv": ("a.csv", TABLE.decode().encode("utf-16-le"), "line 2: 1 fields"),
+    "utf-16, no mark, csv": ("a.csv", TABLE.decode().encode("utf-16-le"), "line 2: 1 field where"),
     "utf-32": ("a.json", LIST.decode().encode("utf-32"), "not UTF-8"),
     "surrogates as bytes": (
         "a.jsonl",
@@ -336,7 +336,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "a semicolon too many": ("a.csv", b"dialogue;summary\na;b;c\n", "text with ';' or line"),
     "a tab too many": ("a.tsv", b"dialogue\tsummary\na\tb\tc\n", r"text with '\t' or line"),
     "a field too many": ("a.csv", b"dialogue,summary\na,b\nhi, there,c\n", "line 3: 3 fields"),
-    "a field too few": ("a.csv", b'dialogue,summary\n"a\nb",c\nd\n', "line 4: 1 fields"),
+    "a field too few": ("a.csv", b'dialogue,summary\n"a\nb",c\nd\n', "line 4: 1 field where"),
     "header twice": (
         "a.csv",
         b"dialogue,dialogue,summary\na,b,c\n",

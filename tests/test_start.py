@@ -166,6 +166,29 @@ def test_bad_flags(here: Path, capfd: Any, flags: list[str], says: str) -> None:
     refused(capfd, [*BASE, *flags, "--output", "new"], says)
 
 
+UNUSED: dict[str, tuple[list[str], str]] = {
+    "full": (
+        ["--method", "full", "--rank", "4", "--dora"],
+        "--method full does not use --dora, --rank",
+    ),
+    "prompt": (
+        ["--method", "prompt", "--alpha", "4", "--prefix-hidden", "3"],
+        "--method prompt does not use --alpha, --prefix-hidden",
+    ),
+    "lora": (["--virtual-tokens", "4"], "--method lora does not use --virtual-tokens"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_a_flag_that_the_method_does_not_read_is_said(here: Path, name: str) -> None:
+    flags, says = UNUSED[name]
+    free = [word for word in FREE if word not in ("--dropout", "0.1")]
+    run = parse_run([*free, *flags])
+    assert [note for note in open_session(run).notices if "does not use" in note] == [says]
+    used = parse_run([*free, "--method", "lora", "--with", "prefix", "--virtual-tokens", "4"])
+    assert not used.unused() & used.typed
+
+
 # From an adapter ----------------------------------------------------------------------------------
 
 
@@ -259,7 +282,12 @@ BAD_STARTS = {
     "with --resume": (["--resume", "run", "--adapter", "peft"], "--adapter (was None, is 'peft')"),
     "with a prompt": (["--adapter", "peft", "--with", "prompt"], "does not go with --with prompt"),
     "a prompt": (["--adapter", "peft", "--method", "prompt"], "goes with --method lora or qlora"),
+    "a run as a model": (["--model", "run"], "model run: it is a run, not a model: --adapter goes"),
+    "nothing to accept": (["--accept-changes"], "--accept-changes is for --resume: leave it out"),
     "an empty name": (["--adapter", ""], "--adapter must not be empty"),
+    "an empty run": (["--resume", ""], "--resume must not be empty"),
+    "an empty file": (["--train-file", ""], "--train-file must not be empty"),
+    "an empty list": (["--targets", ""], "--targets must not be empty"),
 }
 
 

@@ -242,7 +242,7 @@ def test_an_adapter_is_gathered_from_two_processes_after_fully_shard(tmp_path: P
         step(model)
         minilora.save_adapter(model, tmp_path / f"of-{rank}")
         for refused in (
-            lambda: minilora.load_adapter(model, tmp_path / "of-0"),
+            lambda: minilora.load_adapter(model, tmp_path / f"of-{rank}"),
             lambda: minilora.inject(model, LoRAConfig()),
             lambda: model.save_pretrained(tmp_path / "never"),
         ):

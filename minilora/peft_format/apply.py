@@ -161,10 +161,12 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
         unload(model)
         # What A and B start with is overwritten, but some starts are those of another layer.
         wrap(model, selected, config if config.init in LAYERS else replace(config, init="kaiming"))
-        if (injection := injection_of(model)) is not None:
-            injection.extras.append(unnamed)
-            unnamed.start(model)
+        unnamed.start(model)
+    injection = injection_of(model)
+    assert injection is not None
+    injection.extras += [] if swapped else [unnamed]
     _fill(model, adapter, config, inference)
+    injection.config = config
     notice = _compare_base(adapter.base_model, _base_model_name(model))
     return LoadReport(report(model).modules, swapped, adapter.base_model, notice)
 
@@ -177,9 +179,6 @@ def _fill(model: nn.Module, adapter: Adapter, config: LoRAConfig, inference: boo
         layer.scale = adapter.scale_of(module)
     for key, tensor in _held(model).items():
         trained_whole.require_grad(tensor.copy_(adapter.tensors[key]), not inference)
-    injection = injection_of(model)
-    assert injection is not None
-    injection.config = config
 
 
 def _held(model: nn.Module) -> dict[str, Tensor]:

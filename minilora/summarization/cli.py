@@ -10,14 +10,14 @@ from typing import Any
 from . import errors, flags, processes
 
 
-def train_main(argv: Sequence[str] | None = None) -> int:
+def train_main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
     """`python train.py ...`. Returns the exit code: 0, 2 on bad input, 130 when interrupted."""
-    return _entry_point("train.py", flags.parse_run, argv)
+    return _entry_point(program, flags.parse_run, argv)
 
 
-def evaluate_main(argv: Sequence[str] | None = None) -> int:
+def evaluate_main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int:
     """`python evaluate.py RUN ...`. Returns the exit code: 0, or 2 on bad input."""
-    return _entry_point("evaluate.py", flags.parse_evaluation, argv)
+    return _entry_point(program, flags.parse_evaluation, argv)
 
 
 @contextmanager
@@ -36,20 +36,18 @@ def _ended_by_ctrl_c() -> Iterator[None]:
 
 
 def _entry_point(
-    program: str, parse: Callable[[Sequence[str]], Any], argv: Sequence[str] | None
+    program: str, parse: Callable[[Sequence[str], str], Any], argv: Sequence[str] | None
 ) -> int:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set while PyTorch was imported
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Offline it logs every retry; the error that follows is one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     def main() -> int:
         with processes.join():
-            settings = parse(sys.argv[1:] if argv is None else argv)
+            settings = parse(sys.argv[1:] if argv is None else argv, program)
             with _ended_by_ctrl_c():
                 from . import commands  # it imports transformers: --help need not wait for that
 
-            command = commands.train if program == "train.py" else commands.score
+            command = commands.train if parse is flags.parse_run else commands.score
             return command(settings)
 
     return errors.run(program, main)

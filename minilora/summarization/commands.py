@@ -247,7 +247,13 @@ def _predict(
     def summarize(encoded: list[Encoded]) -> list[Row]:
         return models.summaries(run, encoded, arguments.base)
 
-    done = write_summaries(output, texts.examples, texts.encoded, settings, size, summarize)
+    try:
+        done = write_summaries(output, texts.examples, texts.encoded, settings, size, summarize)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {output} ({error.strerror}): nothing is lost: make room, and the same "
+            "command goes on"
+        ) from None
     if done < len(texts):
         print(f"stopped after {done:,} of {len(texts):,} chats; the same command goes on")
         return 130
@@ -275,7 +281,8 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
     inside = directory.name in ("adapter", "model")
     if inside and (directory.parent / "config.json").exists():
         directory = directory.parent
-    flat = PRESETS[arguments.preset] | {"preset": arguments.preset}
+    preset = arguments.preset or "pocket"
+    flat = PRESETS[preset] | {"preset": preset}
     if loading.is_adapter(directory):
         base = base_of(directory, minilora.read_adapter(directory))
         if "model" not in base | arguments.changes:
@@ -285,6 +292,8 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
         flat |= {"method": "full", "model": str(directory)}
     else:
         flat = flags.read_run(directory).to_dict()
+        if arguments.preset:
+            raise UserError(f"{directory} is a run and has its own settings: leave --preset out")
     run = RunConfig.from_dict(flags.changed(flat, arguments.changes))
     run.check()
     return directory, run

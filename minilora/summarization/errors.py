@@ -1,6 +1,7 @@
 """Bad input ends in one line on standard error and an exit code."""
 
 import io
+import signal
 import sys
 from collections.abc import Callable
 
@@ -39,6 +40,8 @@ def exit_code(error: BaseException) -> int:
 
 def run(program: str, main: Callable[[], int | None]) -> int:
     """Run an entry point: an expected error becomes one line. Returns the exit code."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set while PyTorch was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # characters the terminal cannot encode become ?
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

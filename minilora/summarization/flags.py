@@ -38,8 +38,8 @@ RESUME_MAY_CHANGE = {
 class Parser(argparse.ArgumentParser):
     """Errors in one line; for a misspelt flag the nearest one is named."""
 
-    def __init__(self, program: str, description: str, **more: Any) -> None:
-        super().__init__(prog=program, description=description, allow_abbrev=False, **more)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
@@ -60,14 +60,17 @@ class Parser(argparse.ArgumentParser):
             self.error(
                 f"unrecognized argument {flag}" + (f"; nearest: {close[0]}" if close else "")
             )
+        for name, value in vars(arguments).items():  # often an unset variable of the shell
+            if "" in (value if isinstance(value, list) else [value]) and name[:6] != "prompt":
+                self.error(f"{'RUN' if name == 'run' else spelt(name)} must not be empty")
         return arguments
 
 
-def training_parser() -> Parser:
+def training_parser(program: str = "train.py") -> Parser:
     """A flag for each field of the settings. What it parses holds only the flags that are typed."""
     what = "Fine-tune an encoder-decoder to summarize; compare it with its base."
-    usage = "python train.py [--preset NAME] [--FLAG VALUE ...]"
-    parser = Parser("train.py", what, usage=usage, argument_default=argparse.SUPPRESS)
+    usage = f"{_command(program)} [--preset NAME] [--FLAG VALUE ...]"
+    parser = Parser(prog=program, description=what, usage=usage, argument_default=argparse.SUPPRESS)
     _add_preset(parser, f"a whole configuration that the other flags change: {', '.join(PRESETS)}")
     for kind in GROUPS.values():
         _add_settings(parser, kind)
@@ -88,6 +91,11 @@ def _add_settings(parser: Parser, kind: Any, show_defaults: bool = True) -> None
         group.add_argument(spelt(setting.name), **takes)
 
 
+def _command(program: str) -> str:
+    """What a person types: train.py is a file, `minilora train` a command."""
+    return f"python {program}" if program.endswith(".py") else program
+
+
 def _takes(kind: Any, name: str) -> dict[str, Any]:
     """What argparse is told of a field of this type."""
     if kind is bool:
@@ -103,20 +111,22 @@ def _add_preset(parser: Parser, text: str, **more: Any) -> None:
     parser.add_argument("--preset", choices=PRESETS, metavar="NAME", help=text, **more)
 
 
-def parse_run(argv: Sequence[str]) -> RunConfig:
+def parse_run(argv: Sequence[str], program: str = "train.py") -> RunConfig:
     """The settings of the resumed run or of the preset, changed by the flags.
 
     Raises:
         UserError: --resume names no run, or a flag would change its result.
         SystemExit: an unknown flag or value (exit code 2), or --help.
     """
-    given = vars(training_parser().parse(argv))
+    given = vars(training_parser(program).parse(argv))
     before = read_run(Path(given["resume"])).to_dict() if given.get("resume") else None
     flat = before or PRESETS[given.get("preset", "pocket")]
     if "adapter" in given and not before:
         from .model.start import decided  # it imports transformers
 
         flat = flat | decided(given)
+    if given.get("accept_changes") and not before:
+        raise UserError("--accept-changes is for --resume: leave it out")
     run = RunConfig.from_dict(changed(flat, given))
     run.typed = frozenset(before or given)
     if before:
@@ -206,10 +216,12 @@ def read_run(directory: Path) -> RunConfig:
         raise UserError(f"{path}: {error}") from None
 
 
-def evaluation_parser() -> Parser:
+def evaluation_parser(program: str = "evaluate.py") -> Parser:
     """Of the settings of the run it holds only those that are typed."""
     what = "Score the base and the fine-tuned model side by side, or summarize chats."
-    parser = Parser("evaluate.py", what)
+    files = "FILE --output FILE [--base]" if program.endswith("predict") else "[--text FILE ...]"
+    usage = f"{_command(program)} RUN {files} [--FLAG VALUE ...]"
+    parser = Parser(prog=program, description=what, usage=usage)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run, an adapter, or its hub name")
     add("--split", choices=SPLITS, help="what to score (default: test, or all of a file)")
@@ -231,20 +243,20 @@ def evaluation_parser() -> Parser:
         "the base and the fine-tuned model share the encoder's states, if the encoder is frozen",
     )
     add("--cache-directory", default=argparse.SUPPRESS, metavar="DIRECTORY", help="of such states")
-    _add_preset(parser, "settings for an adapter directory (default: pocket)", default="pocket")
+    _add_preset(parser, "settings for an adapter directory (default: pocket)")
     for kind in (DataOptions, GenerationOptions):
         _add_settings(parser, kind, show_defaults=False)
     return parser
 
 
-def parse_evaluation(argv: Sequence[str]) -> argparse.Namespace:
+def parse_evaluation(argv: Sequence[str], program: str = "evaluate.py") -> argparse.Namespace:
     """What to evaluate; `changes` are settings unlike the run's. Refuses what would be ignored.
 
     Raises:
         UserError: flags that exclude each other, or a value out of its range.
         SystemExit: an unknown flag or value (exit code 2), or --help.
     """
-    arguments = evaluation_parser().parse(argv)
+    arguments = evaluation_parser(program).parse(argv)
     names = {
         *("model", "device", "cache_encoder", "cache_directory"),
         *(f.name for k in (DataOptions, GenerationOptions) for f in fields(k)),
@@ -253,7 +265,7 @@ def parse_evaluation(argv: Sequence[str]) -> argparse.Namespace:
     chats = "--text" if arguments.text else "--predict" if arguments.predict else None
     if arguments.limit < 0:
         raise UserError(f"--limit must be 0 or more, not {arguments.limit}")
-    for name in ("data", *FILES, "split", "limit"):
+    for name in ("data", *FILES, "split", "limit", "cache_encoder", "cache_directory"):
         if chats and getattr(arguments, name, None):
             raise UserError(f"{chats} summarizes chats and does not take {spelt(name)}")
     if arguments.base and not chats:

@@ -93,4 +93,5 @@ def stored(name: str, directory: Path) -> str:
 def restored(name: str, directory: Path) -> str:
     """Inverse of `stored`. Runs of earlier versions store a path as it was typed."""
     path = directory / name
-    return os.path.normpath(path) if name.startswith(".") and path.exists() else name
+    is_relative = name.startswith(".") and (path.exists() or not Path(name).exists())
+    return os.path.normpath(path) if is_relative else name

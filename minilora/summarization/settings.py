@@ -221,6 +221,14 @@ class RunConfig:
         preset = self.from_dict(PRESETS[self.preset]).to_dict()
         return all(self.to_dict()[name] == preset[name] for name in names)
 
+    def unused(self) -> set[str]:
+        """The settings that the method does not read."""
+        kinds = {self.model.method, self.model.with_}
+        groups: list[Any] = [] if kinds & {"lora", "qlora", "adalora"} else [AdapterOptions]
+        groups += [] if kinds & {"prompt", "prefix"} else [VirtualOptions]
+        of_prefix = set[str]() if "prefix" in kinds else {"prefix_places", "prefix_hidden"}
+        return of_prefix.union(f.name for group in groups for f in fields(group))
+
     def check(self) -> None:
         """Refuse values that argparse does not.
 

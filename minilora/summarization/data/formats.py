@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, one_line
+from ..errors import UserError, counted, one_line
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 DELIMITERS = ",;\t|"
@@ -67,6 +67,8 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: it cannot be read, or is not UTF-8.
     """
+    if str(path) == "-" and sys.stdin is None:  # the shell's <&-
+        raise UserError("-: standard input is closed")
     try:
         content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         if content.startswith(b"\x1f\x8b"):  # gzip, whatever the name
@@ -117,8 +119,8 @@ def _object(pairs: list[tuple[str, object]]) -> object:
 
 _JSON = json.JSONDecoder(object_pairs_hook=_object)
 _COMMA = re.compile(r"\s*(,|(?=]))\s*")
-# `[`, or `{"data": [` with nothing but texts and numbers before it, such as a version.
-_SINGLE = r'\s*"\w*"\s*:\s*(?:"[^"]*"|[\w.+-]+)\s*,'
+# `[`, or `{"data": [` with nothing nested twice before it: a version, a licence and its like.
+_SINGLE = r'\s*"\w*"\s*:\s*(?:"[^"]*"|[\w.+-]+|\{[^{}]*\}|\[[^\[\]{}]*\])\s*,'
 _LIST = re.compile(rf'\s*(?P<wrapped>\{{(?:{_SINGLE})*\s*"data"\s*:\s*)?\[\s*')
 
 
@@ -170,10 +172,11 @@ def _csv_rows(path: Path, text: str) -> Rows:
             elif len(fields) == len(header):
                 yield place, _object([pair for pair in zip(header, fields, strict=True) if pair[0]])
             elif fields:
-                count = f"{len(fields)} fields where the header has {len(header)}"
+                count = f"{counted(len(fields), 'field')} where the header has {len(header)}"
                 yield place, BadRow(f"{count}; text with {delimiter!r} or line breaks needs quotes")
     except csv.Error as error:
-        raise UserError(f"{path} line {line}: not CSV ({error}); check the quotes") from None
+        why = str(error).replace("\t", "\\t")
+        raise UserError(f"{path} line {line}: not CSV ({why}); check the quotes") from None
 
 
 # What `datasets` reads ----------------------------------------------------------------------------
@@ -182,8 +185,11 @@ def _csv_rows(path: Path, text: str) -> Rows:
 def _arrow_rows(path: Path) -> Rows:
     with datasets_or_error(path, f"{path}: cannot be read") as datasets:
         datasets.disable_progress_bars()
-        read = datasets.load_from_disk if path.is_dir() else datasets.Dataset.from_parquet
-        yield from table_rows(path, read(str(path)))
+        if path.is_dir():
+            table = datasets.load_from_disk(str(path))
+        else:  # without a size an empty file raises
+            table = datasets.Dataset.from_parquet(str(path), batch_size=1000)
+        yield from table_rows(path, table)
 
 
 def table_rows(name: str | Path, table: Iterable[object]) -> Rows:
@@ -200,5 +206,5 @@ def datasets_or_error(name: str | Path, failed: str) -> Iterator[Any]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says it
     try:
         yield datasets
-    except Exception as error:
-        raise UserError(f"{failed} ({one_line(error, name=True)})") from None
+    except Exception as error:  # its own "while generating the dataset" hides another
+        raise UserError(f"{failed} ({one_line(error.__cause__ or error, name=True)})") from None

@@ -71,7 +71,8 @@ def file_source(path: Path) -> Source:
 def _directory(path: Path) -> tuple[dict[str, Source], list[str]]:
     beside = list[Path]()
     for folder in (path, path / "data"):  # as in a data set of the hub
-        files = list(filter(is_data, sorted(folder.iterdir()) if folder.is_dir() else []))
+        seen = sorted(folder.glob("[!.]*"))  # a Mac leaves ._train.jsonl beside train.jsonl
+        files = list(filter(is_data, seen))
         found = _by_split(files)
         read = list(chain.from_iterable(found.values()))
         beside += [file for file in files if file not in read and file.name not in _ABOUT]
@@ -99,7 +100,7 @@ def _by_split(files: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def _shards(split: str, files: list[Path]) -> Source:
-    kinds = {_SHARD.sub("", file.name): str(file) for file in files}
+    kinds = {_SHARD.sub(r"of \1", file.name): str(file) for file in files}
     if len(kinds) > 1:
         several = " and ".join(kinds.values())
         raise UserError(f"{several} are both {split} data: join them, or keep one of them")

@@ -45,7 +45,7 @@ def load(
         if split in data:
             continue
         if split not in sources:
-            found = ", ".join(source.name for source in sources.values())
+            found = ", ".join(dict.fromkeys(source.name for source in sources.values()))
             raise UserError(f"{options.name}: no {split} data; found: {found}")
         data[split] = read(split)
     trained_on = {example.dialogue for example in data.get("train", ())}

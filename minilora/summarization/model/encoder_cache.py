@@ -41,7 +41,7 @@ from minilora.inject import injection_of
 from minilora.modules import plain_name
 
 from .. import processes
-from ..errors import UserError, one_line
+from ..errors import UserError, counted, one_line
 from ..files import sweep
 from .device import autocast
 from .digest import of_tensors
@@ -153,7 +153,8 @@ def _keep(
                 os.utime(path)  # the one that was not read for longest is the first to go
             else:
                 make_room(place, size)
-                what = f"the encoder's states of {len(order):,} dialogues, {size / 1e9:.1f} GB"
+                count = counted(len(order), "dialogue")
+                what = f"the encoder's states of {count}, {size / 1e9:.1f} GB"
                 advice = "--cache-directory moves it, --cache-encoder off does without"
                 print(f"note: writing {what}, to {path} ({advice})", file=sys.stderr)
                 write_states(path, _computed(model, order, dtype), shape, kept)

@@ -22,7 +22,7 @@ from minilora.files import PARTIAL
 
 from .. import hub
 from ..data.batches import Encoded
-from ..errors import UserError, one_line
+from ..errors import UserError, counted, one_line
 from ..files import put_directory
 from ..presets import local_path
 from .four_bits import FourBits
@@ -98,9 +98,10 @@ def check_complete(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -
         learned = {key for key, tensor in plain.named_parameters() if tensor.requires_grad}
         missing = [key for key in missing if key in learned]
     if missing:
+        lack = f"{counted(len(missing), 'tensor')} ({missing[0]}, ...)"
         raise UserError(
-            f"model {name}: its weights lack {len(missing)} tensors ({missing[0]}, ...): the file "
-            "is incomplete or belongs to another architecture"
+            f"model {name}: its weights lack {lack}: the file is incomplete or belongs to another "
+            "architecture"
         )
     if mismatched := sorted(info["mismatched_keys"]):
         key, stored, wanted = mismatched[0]
@@ -226,9 +227,11 @@ def _locate(name: str) -> tuple[str, bool]:
     if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model {name}: the directory has no config.json; is it a model?")
+        if (path / "log.jsonl").exists():
+            raise UserError(f"model {name}: it is a run, not a model: --adapter goes on from a run")
         return str(path.resolve()), True
     if path.exists() or not re.fullmatch("[^./~][^/]*(/[^/]+)?", name):
-        raise UserError(f"model {name}: no such directory")
+        raise UserError(f"model {name}: no such directory; --model says where it is")
     return name, False
 
 

@@ -43,8 +43,6 @@ def decided(given: dict[str, Any]) -> dict[str, Any]:
         LoRAError: it cannot be read.
     """
     name = given["adapter"]
-    if not name:
-        raise UserError("--adapter must not be empty: name a directory, a run or a hub name")
     directory = _directory(name)
     adapter = minilora.read_adapter(directory)
     if isinstance(adapter.config, AdaLoRAConfig):  # its budget was for another number of steps

@@ -91,20 +91,20 @@ def _lead(run: Run) -> str:
 
 
 def _notices(run: Run) -> str:
-    """What is missing, and the command that adds it."""
-    found = []
+    """What the first steps showed; what is missing, and the command that adds it."""
+    found = [escape(problem) for problem in run.problems]
     path = escape(shlex.quote(str(run.path)))
     if run.end is None:
         step = run.steps[-1]["step"] if run.steps else 0
         found.append(
             f"Training is not finished: the log ends at step {step:,.0f}. Resume it with "
-            f"<code>python train.py --resume {path}</code>"
+            f"<code>python -m minilora train --resume {path}</code>"
         )
     if run.evaluation is None:
         scores = escape(shlex.quote(str(run.path / "evaluation.json")))
         found.append(
-            f"Not scored: there is no evaluation.json. Score it with <code>python evaluate.py "
-            f"{path} --output {scores}</code>, then write this page again with "
+            f"Not scored: there is no evaluation.json. Score it with <code>python -m minilora "
+            f"evaluate {path} --output {scores}</code>, then write this page again with "
             f"<code>python -m minilora report {path}</code>"
         )
     return "".join(f'<p class="notice">{notice}</p>' for notice in found)

@@ -38,6 +38,8 @@ class Run:
     """step, epoch, loss, ROUGE."""
     end: Record | None
     """seconds and peak_bytes; None for a run in progress or stopped."""
+    problems: tuple[str, ...]
+    """What `verify_training` found in the first steps."""
     evaluation: Evaluation | None
     ranks: dict[str, int]
     """Of AdaLoRA, by module, in the saved adapter."""
@@ -77,6 +79,7 @@ def read_report(directory: Path) -> Run:
         steps=tuple(log["step"]),
         validations=tuple(log["validation"]),
         end=next(reversed(log["end"]), None),
+        problems=tuple(str(text) for record in log["check"] for text in _problems(record)),
         evaluation=_evaluation(directory / "evaluation.json"),
         ranks=_ranks(directory / "adapter") if config.get("method") == "adalora" else {},
     )
@@ -96,6 +99,7 @@ LOG_KEYS = {
     "start": "trainable total",
     "step": "step (loss) (learning_rate)",
     "validation": "step epoch (loss) (rouge1) (rouge2) (rougeL)",
+    "check": "",
     "end": "seconds peak_bytes",
 }
 
@@ -121,6 +125,11 @@ def _log(path: Path) -> dict[str, list[Record]]:
             record.setdefault(name, None)
         log.get(record["kind"], []).append(record)
     return log
+
+
+def _problems(record: Record) -> list[Any]:
+    found = record.get("problems")
+    return found if isinstance(found, list) else []
 
 
 def _number(content: Any, where: str, *keys: str | int) -> float:

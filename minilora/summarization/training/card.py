@@ -9,6 +9,7 @@ from typing import Any
 
 from minilora.files import write_file
 
+from ..errors import counted
 from ..evaluation.rouge import METRICS
 from ..presets import local_path
 from ..settings import FILES, RunConfig, in_words
@@ -36,6 +37,12 @@ minilora.load_adapter(model, "ADAPTER", inference=True)
 ```
 
 To share it, add a licence and what the summaries are for, then: `hf upload USER/NAME ADAPTER`
+{moved}"""
+
+MOVED = """
+`adapter_config.json` names the base by its path on the machine that trained: PEFT's
+`AutoPeftModel` looks there. Before you share it, write a name of the hub into its
+`base_model_name_or_path`; on a machine that has the base elsewhere, say `--model`.
 """
 
 PEFT = """from peft import PeftModel  # with PEFT, or else
@@ -80,6 +87,7 @@ def card(run: RunConfig, evaluation: Mapping[str, Any] | None) -> str:
         data=", ".join(data),
         how=how[0].upper() + how[1:],
         scores=_scores(evaluation) if evaluation else "Not scored yet.",
+        moved=MOVED if _is_local(run.model.model) else "",
     )
 
 
@@ -92,7 +100,7 @@ def _peft_directory(run: RunConfig) -> str | None:
 
 
 def _scores(evaluation: Mapping[str, Any]) -> str:
-    title = f"{evaluation['n']:,} dialogues of {evaluation['split']}, F1 x 100"
+    title = f"{counted(evaluation['n'], 'dialogue')} of {evaluation['split']}, F1 x 100"
     rows = [f"| {title} | base | fine-tuned |", "| --- | ---: | ---: |"]
     for name in METRICS:
         base, tuned = (evaluation[side][name] for side in ("base", "finetuned"))
@@ -102,5 +110,8 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
 
 def _shown(name: str) -> str:
     """A name on the hub, or the last part of a path."""
-    path = local_path(name)
-    return path.resolve().name if path.is_absolute() or path.exists() else name
+    return local_path(name).resolve().name if _is_local(name) else name
+
+
+def _is_local(name: str) -> bool:
+    return local_path(name).is_absolute() or local_path(name).exists()

@@ -35,7 +35,7 @@ from ..model.loading import check_vocabulary, load_model, load_tokenizer, save_m
 from ..model.requirements import limit_lengths
 from ..model.start import apply_start, start
 from ..presets import stored
-from ..settings import FILES, PATHS, SPLITS, RunConfig
+from ..settings import FILES, PATHS, SPLITS, RunConfig, spelt
 from .card import write_card
 from .failures import out_of_memory, try_out
 from .fingerprint import fingerprints
@@ -110,6 +110,9 @@ def open_session(run: RunConfig) -> Session:
     if anew:
         method_configs(run)  # refuses impossible settings before anything is read
     data, notices = load(run.data, SPLITS if run.output.evaluate else SPLITS[:2])
+    if not run.output.resume and (unused := run.unused() & run.typed):  # a resumed run has them all
+        names = ", ".join(map(spelt, sorted(unused)))
+        notices.append(f"--method {run.model.method} does not use {names}")
     tokenizer = load_tokenizer(run.model.model)
     model = load_model(run.model.model, device, four_bits(run, start=True))
     notices += requirements.check(model, tokenizer, run.model.model)
