@@ -85,7 +85,9 @@ def draw_rows(name: str, shared: Path, draw: str) -> dict[str, list[dict[str, st
         files = {"train": "train", "validation": "val"}
         parts = {k: json.loads((shared / name / f"{v}.json").read_text()) for k, v in files.items()}
     parts = {
-        split: [{k: row[k] for k in ("id", "dialogue", "summary")} for row in rows if row["dialogue"]]
+        split: [
+            {k: row[k] for k in ("id", "dialogue", "summary")} for row in rows if row["dialogue"]
+        ]
         for split, rows in parts.items()
     }
     first = {"train": sample(1, parts["train"], train)}

@@ -24,13 +24,12 @@ import torch
 
 import minilora
 from minilora import conformance
-from minilora.arithmetic import singular_values
 from minilora.config import LoRAError
 from minilora.conventions import HEADS
 from minilora.methods import AdaLoRAConfig, as_lora
 from minilora.peft_format.apply import apply_adapter
 from minilora.peft_format.directory import Adapter
-from minilora.reports import fold_names
+from minilora.reports import count, fold_names
 from minilora.summarization import errors
 from minilora.summarization.errors import UserError
 
@@ -181,15 +180,15 @@ def inspection(adapter: Adapter) -> str:
         shown = [f"{value:.3g}" for value in values.tolist()]
         if len(shown) > 8:
             shown = [*shown[:7], "..", shown[-1]]
-        numbers = (adapter.scale_of(module), A.norm(), B.norm(), values.norm())
-        cells = (f"{float(number):.4g}" for number in numbers)
+        sizes = (adapter.scale_of(module), A.norm(), B.norm(), values.norm())
+        cells = (f"{float(size):.4g}" for size in sizes)
         rows.append((module, str(A.shape[0]), *cells, " ".join(shown)))
-    count = sum(tensor.numel() for tensor in adapter.tensors.values())
+    numbers = sum(tensor.numel() for tensor in adapter.tensors.values())
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in adapter.tensors.values()})
     beside = [f"a {one.folder} of {one.length} tokens" for one in adapter.config.beside]
-    what = [f"{kind}, {len(adapter.modules)} modules"] if adapter.modules else []
+    what = [f"{kind}, {count(adapter.modules)}"] if adapter.modules else []
     lines = [
-        f"{', '.join(what + beside)}, {count:,} numbers in {', '.join(dtypes)}, "
+        f"{', '.join(what + beside)}, {numbers:,} numbers in {', '.join(dtypes)}, "
         f"base {adapter.base_model or 'unknown'}",
         *(_align(rows) if adapter.modules else []),
     ]
@@ -197,6 +196,15 @@ def inspection(adapter: Adapter) -> str:
         names = fold_names(tuple(adapter.extras))
         lines += ["also trained:", *(f"  {name}" for name in names)]
     return "\n".join(lines)
+
+
+def singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """The singular values of B A, the largest first, without forming B A (out, in).
+
+    With B = Q R and A^T = Q' R' they are those of R R'^T, which is small.
+    """
+    values: torch.Tensor = torch.linalg.svdvals(torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T)
+    return values
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
