@@ -278,9 +278,11 @@ def _load(name: str, adapter: Adapter | None = None) -> "tuple[PreTrainedModel, 
     widths = [len(t) for key, t in brought.items() if t.dim() == 2 and heads & {*key.split(".")}]
     with loading(name) as source:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        wanted = TASK_MODELS[task] if widths else (config.architectures or [""])[0]
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        auto = getattr(transformers, TASK_MODELS[task]) if widths else None
+        if auto is not None and type(config) in auto._model_mapping:  # not for Whisper: it has one
+            kind = auto
         config.num_labels = min(widths, default=config.num_labels)
-        kind = getattr(transformers, wanted, None)
         if kind is None:
             raise UserError(f"model {name}: config.json names no architecture of transformers")
         model, info = kind.from_pretrained(
@@ -302,14 +304,17 @@ def _sample(model: Any) -> dict[str, torch.Tensor] | None:
     """Random inputs, the same for every model of one shape; None if this model takes others."""
     config, draw = model.config, torch.Generator().manual_seed(0)
     try:
-        ids = torch.randint(config.get_text_config().vocab_size, (1, 8), generator=draw)
-        if isinstance(eos := config.eos_token_id, int) and eos < config.vocab_size:
+        vocabulary = getattr(config.get_text_config(), "vocab_size", 1)  # images have none
+        ids = torch.randint(vocabulary, (1, 8), generator=draw)
+        if isinstance(eos := getattr(config, "eos_token_id", None), int) and eos < vocabulary:
             ids[0, -1] = eos  # by which BART classifies
         shape: tuple[int, ...] = ()
         if model.main_input_name == "pixel_values":
             shape = (config.num_channels, config.image_size, config.image_size)
         elif model.main_input_name == "input_features":  # Whisper's, 30 seconds
             shape = (config.num_mel_bins, 2 * config.max_source_positions)
+        elif model.main_input_name == "input_values":  # a second of sound
+            shape = (16_000,)
         inputs = {model.main_input_name: torch.randn(1, *shape, generator=draw) if shape else ids}
         if config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids.flip(1)
