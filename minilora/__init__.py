@@ -22,7 +22,7 @@ Example:
     >>> model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(16, 16)})
     >>> config = minilora.LoRAConfig(rank=2, alpha=8, targets=("q_proj",))
     >>> print(minilora.inject(model, config))  # freezes the model, wraps every target
-    1 modules, 64 trainable of 336 (19.0476%)
+    1 module, 64 trainable of 336 (19.0476%)
       q_proj
     >>> optimizer = torch.optim.AdamW(minilora.trainable_parameters(model), lr=1e-3)
     >>> model["q_proj"](torch.ones(3, 16)).sum().backward()  # your loop

@@ -24,13 +24,12 @@ import torch
 
 import minilora
 from minilora import conformance
-from minilora.arithmetic import singular_values
 from minilora.config import LoRAError
 from minilora.conventions import HEADS
 from minilora.methods import AdaLoRAConfig, as_lora
 from minilora.peft_format.apply import apply_adapter
 from minilora.peft_format.directory import Adapter
-from minilora.reports import fold_names
+from minilora.reports import count, fold_names
 from minilora.summarization import errors
 from minilora.summarization.errors import UserError
 from minilora.summarization.flags import Parser
@@ -183,15 +182,15 @@ def inspection(adapter: Adapter) -> str:
         shown = [f"{value:.3g}" for value in values.tolist()]
         if len(shown) > 8:
             shown = [*shown[:7], "..", shown[-1]]
-        numbers = (adapter.scale_of(module), A.norm(), B.norm(), values.norm())
-        cells = (f"{float(number):.4g}" for number in numbers)
+        sizes = (adapter.scale_of(module), A.norm(), B.norm(), values.norm())
+        cells = (f"{float(size):.4g}" for size in sizes)
         rows.append((module, str(A.shape[0]), *cells, " ".join(shown)))
-    count = sum(tensor.numel() for tensor in adapter.tensors.values())
+    numbers = sum(tensor.numel() for tensor in adapter.tensors.values())
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in adapter.tensors.values()})
     beside = [f"a {one.folder} of {one.length} tokens" for one in adapter.config.beside]
-    what = [f"{kind}, {len(adapter.modules)} modules"] if adapter.modules else []
+    what = [f"{kind}, {count(adapter.modules)}"] if adapter.modules else []
     lines = [
-        f"{', '.join(what + beside)}, {count:,} numbers in {', '.join(dtypes)}, "
+        f"{', '.join(what + beside)}, {numbers:,} numbers in {', '.join(dtypes)}, "
         f"base {adapter.base_model or 'unknown'}",
         *(_align(rows) if adapter.modules else []),
     ]
@@ -199,6 +198,15 @@ def inspection(adapter: Adapter) -> str:
         names = fold_names(tuple(adapter.extras))
         lines += ["also trained:", *(f"  {name}" for name in names)]
     return "\n".join(lines)
+
+
+def singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """The singular values of B A, the largest first, without forming B A (out, in).
+
+    With B = Q R and A^T = Q' R' they are those of R R'^T, which is small.
+    """
+    values: torch.Tensor = torch.linalg.svdvals(torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T)
+    return values
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -272,9 +280,11 @@ def _load(name: str, adapter: Adapter | None = None) -> "tuple[PreTrainedModel, 
     widths = [len(t) for key, t in brought.items() if t.dim() == 2 and heads & {*key.split(".")}]
     with loading(name) as source:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        wanted = TASK_MODELS[task] if widths else (config.architectures or [""])[0]
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        auto = getattr(transformers, TASK_MODELS[task]) if widths else None
+        if auto is not None and type(config) in auto._model_mapping:  # not for Whisper: it has one
+            kind = auto
         config.num_labels = min(widths, default=config.num_labels)
-        kind = getattr(transformers, wanted, None)
         if kind is None:
             raise UserError(f"model {name}: config.json names no architecture of transformers")
         model, info = kind.from_pretrained(
@@ -296,14 +306,17 @@ def _sample(model: Any) -> dict[str, torch.Tensor] | None:
     """Random inputs, the same for every model of one shape; None if this model takes others."""
     config, draw = model.config, torch.Generator().manual_seed(0)
     try:
-        ids = torch.randint(config.get_text_config().vocab_size, (1, 8), generator=draw)
-        if isinstance(eos := config.eos_token_id, int) and eos < config.vocab_size:
+        vocabulary = getattr(config.get_text_config(), "vocab_size", 1)  # images have none
+        ids = torch.randint(vocabulary, (1, 8), generator=draw)
+        if isinstance(eos := getattr(config, "eos_token_id", None), int) and eos < vocabulary:
             ids[0, -1] = eos  # by which BART classifies
         shape: tuple[int, ...] = ()
         if model.main_input_name == "pixel_values":
             shape = (config.num_channels, config.image_size, config.image_size)
         elif model.main_input_name == "input_features":  # Whisper's, 30 seconds
             shape = (config.num_mel_bins, 2 * config.max_source_positions)
+        elif model.main_input_name == "input_values":  # a second of sound
+            shape = (16_000,)
         inputs = {model.main_input_name: torch.randn(1, *shape, generator=draw) if shape else ids}
         if config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids.flip(1)

@@ -104,8 +104,7 @@ def combine(
     if method != "cat":
         raise LoRAError(f"method must be 'cat', not {method!r}; for a lower rank: minilora.extract")
     if any(layer_for(a.config) is not LoRALinear or a.extras or a.config.beside for a in adapters):
-        advice = "merge each into its base, then call minilora.extract"
-        raise LoRAError(f"cannot combine DoRA, biases, whole modules or prompts: {advice}")
+        raise LoRAError("cannot combine DoRA, biases, whole modules, prompts: merge, then extract")
     factors: dict[str, Factors] = {}
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
         terms = [
@@ -175,15 +174,6 @@ def extract(
     transposed = any(linears.is_conv1d(layer) for layer in found.values())
     name = getattr(base, "name_or_path", None) or None
     return Fitted(*_from_factors(factors, config), name, transposed, tuple(fits), left_out)
-
-
-def singular_values(A: Tensor, B: Tensor) -> Tensor:
-    """The singular values of B A, the largest first, without forming B A (out, in).
-
-    With B = Q R and A^T = Q' R' they are those of R R'^T, which is small.
-    """
-    values: Tensor = torch.linalg.svdvals(torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T)
-    return values
 
 
 def _concatenate(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:

@@ -27,12 +27,16 @@ HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""The new layers that PEFT trains whole for a task type; and BART's, which PEFT leaves out."""
+"""How the layers end that PEFT trains whole for a task type (DistilBERT has a pre_classifier); and
+BART's, which PEFT leaves out."""
 
 
 def embeddings(model: nn.Module) -> list[Any]:
     """The layers from token ids to vectors and from those to logits, where the model names them."""
-    return [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    try:
+        return [getattr(model, f"get_{e}_embeddings", lambda: None)() for e in ("input", "output")]
+    except NotImplementedError:  # so transformers says that a model of sounds or images has none
+        return [None, None]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -48,8 +52,7 @@ def refuse_wrapped(model: nn.Module) -> None:
     """
     if is_sharded(model) or plain_model(model) is not model:
         raise LoRAError("inject before torch.compile, DistributedDataParallel or fully_shard")
-    # A layer of PEFT's has both, whatever its method.
-    if any(hasattr(m, "base_layer") and hasattr(m, "disable_adapters") for m in model.modules()):
+    if any(k.__module__.startswith("peft.") for m in model.modules() for k in type(m).__mro__):
         raise LoRAError("PEFT's adapter is in the model: take model.unload() or merge_and_unload()")
 
 
@@ -64,14 +67,23 @@ def completed(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     if hasattr(model, "_minilora") or any(hasattr(module, "lora_A") for module in model.modules()):
         raise LoRAError("the model carries an adapter already: minilora.unwrap(model) first")
     targets = projections(model) if config.targets == ATTENTION else config.targets
-    head = [name for name in HEADS.get(config.task_type or "", ()) if name in _ends(model)]
+    head = sorted(n for n in _ends(model) if n.endswith(HEADS.get(config.task_type or "", ())))
     also_train = tuple(dict.fromkeys((*config.also_train, *head)))  # each once
+    refuse_half(model, config := replace(config, targets=targets, also_train=also_train))
+    return config
+
+
+def refuse_half(model: nn.Module, config: LoRAConfig) -> None:
+    """Refuse to train whole modules and biases in half precision.
+
+    Raises:
+        LoRAError: one of them is.
+    """
     for name, p in model.named_parameters():
-        whole = any(matches(also_train, part) for part in path(name))
+        whole = any(matches(config.also_train, part) for part in path(name))
         if p.dtype.itemsize < 4 and (whole or (config.bias != "none" and name.endswith("bias"))):
             what = f"{name} cannot train: in {p.dtype} small steps are lost"
             raise LoRAError(f"{what}: call .float() on the module, and train under torch.autocast")
-    return replace(config, targets=targets, also_train=also_train)
 
 
 def projections(model: nn.Module) -> tuple[str, ...]:

@@ -139,10 +139,9 @@ class LoRALinear(nn.Module):
         if self.merged:
             return
         if not linears.is_mergeable(self.base):
-            raise LoRAError(
-                f"cannot merge into a {type(self.base).__name__}: its weight is quantized, and "
-                "rounding would lose the update; minilora.unwrap(model, dequantize=True) merges"
-            )
+            what = f"cannot merge into a {type(self.base).__name__}: its weight is quantized, and"
+            advice = "minilora.unwrap(model, dequantize=True) merges"
+            raise LoRAError(f"{what} rounding would lose the update; {advice}")
         weight, bias = linears.dense_weight(self.base), self.bias  # (out, in), a view; (out,)
         new_weight, new_bias = self.merged_weight(weight).to(weight.dtype), self.merged_bias()
         if weight.isfinite().all() and not new_weight.isfinite().all():

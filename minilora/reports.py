@@ -30,11 +30,12 @@ class InjectReport:
     seed: int | None = None
 
     def __str__(self) -> str:
-        share = 100 * self.trainable / self.total
-        counts = f"{self.trainable:,} trainable of {self.total:,} ({share:.4f}%)"
+        counts = (
+            f"{self.trainable:,} trainable of {self.total:,} ({self.trainable / self.total:.4%})"
+        )
         lines = fold_names(self.modules) + [f"and {name}" for name in fold_names(self.also)]
         lines += [] if self.seed is None else [f"A starts from seed {self.seed}"]
-        return "\n  ".join([f"{len(self.modules)} modules, {counts}", *lines])
+        return "\n  ".join([f"{count(self.modules)}, {counts}", *lines])
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class MergeReport:
         worst = max(self.modules, key=lambda rounding: rounding.lost)
         lost = f"at most {worst.lost:.2g} of an update lost ({worst.module})"
         error = f"rounding error at most {max(r.largest for r in self.modules):.2g} an entry"
-        return f"{len(self.modules)} modules merged; {error}; {lost}{kept}"
+        return f"{count(self.modules)} merged; {error}; {lost}{kept}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,12 @@ class LoadReport:
 
     def __str__(self) -> str:
         how = "swapped in place" if self.swapped else "loaded"
-        return f"{len(self.modules)} modules {how}" + (f"; {self.notice}" if self.notice else "")
+        return f"{count(self.modules)} {how}" + (f"; {self.notice}" if self.notice else "")
+
+
+def count(names: tuple[object, ...], what: str = "module") -> str:
+    """'1 module' or '2 modules'."""
+    return f"{len(names)} {what}" + "s" * (len(names) != 1)
 
 
 def fold_names(names: tuple[str, ...]) -> list[str]:

@@ -71,7 +71,8 @@ def require(field: str, entries: Iterable[str], names: list[str], by: Matcher = 
     """Refuse an entry that matches no module. PEFT lets a misspelt one pass."""
     if isinstance(entries, str):  # one regular expression, or "all-linear"
         entries, by = () if entries in ("", ALL_LINEAR) else (entries,), matches
-    part = "'s adapted modules" if by is matches_end else " (a string is a regex)" * (by is matches)
+    regex = " (one string is a regex for the whole name, such as '.*q_proj')"
+    part = "'s adapted modules" if by is matches_end else regex * (by is matches)
     for entry in entries:
         if not any(by(entry, name) for name in names):
             near = modules.nearest(entry, names)
@@ -90,12 +91,9 @@ def check_modules(model: nn.Module, selected: dict[str, nn.Module]) -> None:
             linears.adapter_placement(module)
         for around in ["", *modules.path(name)[:-1]]:
             if isinstance(named.get(around), conventions.BYPASSING):
-                raise LoRAError(
-                    f"targets: {name} lies in a {type(named[around]).__name__}, which reads the "
-                    "weight without calling the layer: the adapter would be ignored; exclude it"
-                )
+                kind = type(named[around]).__name__
+                what = f"lies in a {kind}, which reads the weight without calling the layer"
+                raise LoRAError(f"targets: {name} {what}: the adapter would be ignored; exclude it")
         if shared := modules.others(module, owned):
-            raise LoRAError(
-                f"targets: {name} shares its weight with {', '.join(shared)}: merging would change "
-                "both; exclude it, or untie the weights first"
-            )
+            what = f"targets: {name} shares its weight with {', '.join(shared)}"
+            raise LoRAError(f"{what}: merging would change both; exclude it, or untie the weights")

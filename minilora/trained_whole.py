@@ -40,16 +40,14 @@ class TrainedWhole(Extra):
             roots = {trained_whole(config, name): name for name in holders}
             if len(roots) > 1:
                 first, *rest = roots.values()
+                shared = f"also_train: {first} shares its weight with {', '.join(rest)}"
                 raise LoRAError(
-                    f"also_train: {first} shares its weight with {', '.join(rest)}: training one "
-                    "alone would change both; adapt linears instead, or untie the weights first"
+                    f"{shared}: training one would change both; untie the weights first"
                 )
         for name, module in named_modules(model):
             if not linears.is_mergeable(module) and trained_whole(config, name):
-                raise LoRAError(
-                    f"also_train: {name} is a {type(module).__name__}, whose weight cannot train: "
-                    "leave it out of minilora.quantize, by exclude"
-                )
+                what = f"also_train: {name} is a {type(module).__name__}, whose weight cannot train"
+                raise LoRAError(f"{what}: leave it out of minilora.quantize, by exclude")
         self.config, self.adapted = config, frozenset(adapted)
         self.values: dict[str, Tensor] = {}
 
@@ -98,11 +96,11 @@ class Embeddings(TrainedWhole):
     They are read into the weight itself: where it is tied, under all its names.
 
     Args:
-        names: of the tensors, on disk and in the state_dict alike.
+        names: of the modules, on disk and in the model alike.
     """
 
     def __init__(self, names: Collection[str]) -> None:
-        self.unnamed, self.values = tuple(names), {}
+        self.unnamed, self.values = tuple(f"{name}.weight" for name in names), {}
 
     def names(self, model: nn.Module) -> dict[str, str]:
         """The same in any model."""

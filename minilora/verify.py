@@ -91,11 +91,12 @@ def verify_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
           not moved: q_proj.lora_A
     """
     model = plain_model(model)
-    trained = {name: t for name, t in _tensors(model).items() if t.requires_grad}
+    before = _tensors(model)
+    trained = {name: tensor for name, tensor in before.items() if tensor.requires_grad}
     if not trained:
         raise LoRAError("nothing in the model trains: minilora.inject or load_adapter first")
     copies = {name: tensor.detach().clone() for name, tensor in trained.items()}
-    sums = {name: checksum(t) for name, t in _tensors(model).items() if name not in trained}
+    sums = {name: checksum(t) for name, t in before.items() if name not in trained}
     report, reached = TrainingReport(), set[str]()
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate puts its own around it
 
@@ -112,7 +113,7 @@ def verify_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
             hooks.enter_context(tensor.register_post_accumulate_grad_hook(partial(reach, name)))
         yield report
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    now = _tensors(model)
+    now = before | _tensors(model)  # also what the block has taken out, as unwrap does
     report.moved = {n: (now[n] != copy).float().mean().item() for n, copy in copies.items()}
     report.not_in_optimizer = tuple(n for n, tensor in trained.items() if id(tensor) not in held)
     report.no_gradient = tuple(name for name in trained if name not in reached)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import minilora
 from minilora import Adapter, LoRAConfig, LoRAError
-from minilora.arithmetic import singular_values
+from minilora.__main__ import singular_values
 from minilora.peft_format.apply import adapter_of, apply_adapter
 from minilora.peft_format.keys import PREFIX
 from tests.conftest import adapted, logits, randomize_adapter, tiny_bart, tiny_gpt2

@@ -18,6 +18,8 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForTokenClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
@@ -89,6 +91,9 @@ HEADED: dict[str, tuple[str, Callable[[], Any], tuple[str, ...], str]] = {
         LlamaConfig(**SMALL, pad_token_id=0, **LABELS)), ("q_proj",), "score.weight"),
     "GPT-2": ("SEQ_CLS", lambda: GPT2ForSequenceClassification(
         GPT2Config(**GPT2, pad_token_id=0, **LABELS)), ("c_attn",), "score.weight"),
+    "DistilBERT": ("SEQ_CLS", lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=60, dim=16, hidden_dim=24, n_layers=1, n_heads=2, **LABELS)),
+        ("q_lin",), "pre_classifier.weight"),
     "RoBERTa": ("SEQ_CLS", lambda: RobertaForSequenceClassification(
         RobertaConfig(**SMALL, **LABELS)), ("query", "dense"), "classifier.out_proj.weight"),
     "BERT": ("TOKEN_CLS", lambda: BertForTokenClassification(
@@ -361,10 +366,17 @@ def test_a_model_with_peft_s_adapter_is_refused_and_left_alone(name: str, tmp_pa
     for model in (wrapped, wrapped.get_base_model()):
         with pytest.raises(LoRAError, match=r"PEFT's adapter .* take model.unload\(\)"):
             minilora.inject(model, LoRAConfig(rank=2))
-        with pytest.raises(LoRAError, match="adapter"):
+        with pytest.raises(LoRAError, match="PEFT's adapter"):
             minilora.load_adapter(model, tmp_path)
     assert [p.requires_grad for p in wrapped.parameters()] == flags
     assert minilora.inject(wrapped.unload(), LoRAConfig(rank=2)).modules  # as the message says
+
+
+def test_a_model_with_peft_s_prompt_is_refused_too() -> None:
+    """No layer of it is PEFT's, but every name begins with `base_model.`."""
+    prompt = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(LoRAError, match="PEFT's adapter"):
+        minilora.inject(peft.get_peft_model(llama(), prompt), LoRAConfig(rank=2))
 
 
 def test_a_module_of_one_s_own_called_base_layer_is_no_adapter_of_peft_s() -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
+    HubertConfig,
+    HubertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -27,6 +30,8 @@ from transformers import (
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
     RobertaForTokenClassification,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 import minilora
@@ -177,6 +182,34 @@ def test_merge_takes_the_head_of_a_task_from_peft_s_adapter(task: str, tmp_path:
             before = theirs(**inputs)[0]
     assert (wanted - before).abs().max() > 0.01
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+SIZES = SMALL | {"image_size": 16, "patch_size": 8}
+SOUND = SMALL | {
+    "conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_labels": 3,
+    "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+OTHER_INPUTS: dict[str, Callable[[], Any]] = {
+    "images": lambda: ViTForImageClassification(ViTConfig(**SIZES)),
+    "sounds": lambda: HubertForSequenceClassification(HubertConfig(**SOUND)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_INPUTS)
+def test_merge_compares_what_images_and_sounds_give(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Transformers has no AutoModelForSequenceClassification of them: config.json names theirs."""
+    torch.manual_seed(0)
+    model = OTHER_INPUTS[name]()
+    model.save_pretrained(tmp_path / "base")
+    minilora.inject(model, minilora.LoRAConfig(rank=2, task_type="SEQ_CLS", init="random"))
+    minilora.save_adapter(model, tmp_path / "adapter")
+    assert run("merge", tmp_path / "adapter", tmp_path / "out", "--model", tmp_path / "base") == 0
+    assert "outputs on a sample, unmerged and from the checkpoint" in capsys.readouterr().out
+    merged = type(model).from_pretrained(tmp_path / "out").state_dict()
+    wanted = minilora.unwrap(model).state_dict()
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in merged.items())
 
 
 def test_merge_refuses_a_base_that_lacks_more_than_the_head(

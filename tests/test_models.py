@@ -126,6 +126,11 @@ ENCODER_DECODERS = {
         {"input_features": SPEECH}),
     "bert2bert": Toy("EncoderDecoderModel", bert2bert),
 }  # fmt: skip
+SOUND = torch.randn(2, 800, generator=torch.Generator().manual_seed(0))
+CONVOLUTIONS = {
+    "conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "mask_time_prob": 0.0,
+    "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 CLASSES = torch.tensor([0, 1])
 OTHERS = {
@@ -149,11 +154,13 @@ OTHERS = {
     "ViT": Toy("ViTForImageClassification", "ViT", {"image_size": 16, "patch_size": 8},
                {"pixel_values": PIXELS},
                labels=CLASSES),
+    "Wav2Vec2": Toy("Wav2Vec2ForCTC", "Wav2Vec2", CONVOLUTIONS, {"input_values": SOUND},
+                    labels=LABELS[:, :2]),  # no tokens go in, so that it has no embeddings
     "Longformer": Toy("LongformerForTokenClassification", "Longformer",
                       {"attention_window": [4, 4]}, labels=IDS % 2),
 }  # fmt: skip
 TOYS = ENCODER_DECODERS | OTHERS
-QUICK = ("T5", "LED", "bert2bert", "GPT-2")
+QUICK = ("T5", "LED", "bert2bert", "GPT-2", "Wav2Vec2")
 each = pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TOYS]
 )

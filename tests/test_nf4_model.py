@@ -95,7 +95,7 @@ def test_a_module_in_four_bits_cannot_train_whole(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_an_empty_linear_is_no_error() -> None:
-    assert "1 linears in 4 bits: 0.0 MB" in str(minilora.quantize(nn.Sequential(nn.Linear(0, 3))))
+    assert "1 linear in 4 bits: 0.0 MB" in str(minilora.quantize(nn.Sequential(nn.Linear(0, 3))))
 
 
 def test_it_is_quantized_before_it_is_injected_and_once() -> None:

@@ -12,6 +12,7 @@ from transformers import BartForConditionalGeneration, PreTrainedModel
 
 import minilora
 from minilora.summarization.cli import evaluate_main, train_main
+from minilora.summarization.model.requirements import check
 from tests.helpers import as_jsonl, byte_level_bpe, dialogues, save_bart, small_bart, write
 
 # Toys ---------------------------------------------------------------------------------------------
@@ -221,6 +222,14 @@ def test_what_can_be_set_right_is_and_said_once(
     assert [says in line for line in notes] == [True] * bool(says)
 
 
+def test_a_checkpoint_cannot_suppress_the_end() -> None:
+    model, tokenizer = build("BART"), byte_level_bpe()
+    model.generation_config.suppress_tokens = [2, 7]
+    (notice,) = [n for n in check(model, tokenizer, "toy") if "suppress" in n]
+    assert "the token that ends a summary" in notice
+    assert model.generation_config.suppress_tokens == [7]
+
+
 def without_ends() -> Any:
     """A tokenizer that puts nothing around a text."""
     tokenizer = byte_level_bpe()
@@ -257,6 +266,10 @@ REFUSED = {
     "BERT without a start": (
         lambda: (composed("Bert", BERT, start=None), byte_level_bpe()),
         "no decoder_start_token_id",
+    ),
+    "a start that is no token": (
+        lambda: (plain("Bart", BART | {"decoder_start_token_id": 9999}), byte_level_bpe()),
+        "its decoder_start_token_id is 9999, but it has 400 tokens",
     ),
     "no end": (no_end, "no eos_token"),
     "no padding": (no_padding, "no pad token"),

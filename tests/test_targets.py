@@ -228,7 +228,9 @@ def test_the_nearest_names_are_those_of_the_ends_or_of_the_whole() -> None:
 
 def test_a_string_is_an_expression_and_the_error_says_so() -> None:
     model = tiny_bart()
-    with pytest.raises(LoRAError, match=r"'q_proj': nothing .* \(a string is a regex\); nearest"):
+    with pytest.raises(
+        LoRAError, match=r"'q_proj': nothing .* \(one string is a regex .*'\.\*q_proj'\); nearest"
+    ):
         select(model, LoRAConfig(targets="q_proj"))
     with pytest.raises(LoRAError, match=r"'q_prj': nothing matches it in the model; nearest"):
         select(model, LoRAConfig(targets=("q_prj",)))

@@ -211,7 +211,7 @@ def two(dtype: torch.dtype) -> nn.ModuleDict:
 @pytest.mark.parametrize("name", HALF)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_would_train_in_half_precision_is_refused_and_trains_in_float32(
-    name: str, dtype: torch.dtype
+    name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """A step of 1e-4 moves few entries of a bfloat16 weight: the others round back."""
     settings, first = HALF[name]
@@ -219,6 +219,14 @@ def test_what_would_train_in_half_precision_is_refused_and_trains_in_float32(
     with pytest.raises(LoRAError, match=rf"{first} cannot train: in {dtype} .* call \.float\(\)"):
         minilora.inject(model, config(**settings))
     assert minilora.config_of(model) is None
+    wide = two(torch.float32)
+    minilora.inject(wide, config(**settings))
+    minilora.save_adapter(wide, tmp_path)
+    with pytest.raises(LoRAError, match=rf"{first} cannot train: in {dtype}"):
+        minilora.load_adapter(model, tmp_path)
+    assert minilora.config_of(model) is None
+    minilora.load_adapter(model, tmp_path, inference=True)  # to merge it
+    minilora.unload(model)
     minilora.inject(model, config())  # A and B alone are float32 anyhow
     minilora.unload(model)
     for part in model.values() if "bias" in settings else [model["classifier"]]:

@@ -66,6 +66,18 @@ def test_steps_that_are_right_are_reported_as_right() -> None:
     )
 
 
+def test_an_adapter_that_is_merged_for_good_in_the_block_changes_the_base() -> None:
+    model = injected()
+    optimizer = adamw(model)
+    with verify_training(model, optimizer) as report:
+        for _ in range(2):
+            model(torch.randn(4, 8)).square().sum().backward()
+            optimizer.step()
+        minilora.unwrap(model)
+    assert report.base_changed == ("first.base.weight", "second.base.weight")
+    assert report.not_moved == ()
+
+
 def test_the_steps_are_the_same_as_without_the_check() -> None:
     watched, plain = injected(), injected()
     steps(watched, adamw(watched))

@@ -33,7 +33,7 @@ class TokenRows(Extra):
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig, _: Collection[str]) -> None:
-        self.embedding: Any = embeddings(model)[0]
+        self.embedding: Any = embeddings(model)[0]  # None in a model of sounds or images
         self.rows, self.enabled = list(config.token_rows), True
         self.hooks: list[RemovableHandle] = []
         if not self.rows:

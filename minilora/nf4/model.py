@@ -14,6 +14,7 @@ from minilora.conventions import projections
 from minilora.inject import lora_layers
 from minilora.modules import named_modules, others, owners, plain_name, replace_modules
 from minilora.nf4.linear import NF4Linear
+from minilora.reports import count
 from minilora.targets import all_linear, require
 
 
@@ -29,7 +30,7 @@ class QuantizeReport:
 
     Example:
         >>> print(QuantizeReport(("fc",), weights=2**20, before=2**22, after=540_936))
-        1 linears in 4 bits: 4.2 MB -> 0.5 MB (4.127 bits a weight)
+        1 linear in 4 bits: 4.2 MB -> 0.5 MB (4.127 bits a weight)
     """
 
     modules: tuple[str, ...]
@@ -44,7 +45,7 @@ class QuantizeReport:
 
     def __str__(self) -> str:
         sizes = f"{self.before / 1e6:,.1f} MB -> {self.after / 1e6:,.1f} MB"
-        return f"{len(self.modules)} linears in 4 bits: {sizes} ({self.bits:.3f} bits a weight)"
+        return f"{count(self.modules, 'linear')} in 4 bits: {sizes} ({self.bits:.3f} bits a weight)"
 
 
 def quantize(
@@ -77,7 +78,7 @@ def quantize(
     Example:
         >>> model = nn.ModuleDict({"q_proj": nn.Linear(128, 128)})
         >>> print(quantize(model))
-        1 linears in 4 bits: 0.1 MB -> 0.0 MB (4.129 bits a weight)
+        1 linear in 4 bits: 0.1 MB -> 0.0 MB (4.129 bits a weight)
         >>> model["q_proj"].codes.shape  # two a byte
         torch.Size([8192])
     """

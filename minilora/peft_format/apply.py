@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from minilora import linears, trained_whole
 from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches
-from minilora.conventions import embeddings, is_sharded, refuse_wrapped
+from minilora.conventions import embeddings, is_sharded, refuse_half, refuse_wrapped
 from minilora.inject import EXTRAS, LAYERS, Extra, injection_of, lora_layers, report, unload, wrap
 from minilora.layer import LoRALinear
 from minilora.modules import naming, nearest, plain_model, plain_name
@@ -118,7 +118,8 @@ def load_adapter(model: nn.Module, directory: str | Path, inference: bool = Fals
 
     Raises:
         LoRAError: the files are wrong or do not fit the model; every missing, unexpected and
-            mis-shaped key is named, and the model is untouched.
+            mis-shaped key is named. A bias or whole module is in half precision and would train.
+            The model is untouched.
 
     Example:
         >>> import tempfile
@@ -128,7 +129,7 @@ def load_adapter(model: nn.Module, directory: str | Path, inference: bool = Fals
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_adapter(trained, folder)
         ...     print(load_adapter(fresh, folder, inference=True))
-        1 modules loaded
+        1 module loaded
         >>> torch.equal(fresh["q_proj"].lora_B, trained["q_proj"].lora_B)
         True
     """
@@ -141,6 +142,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     """What `load_adapter` does, with an adapter that was read, combined or extracted already."""
     wrapped, model = model, plain_model(model)
     layers, injection = lora_layers(model), injection_of(model)
+    refuse_wrapped(model if injection else wrapped)
     if any(layer.merged for layer in layers.values()):
         raise LoRAError("cannot load an adapter while merged: call minilora.unmerge(model) first")
     if injection is not None and not injection.enabled:
@@ -149,13 +151,14 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     for method in adapter.config.beside:
         adapter = replace(adapter, tensors=method.fitted(model, adapter.tensors))
     config = _as_read(adapter, named)
-    unnamed = trained_whole.Embeddings(_embeddings(model, adapter, config))
+    unnamed = trained_whole.Embeddings(names := _embeddings(model, adapter, config))
     selected = _check_fit(model, adapter, config, named, unnamed)
+    if not inference:
+        refuse_half(model, replace(config, also_train=(*config.also_train, *names)))
     # What an MLP computes is no leaf, and cannot be written to.
     held = {key: tensor.shape for key, tensor in _held(model).items() if tensor.is_leaf}
-    # A sharded model is refused below. PiSSA's start belongs to a scale, which may be another.
-    same = held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
-    swapped = same and not is_sharded(model) and config.init not in LAYERS
+    # PiSSA's start belongs to a scale, which may be another.
+    swapped = held == {k: t.shape for k, t in adapter.tensors.items()} and config.init not in LAYERS
     if not swapped:
         refuse_wrapped(wrapped)  # data-parallel copies would never learn of the new parameters
         unload(model)
@@ -230,10 +233,10 @@ def _check_fit(
 
 
 def _embeddings(model: nn.Module, adapter: Adapter, config: LoRAConfig) -> list[str]:
-    """The weights of the model's embeddings that the file holds, though also_train names none."""
-    named = [name for name, module in model.named_modules() if module in embeddings(model)]
-    weights = [f"{name}.weight" for name in named if not is_trained_whole(config, name)]
-    return [name for name in weights if name in adapter.extras]
+    """The model's embeddings of which the file holds the weight, though also_train names none."""
+    ends, extras = embeddings(model), adapter.extras
+    named = [n for n, module in model.named_modules() if module in ends and f"{n}.weight" in extras]
+    return [name for name in named if not is_trained_whole(config, name)]
 
 
 def _base_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, nn.Module]:

@@ -47,6 +47,9 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str)
     try:
         target = encode([Example("", "x", "x")], tokenizer, DataOptions())[0][0].target
         tokens = special_tokens(model, tokenizer, target)
+        start, most = tokens["decoder_start_token_id"], _vocabulary(model)
+        if not 0 <= start < most:
+            raise UserError(f"its decoder_start_token_id is {start}, but it has {most} tokens")
     except UserError as error:
         raise UserError(f"model {name}: {error}") from None
     if not frame(tokenizer)[1]:
@@ -62,6 +65,11 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str)
             )
         if key != "forced_bos_token_id":  # transformers 5 refuses it in config.json
             setattr(model.config, key, value)
+    if tokens["suppress_tokens"] != asked.suppress_tokens:
+        what = "the token that ends a summary"
+        notices.append(
+            f"the model's generation config has {what} in suppress_tokens; not used there"
+        )
     known = FLAGS_DECIDE | tokens.keys()
     other = {key: value for key, value in asked.to_diff_dict().items() if key not in known}
     if other.pop("do_sample", False) or other:
@@ -100,7 +108,15 @@ def special_tokens(
     tokens["forced_bos_token_id"] = target[0] if forced else None
     if tokens["forced_eos_token_id"] is not None:
         tokens["forced_eos_token_id"] = end
+    if end in (tokens["suppress_tokens"] or ()):  # no summary would ever end
+        kept = [token for token in tokens["suppress_tokens"] if token != end]
+        tokens["suppress_tokens"] = kept or None
     return tokens
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens the decoder knows."""
+    return int(model.get_decoder().get_input_embeddings().weight.shape[0])
 
 
 def start_token(model: PreTrainedModel, labels: Tensor) -> int:
