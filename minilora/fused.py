@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.weak import TensorWeakRef
 
+CHANGED = "An adapted layer's input was changed in place after it: set LoRALinear.fused = False"
+
 
 def can_fuse(y: Tensor, x: Tensor) -> bool:
     """Whether `fused_low_rank` applies: y has the dtype that the branch computes in.
@@ -76,7 +78,10 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
-        x, m, h, a, tb, A, B = ctx.saved_tensors
+        try:
+            x, m, h, a, tb, A, B = ctx.saved_tensors
+        except RuntimeError as error:  # with dropout the plain line keeps a copy of its own
+            raise RuntimeError(f"{error}\n{CHANGED}") from None
         dx = dA = dB = None
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():  # a second derivative will be taken: of x, A and B
