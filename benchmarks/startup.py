@@ -69,6 +69,7 @@ def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--rounds", type=int, default=9)
     options = flags.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     rounds, moments = (1, MOMENTS[:2]) if options.small else (options.rounds, MOMENTS)
 
     ends = {f"Ctrl-C after {t} s": ([TRAIN], t) for t in moments}
