@@ -132,7 +132,7 @@ class LoRAConfig:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
 
     def rank_of(self, module: str) -> int:
-        """The rank of a module: that of the first pattern that matches the end of its name."""
+        """The rank of a module, from the first pattern that matches the end of its name."""
         ranks = (rank for key, rank in self.rank_pattern.items() if matches_end(key, module))
         return next(ranks, self.rank)
 
@@ -226,4 +226,4 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), _MAPPING),
     **dict.fromkeys(("rslora", "dora", "lora_bias"), _FLAG),
 }
-"""What each field must be: a test, and the words for it."""
+"""Field -> a test of its value, and a description of valid values for the error message."""

@@ -39,7 +39,7 @@ def layer_index(name: str, patterns: tuple[str, ...] = ()) -> int | None:
         3
     """
     for pattern in patterns or (r"[^.]*",):
-        # Without patterns PEFT wants a dot before the name too: `h.0.attn` alone has no index.
+        # Without patterns PEFT requires a dot before the name too: `h.0.attn` has no index.
         start = r"(?:^|.*?\.)" if patterns else r".*?\."
         if found := re.match(rf"{start}{pattern}\.(?P<index>\d+)\.", name):
             return int(found["index"])

@@ -24,7 +24,7 @@ BITS = {1: torch.uint8, 2: torch.int16}
 
 @dataclass
 class TrainingReport:
-    """What the steps did, filled when the block ends. It prints as one line, and a line a problem.
+    """What the steps did, filled when the block ends. It prints a line, then a line per problem.
 
     Attributes:
         steps: number of steps that the optimizer took.

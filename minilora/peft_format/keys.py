@@ -36,7 +36,7 @@ def modules_of(keys: Iterable[str]) -> tuple[str, ...]:
 
 
 Expected = dict[str, tuple[tuple[int, ...], bool]]
-"""Of each key the shape, and whether its tensor is floating point."""
+"""Key -> the tensor's shape, and whether it is floating point."""
 
 
 def expected_of(config: LoRAConfig, module: str, out: int, in_: int) -> Expected:

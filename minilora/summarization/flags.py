@@ -97,7 +97,7 @@ def _command(program: str) -> str:
 
 
 def _takes(kind: Any, name: str) -> dict[str, Any]:
-    """What argparse is told of a field of this type."""
+    """The arguments of `add_argument` for a field of this type."""
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
@@ -250,7 +250,7 @@ def evaluation_parser(program: str = "evaluate.py") -> Parser:
 
 
 def parse_evaluation(argv: Sequence[str], program: str = "evaluate.py") -> argparse.Namespace:
-    """What to evaluate; `changes` are settings unlike the run's. Refuses what would be ignored.
+    """The flags; `changes` has settings that replace the run's. Flags without effect are refused.
 
     Raises:
         UserError: flags that exclude each other, or a value out of its range.

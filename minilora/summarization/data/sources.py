@@ -69,16 +69,16 @@ def file_source(path: Path) -> Source:
 
 
 def _directory(path: Path) -> tuple[dict[str, Source], list[str]]:
-    beside = list[Path]()
+    unread = list[Path]()
     for folder in (path, path / "data"):  # as in a data set of the hub
         seen = sorted(folder.glob("[!.]*"))  # macOS adds hidden files such as ._train.jsonl
         files = list(filter(is_data, seen))
         found = _by_split(files)
         read = list(chain.from_iterable(found.values()))
-        beside += [file for file in files if file not in read and file.name not in _ABOUT]
+        unread += [file for file in files if file not in read and file.name not in _ABOUT]
         if found:
-            names = some([file.relative_to(path) for file in beside])
-            notices = [f"{path}: not read: {names}"] if beside else []
+            names = some([file.relative_to(path) for file in unread])
+            notices = [f"{path}: not read: {names}"] if unread else []
             return {split: _shards(split, files) for split, files in found.items()}, notices
     raise UserError(
         f"{path}: no data; expected train, validation and test, each with one of "

@@ -1,4 +1,4 @@
-"""Summaries by beam search, and the base beside the fine-tuned model, decoded alike."""
+"""Summaries by beam search; base and fine-tuned model are decoded alike and compared."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

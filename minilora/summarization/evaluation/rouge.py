@@ -13,7 +13,7 @@ from ..errors import UserError
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 MEASURES = (*METRICS, "gen_len")
-"""What is scored: ROUGE as F1 x 100, and the length in tokens."""
+"""The measures: ROUGE as F1 x 100, and the length in tokens."""
 
 
 def rouge_is_installed() -> bool:

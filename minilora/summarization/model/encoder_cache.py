@@ -305,15 +305,15 @@ def write_states(path: Path, rows: Iterable[Tensor], shape: Sequence[int], dtype
     content = {"__metadata__": {"format": "pt"}, "states": entry}
     header = json.dumps(content, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the tensor begins at a multiple of 8 bytes
-    beside = path.with_name(f".{path.name}{PARTIAL}")
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
-        with beside.open("wb") as file:
+        with partial.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             for row in rows:
                 file.write(row.contiguous().view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        partial.replace(path)
         sync(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

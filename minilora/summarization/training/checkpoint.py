@@ -1,11 +1,12 @@
 """Checkpoints: the complete state of a run, in one directory that is written atomically.
 
-    checkpoints/step-00000120/            in mid-epoch, and -validated after an epoch's end
+    checkpoints/step-00000120/            within an epoch; -validated at the end of an epoch
         state.safetensors    trained parameters, the optimizer's state, random states
         state.json           position, best score, GradScaler, fingerprints
         SHA256SUMS           of both: `sha256sum -c SHA256SUMS` checks them
 
-Written beside, flushed, renamed. If the newest one is damaged, the one before is used. No pickle.
+Each is written under a temporary name, flushed and renamed. If the newest one is damaged, the one
+before is used. Nothing is pickled.
 """
 
 import hashlib

@@ -30,7 +30,7 @@ def require_finite(what: str, value: float, step: int, group: Group) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the GPU's memory, or of the computer's: torch has no class of its own for the latter."""
+    """Whether GPU or main memory ran out; for the latter torch has no class of error."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     signs = ("out of memory", "can't allocate memory", "not enough memory")
