@@ -20,10 +20,10 @@ lint: .venv/development  ## ruff and mypy
 	$(BIN)/mypy
 
 unit: .venv/development  ## pytest, two processes; a file's tests share its runs
-	$(PYTEST)
+	$(PYTEST) -m "not nightly"
 
 quick: .venv/development  ## pytest without the slow tests: 90 seconds on two cores
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not nightly"
 
 format: .venv/development  ## format with ruff
 	$(BIN)/ruff check --fix .

@@ -48,13 +48,13 @@ def learn(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any
     return again
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_prefix_learns_as_well_as_lora(best: dict[str, Any], monkeypatch: Any) -> None:
     prefix, lora = (learn(best[method], monkeypatch) for method in ("prefix", "lora"))
     assert as_well_as_lora(prefix, lora)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_prompt_learns_half_of_it(best: dict[str, Any], monkeypatch: Any) -> None:
     prompt = learn(best["prompt"], monkeypatch)
     assert prompt["end"] <= 0.5 * prompt["start"]
