@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] == "predict":
             names = [word for word in arguments[1:3] if word == "-" or not word.startswith("-")]
             if len(names) < 2 and not {"-h", "--help"} & set(arguments):
-                print(f"{program}: say RUN and FILE before any flag", file=sys.stderr)
+                print(f"{program}: give RUN and FILE before any flag", file=sys.stderr)
                 return 2
             arguments[2:2] = ["--predict"]
         entry_point = cli.train_main if arguments[0] == "train" else cli.evaluate_main
@@ -229,7 +229,7 @@ def _merge(parsed: argparse.Namespace) -> None:
     base = base_of(directory, adapter)
     name = parsed.model or base.get("model")
     if name is None:
-        raise LoRAError(f"{parsed.adapter} does not name its base model: say --model")
+        raise LoRAError(f"{parsed.adapter} does not name its base model: pass --model")
     model, stored = _load(name, adapter)
     # An adapter trained on a base in four bits belongs to the quantized weights.
     if four_bits := base["method"] == "qlora":

@@ -95,7 +95,7 @@ def projections(model: nn.Module) -> tuple[str, ...]:
     ends = _ends(model)
     found = tuple(name for names in PROJECTIONS if ends.issuperset(names) for name in names)
     if not found:
-        raise LoRAError(f"targets: {ATTENTION!r}: no projection of a known name: name the linears")
+        raise LoRAError(f"targets: {ATTENTION!r}: no known projections: name the linears")
     return found
 
 

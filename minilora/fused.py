@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.weak import TensorWeakRef
 
-CHANGED = "An adapted layer's input changed in place. With dropout, LoRALinear.fused = False trains"
+CHANGED = "An adapted layer's input changed in place. With dropout, set LoRALinear.fused = False"
 
 
 def can_fuse(y: Tensor, x: Tensor) -> bool:

@@ -83,7 +83,7 @@ class AdaLoRAConfig(LoRAConfig):
             if not isinstance(value := getattr(self, name), number) or not 0 <= value < 1e308:
                 raise LoRAError(f"{name} must be a number of at least 0, not {value!r}")
         if self.initial_steps + self.final_steps >= self.total_steps:
-            raise LoRAError("initial_steps and final_steps leave none of total_steps between them")
+            raise LoRAError("initial_steps + final_steps must be less than total_steps")
         other = ("rank_pattern", "alpha_pattern", "rslora", "dora", "lora_bias")
         for name in [name for name in other if getattr(self, name)]:
             raise LoRAError(f"{name} does not go with AdaLoRA, which chooses the ranks by itself")

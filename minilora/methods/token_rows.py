@@ -40,7 +40,7 @@ class TokenRows(Extra):
             return
         names: dict[Any, str] = {module: name for name, module in reversed(named_modules(model))}
         if self.embedding not in names:
-            raise LoRAError("token_rows: the model does not say which its input embeddings are")
+            raise LoRAError("token_rows: the model does not name its input embeddings")
         self.name, size = names[self.embedding], self.embedding.weight.shape[0]
         if len(set(self.rows)) < len(self.rows) or not all(0 <= row < size for row in self.rows):
             raise LoRAError(f"token_rows must differ and lie in {self.name}, 0 to {size - 1}")

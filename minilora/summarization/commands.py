@@ -211,7 +211,7 @@ def score(arguments: argparse.Namespace) -> int:
     files = [arguments.predict] if arguments.predict else arguments.text
     needs_base = not files or arguments.base
     if needs_base and _is_model(directory) and "model" not in arguments.changes:
-        raise UserError(f"{directory} is a model: say --model BASE, which to compare it with")
+        raise UserError(f"{directory} is a model: name its base with --model BASE")
     if not files:
         require_rouge()
     examples, split = _chats(run, files) if files else _examples(run, arguments)
@@ -257,11 +257,11 @@ def _predict(
         done = write_summaries(output, texts.examples, texts.encoded, settings, size, summarize)
     except OSError as error:
         raise UserError(
-            f"cannot write {output} ({error.strerror}): nothing is lost: make room, and the same "
-            "command goes on"
+            f"cannot write {output} ({error.strerror}): nothing is lost: free some space and run "
+            "the same command again"
         ) from None
     if done < len(texts):
-        print(f"stopped after {done:,} of {len(texts):,} chats; the same command goes on")
+        print(f"stopped after {done:,} of {len(texts):,} chats; the same command continues")
         return 130
     print(f"summaries of {counted(done, 'chat')} are in {output}")
     return 0
@@ -295,7 +295,7 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
     if loading.is_adapter(directory):
         base = base_of(directory, minilora.read_adapter(directory))
         if "model" not in base | arguments.changes:
-            raise UserError(f"{directory} does not name its base model: say --model")
+            raise UserError(f"{directory} does not name its base model: pass --model")
         flat |= base
     elif _is_model(directory):
         flat |= {"method": "full", "model": str(directory)}

@@ -67,7 +67,7 @@ def write_summaries(
         UserError: `output` exists, or the partial file is damaged or of another call.
     """
     if output.exists():
-        raise UserError(f"--output {output} is there already: name another file")
+        raise UserError(f"--output {output} exists already: name another file")
     partial = output.with_name(f"{output.name}.partial")
     done = _begun(partial, {**settings, "chats": fingerprint(chats)})
     bar = tqdm(total=len(chats), initial=len(done), unit="chat", disable=None)

@@ -58,7 +58,7 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str)
         raise UserError(f"model {name}: {error}") from None
     if not frame(tokenizer)[1]:
         end = tokenizer.convert_ids_to_tokens(end_token(tokenizer))
-        notices.append(f"the tokenizer ends no text: {end} is put at the end of every summary")
+        notices.append(f"the tokenizer adds no end token: {end} is added to every summary")
     for key in TOKENS:
         value = tokens[key]
         if (said := getattr(asked, key)) != value:

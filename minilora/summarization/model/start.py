@@ -47,13 +47,13 @@ def decided(given: dict[str, Any]) -> dict[str, Any]:
     directory = _directory(name)
     adapter = minilora.read_adapter(directory)
     if isinstance(adapter.config, AdaLoRAConfig):  # its budget was for another number of steps
-        raise UserError(f"--adapter {name} is AdaLoRA: minilora.methods.as_lora makes LoRA of it")
+        raise UserError(f"--adapter {name} is AdaLoRA: convert it with minilora.methods.as_lora")
     if adapter.config.beside:
         what = " and ".join(config.folder for config in adapter.config.beside)
         raise UserError(f"--adapter {name} holds a {what}: a run starts from LoRA only")
     base, found = base_of(directory, adapter), _settings(adapter.config)
     if "model" not in base | given:
-        raise UserError(f"--adapter {name} does not name its base model: say --model")
+        raise UserError(f"--adapter {name} does not name its base model: pass --model")
     if given.get("method", "lora") not in ("lora", "qlora"):
         raise UserError(f"--adapter goes with --method lora or qlora, not {given['method']}")
     if found["init"] == "loftq" and given.get("method", "qlora") != "qlora":
