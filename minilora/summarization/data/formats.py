@@ -100,9 +100,8 @@ def no_such(path: Path) -> str:
 def some(names: Iterable[object]) -> str:
     """Names for a message: the first ten, each on one line."""
     shown = list(map(short, names))
-    return (", ".join(shown[:10]) or "none") + (
-        f" and {len(shown) - 10:,} more" * (len(shown) > 10)
-    )
+    more = f" and {len(shown) - 10:,} more" if len(shown) > 10 else ""
+    return (", ".join(shown[:10]) or "none") + more
 
 
 def short(value: object) -> str:
