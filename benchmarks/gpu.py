@@ -1,8 +1,8 @@
-"""Everything that needs a GPU, by one command and in the minutes that there are.
+"""All measurements that need a GPU, by one command and within a given number of minutes.
 
     python benchmarks/gpu.py --minutes 8 [--device cuda] [--out DIRECTORY]
 
-In the order of their worth, each written as DIRECTORY/gpu_NAME.json as soon as it is known:
+The most important come first. Each is written to DIRECTORY/gpu_NAME.json as soon as it is done:
 
     tests            the tests that need CUDA, in a process of their own
     layer            benchmarks/layer.py's comparison of one q and v
@@ -11,13 +11,13 @@ In the order of their worth, each written as DIRECTORY/gpu_NAME.json as soon as 
     evaluation       summaries by the base, the adapter unmerged, and merged
     compiled         the step with compiled layers
 
-Each part has a share of the minutes, and what one leaves over goes to the next. A part that does
-not fit is left out and said to be; an error is written in its place and does not stop the next.
+Each part has a share of the minutes; unused time goes to the next part. A part that does not fit is
+left out, with a note; an error is written in its place and does not stop the next part.
 
-All models are in one process, since loading five would take the minutes. They run by turns over the
-same batches (the Trainer makes its own), timed by CUDA events. A contestant's memory is the
-allocator's peak in its turn less what the others hold. No data set and no network is needed: token
-ids are random, their numbers distributed as SAMSum's, since time depends on nothing else.
+All models are in one process, since loading five would take too long. They take turns over the same
+batches (the Trainer makes its own), timed by CUDA events. A contestant's memory is the allocator's
+peak in its turn minus what the others hold. No data set and no network is needed: token ids are
+random, with lengths distributed as SAMSum's, since time depends on nothing else.
 """
 
 import os

@@ -62,7 +62,7 @@ class Run:
         began = time.monotonic()
         try:
             result = work(began + seconds) or {}
-        except Exception as error:  # also out of memory: the next part is another matter
+        except Exception as error:  # also out of memory: the next part may fit
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"[:2000]}
             result["traceback"] = traceback.format_exc()[-4000:]

@@ -9,7 +9,7 @@ import torch
 from gpu_clock import Run
 
 RANK, ALPHA, DROPOUT, RATE = 8, 32, 0.05, 1e-3
-# facebook/bart-large's config.json, what BartConfig does not have by itself included.
+# facebook/bart-large's config.json, also where it equals the defaults of BartConfig.
 LARGE = {
     "vocab_size": 50265,
     "d_model": 1024,
@@ -82,7 +82,7 @@ def make_bart(run: Run) -> Any:
 
 
 class Ids:
-    """What the step and `summarize` ask of a tokenizer; texts are ids."""
+    """The part of a tokenizer that the step and `summarize` use; texts are ids."""
 
     pad_token_id = PAD
     all_special_ids = (PAD, EOS)

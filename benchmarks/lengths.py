@@ -3,11 +3,11 @@
     python benchmarks/lengths.py --shared ../shared/data --work /tmp/lengths [--only samsum]
 
 For each data set pocket-bart is fine-tuned on a subset, and the validation rows are summarized with
-every setting of a grid and with those that `fit_lengths` takes. The grid's best setting is chosen
-on the very rows that it is scored on, so the difference is at most what is lost. The rule of
-`fit_lengths` was found on a first draw of rows; it is judged on a second one, of other rows. On
-MTS-Dialog it lost more than 2 there, on 40 rows: a third draw has 120, with the second one's model.
-A setting that was measured before, in --work, is not measured again.
+every setting of a grid and with those of `fit_lengths`. The grid's best setting is chosen on the
+same rows on which it is scored, so the difference is an upper bound of the loss. The rule of
+`fit_lengths` was found on a first draw of rows and is tested on a second one, of other rows. On
+MTS-Dialog it lost more than 2 there, on 40 rows, so a third draw has 120 rows, with the model of
+the second. A setting that was measured before, in --work, is not measured again.
 """
 
 import itertools

@@ -1,18 +1,18 @@
-"""Which method is worth it: every method at its own learning rate, on minichat with pocket-bart.
+"""Compare all methods, each at its own best learning rate, on minichat with pocket-bart.
 
     python benchmarks/methods.py --pretraining-data DIR [--minutes 60] [--processes 2]
     python benchmarks/methods_page.py
 
     search       one seed and a third of the steps: five rates of each method, a factor of two
-                 apart; while the best is the first or the last of them, one more
+                 apart; as long as the best is the lowest or the highest, one more
     seeds        all steps, three seeds at the best rate
     neighbours   the same at half and at twice that rate
 
-Which of the three rates is a method's own, the mean validation loss over the seeds says. Every run
-is a line of WORK/runs.jsonl, so the study goes on where it was stopped; when the minutes are over,
-no further run starts. Lines of other weights or settings do not count. What was not run is listed
-in the result, benchmarks/results/methods.json. Processes have one thread each. All of it is about
-190 runs and nine and a half hours of two cores.
+The mean validation loss over the seeds decides which of the three rates is a method's own. Every
+run is a line of WORK/runs.jsonl, so an interrupted study continues. After --minutes no further run
+starts. Lines of other weights or settings do not count. benchmarks/results/methods.json has the
+result and lists what was not run. Each process has one thread. The whole study is about 190 runs
+and takes nine and a half hours on two cores.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the study consists of. A job that is finished is in `done`, with its result."""
+    """The jobs of the study. `done` has the finished ones with their results."""
 
     methods: Sequence[str]
     seeds: Sequence[int]

@@ -1,17 +1,16 @@
-"""What papers claim of methods, and what the study says of it, by rules that were stated before.
+"""Claims of papers about the methods, tested on the study by rules that were fixed beforehand.
 
-Every comparison is one of validation losses in nats per target token. The difference of two methods
-is taken seed by seed, each at its own best rate: the order of the batches is then the same. Its
-interval is Student's, of 95% (Student 1908): with three seeds, the mean -+ 2.48 standard
-deviations.
+Every comparison is of validation losses in nats per target token. The difference of two methods is
+taken seed by seed, each at its own best rate, so both see the same order of batches. Its interval
+is Student's 95% interval (Student 1908): with three seeds, the mean -+ 2.48 standard deviations.
 
     better        A - B < 0       holds if the whole interval is below 0, does not if it is above
     no worse      A - B < margin  holds if it is below the margin, does not if it is above
     alike         |A - B| < margin
-    best rates    a rate may be the best one if the interval of its loss minus the lowest one
-                  contains 0 or less; the interval of a ratio is that of all such pairs
+    best rates    a rate may be the best one if the interval of its loss minus the lowest loss
+                  reaches 0 or less; the interval of a ratio covers all pairs of such rates
 
-Anything else cannot be told. The margin is 0.02 nats, 2% of a token's probability.
+Otherwise the verdict is "cannot tell". The margin is 0.02 nats, 2% of a token's probability.
 """
 
 import math
@@ -32,7 +31,7 @@ MLP, PLAIN = "prefix of 16", "prefix of 16, no MLP"
 
 
 def interval(values: list[float]) -> Interval:
-    """Student's, of 95%; without bounds for a single value."""
+    """The mean with Student's 95% interval; a single value has infinite bounds."""
     mean, n = statistics.mean(values), len(values)
     if n < 2:
         return mean, -math.inf, math.inf
@@ -41,7 +40,7 @@ def interval(values: list[float]) -> Interval:
 
 
 def by_seed(row: Row, rate: float, key: str = "validation_loss") -> dict[int, float]:
-    """A figure of the runs at a rate, by seed. What was forgotten is the mean of the tasks."""
+    """One measure of the runs at a rate, by seed; of a dict, such as "forgotten", the mean."""
     found = {}
     for run in row["runs"]:
         value = run.get(key)
@@ -52,13 +51,13 @@ def by_seed(row: Row, rate: float, key: str = "validation_loss") -> dict[int, fl
 
 
 def rates(row: Row) -> list[float]:
-    """Those at which every seed ended with a loss, with as many seeds as any."""
+    """The rates with losses of the largest number of seeds."""
     count = {rate: len(by_seed(row, rate)) for rate in {run["rate"] for run in row["runs"]}}
     return sorted(rate for rate, n in count.items() if n and n == max(count.values()))
 
 
 def best_rate(row: Row) -> float | None:
-    """The one with the lowest mean validation loss over the seeds."""
+    """The rate with the lowest mean validation loss over the seeds."""
     found = {rate: statistics.mean(by_seed(row, rate).values()) for rate in rates(row)}
     return min(found, key=lambda rate: found[rate]) if found else None
 
@@ -78,7 +77,7 @@ def paired(one: dict[int, float], other: dict[int, float]) -> Interval | None:
 
 
 def perhaps_best(row: Row) -> list[float]:
-    """The rates of which the seeds cannot say that they are not the best."""
+    """The rates that may be the best one, given the spread over the seeds."""
     best, found = best_rate(row), []
     for rate in rates(row):
         apart = paired(by_seed(row, rate), by_seed(row, best)) if best is not None else None
@@ -88,7 +87,7 @@ def perhaps_best(row: Row) -> list[float]:
 
 
 def ratio(a: Row, b: Row) -> Interval | None:
-    """A's best rate over B's, with the least and the greatest that may be."""
+    """A's best rate divided by B's, with the lowest and the highest possible value."""
     of_a, of_b, best_a, best_b = perhaps_best(a), perhaps_best(b), best_rate(a), best_rate(b)
     if best_a is None or best_b is None:
         return None
@@ -96,19 +95,19 @@ def ratio(a: Row, b: Row) -> Interval | None:
 
 
 def below(found: Interval, bound: float) -> str:
-    """Whether a figure is below a bound."""
+    """The verdict on "the figure is below the bound"."""
     return HOLDS if found[2] < bound else NOT if found[1] >= bound else UNKNOWN
 
 
 def within(found: Interval, low: float, high: float) -> str:
-    """Whether a figure is between two bounds."""
+    """The verdict on "the figure is between the bounds"."""
     if low <= found[1] and found[2] <= high:
         return HOLDS
     return NOT if found[2] < low or found[1] > high else UNKNOWN
 
 
 def together(verdicts: list[str]) -> str:
-    """Of a claim of several parts: one that does not hold is enough."""
+    """The verdict on a claim with several parts, all of which must hold."""
     return NOT if NOT in verdicts else UNKNOWN if UNKNOWN in verdicts else HOLDS
 
 

@@ -116,7 +116,7 @@ def table(result: Row) -> str:
 
 
 def left_out(result: Row) -> str:
-    """What the plan has and nobody ran."""
+    """The part of the plan that was not run."""
     if not result["left_out"]:
         return "Every run of the plan was made."
     jobs = [(j["method"], f"{j['rate']:g}", j["seed"], j["search"]) for j in result["left_out"]]

@@ -1,11 +1,11 @@
-"""One run of the study of methods: train, and measure what was learnt and what was forgotten.
+"""One run of the study of methods: train, and measure learning and forgetting.
 
 `methods.py` starts it in a process of its own, with the job as JSON; it prints its result as JSON.
 
     learnt       validation loss and test ROUGE after the last step: no epoch is chosen
     forgotten    the loss on held-out chats and prose of the pre-training, infilled as there
 
-What was forgotten is known of pocket-bart only, since its pre-training texts are at hand.
+Forgetting can be measured for pocket-bart, since its pre-training texts are available.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python benchmarks/predict.py [--count 1000] [--rounds 3]
 
-pocket-bart summarizes the first chats of bookings' training split. Both take turns. What
---predict adds is a call for each batch, and a file that grows.
+pocket-bart summarizes the first chats of bookings' training split. Both take turns. --predict adds
+a call for each batch, and writes a file as it goes.
 """
 
 import statistics

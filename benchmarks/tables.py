@@ -130,7 +130,7 @@ def cached(result: dict[str, Any]) -> Rows:
         "memory": ("peak memory", "{:.2f} of its"),
         "validation_loss": ("validation loss", "{:.3f} of its"),
     }
-    what = f"minilora, decoder only, encoder once, {result['settings']['precision']}, beside"
+    what = f"minilora, decoder only, encoder once, {result['settings']['precision']}, relative to"
     rows = [[what, "whose targets are"]]
     rows[0] += [title for title, _ in measures.values()]
     for name in ratios:
@@ -149,7 +149,7 @@ def cached(result: dict[str, Any]) -> Rows:
 def evaluation(result: dict[str, Any]) -> Rows:
     """One row a model, precision and contestant."""
     once = "minilora, base and fine-tuned model, encoder computed once"
-    rows = [["", "dialogues/s", "time beside minilora's", "beside one encoder for two models"]]
+    rows = [["", "dialogues/s", "time / minilora's", "time / one encoder for both models"]]
     rows[0] += ["the same summaries", "peak memory"]
     for model, precisions in result["results"].items():
         for precision, contestants in precisions.items():
@@ -166,7 +166,7 @@ def evaluation(result: dict[str, Any]) -> Rows:
 def quality(result: dict[str, Any]) -> Rows:
     """One row a contestant: final loss and time."""
     head = ["pocket-bart on minichat", "validation loss", "training", "time to an equal loss"]
-    rows = [[*head, "beside the encoder computed once"]]
+    rows = [[*head, "relative to the encoder computed once"]]
     for name, row in result["results"].items():
         once = result.get("beside_cached", {}).get(name, {})
         ratios = [found.get("times_minilora_to_equal_loss") for found in (row, once)]
@@ -176,8 +176,8 @@ def quality(result: dict[str, Any]) -> Rows:
 
 
 def qlora_speed(result: dict[str, Any]) -> Rows:
-    """Quantizing and dequantizing beside bitsandbytes, a dtype a row."""
-    rows = [["a base in NF4, double quantization", "", "beside"]]
+    """Quantizing and dequantizing compared with bitsandbytes, one row a dtype."""
+    rows = [["a base in NF4, double quantization", "", "relative to"]]
     for task in ("quantize", "dequantize"):
         for dtype in ("fp32", "bf16"):
             found = [f for name, f in result["conversion"].items() if dtype in name]

@@ -87,7 +87,7 @@ def excerpt(recording: str) -> str:
 
 
 def ending(recording: str) -> str:
-    """Of the last paragraphs of training the scores and the summary, without what lies between."""
+    """The scores and the summary at the end of training, without the paragraph between them."""
     training, _, _ = recording.partition("$ cat chat.txt")
     scores, _, summary = training.rstrip().split("\n\n")[-3:]
     return f"{scores}\n\n{summary}"

@@ -1,7 +1,7 @@
 """LoRA on a module of your own: python examples/own_module.py
 
 A network learns one task; an adapter of rank 2 then learns a similar one. The weights of the
-network do not change, so the second task is a file of a few kilobytes beside it.
+network do not change, so the second task needs only a file of a few kilobytes.
 """
 
 import torch

@@ -11,7 +11,7 @@ import minilora
 
 
 class AdapterTrainer(Trainer):
-    """A checkpoint holds the adapter, which save_pretrained writes; it is read by load_adapter."""
+    """Checkpoints hold the adapter only: save_pretrained writes it, and load_adapter reads it."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         minilora.load_adapter(self.model, resume_from_checkpoint)

@@ -35,9 +35,9 @@ Example:
 import signal
 import sys
 
-# As a command, `minilora` or `python -m minilora`, Ctrl-C while PyTorch is imported ends the
-# process without a traceback. Python runs this file before the command's own. Where minilora is
-# imported by another program, its signals are left alone.
+# In the commands `minilora` and `python -m minilora`, Ctrl-C during the import of PyTorch ends the
+# process without a traceback. This is set here because Python runs this file before the command's
+# own. A program that imports minilora keeps its signal handlers.
 _is_command = sys.orig_argv[1:3] == ["-m", "minilora"] or sys.argv[0].endswith("/minilora")
 if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)

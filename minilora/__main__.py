@@ -2,7 +2,7 @@
 
     train ...                 what `python train.py ...` does
     evaluate RUN ...          what `python evaluate.py RUN ...` does
-    predict RUN FILE ...      summaries of own chats: `python evaluate.py RUN --predict FILE ...`
+    predict RUN FILE ...      summarize chats: `python evaluate.py RUN --predict FILE ...`
     inspect ADAPTER           layers, ranks, scales, norms and singular values, as a table
     merge ADAPTER OUT         a checkpoint that plain transformers loads
     report RUN                report.html of a run
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] == "predict":
             names = [word for word in arguments[1:3] if word == "-" or not word.startswith("-")]
             if len(names) < 2 and not {"-h", "--help"} & set(arguments):
-                print(f"{program}: say RUN and FILE before any flag", file=sys.stderr)
+                print(f"{program}: give RUN and FILE before any flag", file=sys.stderr)
                 return 2
             arguments[2:2] = ["--predict"]
         entry_point = cli.train_main if arguments[0] == "train" else cli.evaluate_main
@@ -168,7 +168,7 @@ def _report(parsed: argparse.Namespace) -> None:
 def inspection(adapter: Adapter) -> str:
     """A table of the adapter's layers; the singular values are those of s B A.
 
-    Of AdaLoRA it shows the plain LoRA that computes the same, with the ranks that were chosen.
+    AdaLoRA is shown as the equivalent plain LoRA, with the ranks that training chose.
     """
     kind = "DoRA" if adapter.config.dora else "LoRA"
     if isinstance(adapter.config, AdaLoRAConfig):
@@ -203,7 +203,7 @@ def inspection(adapter: Adapter) -> str:
 def singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """The singular values of B A, the largest first, without forming B A (out, in).
 
-    With B = Q R and A^T = Q' R' they are those of R R'^T, which is small.
+    With B = Q R and A^T = Q' R' they equal the singular values of R R'^T (r, r).
     """
     values: torch.Tensor = torch.linalg.svdvals(torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T)
     return values
@@ -229,9 +229,9 @@ def _merge(parsed: argparse.Namespace) -> None:
     base = base_of(directory, adapter)
     name = parsed.model or base.get("model")
     if name is None:
-        raise LoRAError(f"{parsed.adapter} does not name its base model: say --model")
+        raise LoRAError(f"{parsed.adapter} does not name its base model: pass --model")
     model, stored = _load(name, adapter)
-    # The adapter of a base in four bits belongs to what those mean, not to the weights before.
+    # An adapter trained on a base in four bits belongs to the quantized weights.
     if four_bits := base["method"] == "qlora":
         print(minilora.quantize(model))
     print(apply_adapter(model, adapter, inference=True))
@@ -252,7 +252,7 @@ def _merge(parsed: argparse.Namespace) -> None:
             load_tokenizer(name).save_pretrained(new)
         except UserError:
             print(f"note: {name} has no tokenizer to write beside the model", file=sys.stderr)
-        written = _load(str(new))[0]  # what whoever loads it will get
+        written = _load(str(new))[0]  # read back from disk
         if sample and before is not None:
             apart = (_outputs(written, sample) - before).abs().max().item()
             print(f"outputs on a sample, unmerged and from the checkpoint: {apart:.2g} apart")
@@ -265,9 +265,9 @@ def _merge(parsed: argparse.Namespace) -> None:
 
 
 def _load(name: str, adapter: Adapter | None = None) -> "tuple[PreTrainedModel, torch.dtype]":
-    """The model in float32 (its sums are rounded once, when it is cast), and the dtype it has.
+    """The model in float32, and the dtype of its file: sums are rounded once, by the final cast.
 
-    An adapter may bring the head of its task, as PEFT's do; the base then needs none.
+    An adapter may contain the head of its task, as PEFT's do; the base then needs none.
     """
     import transformers
 
@@ -276,7 +276,7 @@ def _load(name: str, adapter: Adapter | None = None) -> "tuple[PreTrainedModel, 
     brought = adapter.extras if adapter else {}
     task = (adapter and adapter.config.task_type) or ""
     heads = {*HEADS.get(task, ())}
-    # Of the weights (out, in) of a head the last is the narrowest: a row for each label.
+    # Of a head's weights (out, in) the last one has the fewest rows: one for each label.
     widths = [len(t) for key, t in brought.items() if t.dim() == 2 and heads & {*key.split(".")}]
     with loading(name) as source:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -303,37 +303,33 @@ def _load(name: str, adapter: Adapter | None = None) -> "tuple[PreTrainedModel, 
 
 
 def _sample(model: Any) -> dict[str, torch.Tensor] | None:
-    """Random inputs, the same for every model of one shape; None if this model takes others."""
+    """Inputs drawn from a fixed seed; None if no input that the model accepts is known."""
     config, draw = model.config, torch.Generator().manual_seed(0)
     try:
         vocabulary = getattr(config.get_text_config(), "vocab_size", 1)  # images have none
         ids = torch.randint(vocabulary, (1, 8), generator=draw)
         if isinstance(eos := getattr(config, "eos_token_id", None), int) and eos < vocabulary:
-            ids[0, -1] = eos  # by which BART classifies
+            ids[0, -1] = eos  # BART classifies by the last eos
         shape: tuple[int, ...] = ()
         if model.main_input_name == "pixel_values":
             shape = (config.num_channels, config.image_size, config.image_size)
         elif model.main_input_name == "input_features":  # Whisper's, 30 seconds
             shape = (config.num_mel_bins, 2 * config.max_source_positions)
-        elif model.main_input_name == "input_values":  # a second of sound
+        elif model.main_input_name == "input_values":  # a second of audio
             shape = (16_000,)
         inputs = {model.main_input_name: torch.randn(1, *shape, generator=draw) if shape else ids}
         if config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids.flip(1)
         _outputs(model, inputs)
-    except (
-        Exception
-    ) as error:  # whatever the code of a model raises on inputs that it does not take
+    except Exception as error:  # models differ in what they raise for inputs they do not accept
         name, reason = type(model).__name__, f"{error}".partition("\n")[0]
-        print(
-            f"note: no sample input is known for {name}, so that outputs are not compared: {reason}"
-        )
+        print(f"note: no sample input is known for {name}; outputs are not compared: {reason}")
         return None
     return inputs
 
 
 def _outputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The logits one after another; of a model without a head its hidden states."""
+    """The model's logits, flattened and concatenated; without a head, all its output tensors."""
     with torch.no_grad():
         found = {name: t for name, t in model(**inputs).items() if isinstance(t, torch.Tensor)}
     logits = [tensor for name, tensor in found.items() if name.endswith("logits")]

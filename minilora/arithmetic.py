@@ -188,7 +188,7 @@ def _concatenate(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> 
 def _from_factors(
     factors: Mapping[str, Factors], config: LoRAConfig
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """What an `Adapter` takes, with s = 1; a pattern for ranks unlike the commonest."""
+    """The arguments of an `Adapter`, with s = 1 and a pattern for ranks unlike the commonest."""
     ranks = {module: A.shape[0] for module, (A, _) in sorted(factors.items())}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = resolve(ranks.__getitem__, tuple(ranks), rank)

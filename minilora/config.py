@@ -52,8 +52,8 @@ class LoRAConfig:
         dropout: dropout probability, in [0, 1), on the elements of x that A reads.
         targets: which linear modules. A sequence of names (the exact dotted name or its end after
             a dot), one string (a regular expression that matches the whole name), "all-linear"
-            (every linear but the output head), or "attention" (the linears of query and value, by
-            the names that `conventions.py` knows; inject puts those of the model in its place).
+            (every linear but the output head), or "attention" (the query and value linears, by the
+            names that `conventions.py` knows; inject replaces it with the names in the model).
         exclude: modules to leave alone among the targets; names or a regular expression.
         layers: only the layers with these indices: the first `.name.<index>.` of the dotted name.
             In an encoder-decoder that reaches both sides. Goes with a list of targets only.
@@ -68,16 +68,16 @@ class LoRAConfig:
         lora_bias: give B a bias of its own. Not with `dora`.
         also_train: modules that train whole, such as a new "classifier"; names as in `targets`.
             Neither they nor the modules inside them are adapted.
-            With a `task_type` that needs a new head, inject adds it, as PEFT does.
-        token_rows: rows of the input embeddings, and of the output head if that is tied to them,
-            that train: those of new tokens. PEFT's trainable_token_indices.
+            With a `task_type` that needs a new head, inject adds the head, as PEFT does.
+        token_rows: indices of rows that train in the input embeddings, and in the output head if it
+            is tied to them, such as those of new tokens. PEFT's trainable_token_indices.
         init: "kaiming" (A Kaiming-uniform, B zero), "gaussian" (A normal, B zero), "random"
             (both Kaiming-uniform: the model's output changes at once; for tests), "loftq" (the
             base is quantized to NF4, and s B A starts as an approximation of the error), or "pissa"
-            (from the largest singular values of W, which the base gives up: `methods/pissa.py`).
+            (from the largest singular values of W, which leave the base: `methods/pissa.py`).
         task_type: PEFT's task type, such as "SEQ_2_SEQ_LM"; stored in the adapter's file.
         beside: configurations of methods that adapt no layer, such as a PromptConfig; `inject`
-            takes a list instead.
+            sets it when it gets a list.
 
     Raises:
         LoRAError: a value is out of range or of the wrong type; the message names the field.
@@ -132,7 +132,7 @@ class LoRAConfig:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
 
     def rank_of(self, module: str) -> int:
-        """The rank of a module: that of the first pattern that matches the end of its name."""
+        """The rank of a module, from the first pattern that matches the end of its name."""
         ranks = (rank for key, rank in self.rank_pattern.items() if matches_end(key, module))
         return next(ranks, self.rank)
 
@@ -226,4 +226,4 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), _MAPPING),
     **dict.fromkeys(("rslora", "dora", "lora_bias"), _FLAG),
 }
-"""What each field must be: a test, and the words for it."""
+"""Field -> a test of its value, and a description of valid values for the error message."""

@@ -1,6 +1,6 @@
-"""What other libraries assume of a model: names that torch, transformers and PEFT give to modules.
+"""Conventions of other libraries: the names that torch, transformers and PEFT give to modules.
 
-None but torch is imported: what they are is seen by their names and attributes.
+Only torch is imported. The others' classes are recognized by names and attributes.
 """
 
 from dataclasses import replace
@@ -12,43 +12,43 @@ from minilora.config import ATTENTION, LoRAConfig, LoRAError, matches
 from minilora.modules import path, plain_model
 
 BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""These read the weights of their linears without calling the linears: an adapter in there gets no
+"""Modules that read the weights of their linears without calling them: an adapter inside gets no
 gradient and has no effect."""
 
 PROJECTIONS = (
     ("q_proj", "v_proj"), ("q", "v"), ("query", "value"), ("query_proj", "value_proj"),
     ("q_lin", "v_lin"), ("c_attn",), ("query_key_value",), ("qkv_proj",), ("Wqkv",), ("in_proj",),
 )  # fmt: skip
-"""How model families name the linears of query and value: BART and Llama, T5, BERT, ProphetNet and
-DeBERTa, DistilBERT; GPT-2, GPT-NeoX, Phi-3, ModernBERT and the first DeBERTa have one for all."""
+"""Names of the query and value linears by model family: BART and Llama, T5, BERT, ProphetNet and
+DeBERTa, DistilBERT. GPT-2, GPT-NeoX, Phi-3, ModernBERT and the first DeBERTa have one for all."""
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score", "classification_head"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""How the layers end that PEFT trains whole for a task type (DistilBERT has a pre_classifier); and
-BART's, which PEFT leaves out."""
+"""Task type -> the ends of the names of the heads that PEFT trains whole (DistilBERT also has a
+pre_classifier), and of BART's head, which PEFT leaves out."""
 
 
 def embeddings(model: nn.Module) -> list[Any]:
-    """The layers from token ids to vectors and from those to logits, where the model names them."""
+    """The input embeddings and the output head of a model; None for each that it does not name."""
     try:
         return [getattr(model, f"get_{e}_embeddings", lambda: None)() for e in ("input", "output")]
-    except NotImplementedError:  # so transformers says that a model of sounds or images has none
+    except NotImplementedError:  # transformers raises it for models of audio or images
         return [None, None]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether fully_shard left each process a part of the parameters."""
+    """Whether fully_shard has split the parameters over the processes."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse a model whose modules must stay as they are.
+    """Refuse a model whose modules may no longer be replaced.
 
     Raises:
-        LoRAError: another library has wrapped it, or put its adapter into it.
+        LoRAError: the model is wrapped or sharded, or carries an adapter of PEFT.
     """
     if is_sharded(model) or plain_model(model) is not model:
         raise LoRAError("inject before torch.compile, DistributedDataParallel or fully_shard")
@@ -57,11 +57,11 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 def completed(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """The configuration with what it leaves to the model: names of projections, a task's head.
+    """The configuration with what depends on the model: the projections' names, the task's head.
 
     Raises:
         LoRAError: as in `refuse_wrapped`; the model carries an adapter of minilora; it has no
-            projection of a known name; or what trains whole is in half precision.
+            projections with a known name; or a whole module or bias would train in half precision.
     """
     refuse_wrapped(model)
     if hasattr(model, "_minilora") or any(hasattr(module, "lora_A") for module in model.modules()):
@@ -77,7 +77,7 @@ def refuse_half(model: nn.Module, config: LoRAConfig) -> None:
     """Refuse to train whole modules and biases in half precision.
 
     Raises:
-        LoRAError: one of them is.
+        LoRAError: a parameter among them has less than 32 bits.
     """
     for name, p in model.named_parameters():
         whole = any(matches(config.also_train, part) for part in path(name))
@@ -87,15 +87,15 @@ def refuse_half(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def projections(model: nn.Module) -> tuple[str, ...]:
-    """What "attention" means in a model: the names of its linears of query and value.
+    """What "attention" means in a model: the names of its query and value linears.
 
     Raises:
-        LoRAError: it has none of a known name.
+        LoRAError: the model has none with a known name.
     """
     ends = _ends(model)
     found = tuple(name for names in PROJECTIONS if ends.issuperset(names) for name in names)
     if not found:
-        raise LoRAError(f"targets: {ATTENTION!r}: no projection of a known name: name the linears")
+        raise LoRAError(f"targets: {ATTENTION!r}: no known projections: name the linears")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Atomic file writes. What is unfinished has a name that begins with a dot and ends in .partial."""
+"""Atomic file writes. Unfinished files have names that begin with a dot and end in .partial."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ PARTIAL = ".partial"
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write beside, flush to the disk, rename: afterwards the file is old or new, never between.
+    """Write a temporary file, flush it, rename it: afterwards the file is either old or new.
 
     Raises:
         OSError: the directory cannot be written or the disk is full; the old file is untouched.
@@ -24,10 +24,10 @@ def write_directory(directory: Path, contents: Mapping[str, bytes]) -> None:
 
     A name may have one directory before it: "prompt/adapter_config.json".
 
-    A new directory is filled beside and renamed, so that it is there with all its files or not at
-    all. In one that is there already, files that stay the same are left alone; where one differs,
-    it is replaced in one step; where several do, the last of `contents` is taken away first and
-    comes last, so that in between the directory lacks it instead of being a mixture.
+    A new directory is filled under a temporary name and renamed, so it has all its files or does
+    not exist. In an existing one, unchanged files are left alone, and one that differs is replaced
+    in one step. If several differ, the last of `contents` is removed first and written last: in
+    between, the directory lacks this file instead of being a mixture.
 
     Raises:
         OSError: the directory cannot be written or the disk is full; the old files are untouched.
@@ -41,18 +41,18 @@ def write_directory(directory: Path, contents: Mapping[str, bytes]) -> None:
         moves = [(new / name, directory / name) for name in changed]
         if len(moves) > 1:
             moves[-1][1].unlink(missing_ok=True)
-        for beside, path in moves:
+        for staged, path in moves:
             path.parent.mkdir(exist_ok=True)
-            beside.replace(path)
+            staged.replace(path)
 
 
 @contextmanager
 def _staged(place: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:
-    """A directory inside `place` with these files, all on the disk; what the block leaves goes."""
+    """A temporary directory in `place` with these files, flushed; removed after the block."""
     place.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(PARTIAL, ".", place) as private:
         new = Path(private) / "new"
-        new.mkdir()  # readable like any other; the temporary one would hide a run from colleagues
+        new.mkdir()  # with the usual permissions: only the owner can read a TemporaryDirectory
         for name, content in contents.items():
             (new / name).parent.mkdir(exist_ok=True)
             with (new / name).open("wb") as file:

@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.weak import TensorWeakRef
 
-CHANGED = "An adapted layer's input changed in place. With dropout, LoRALinear.fused = False trains"
+CHANGED = "An adapted layer's input changed in place. With dropout, set LoRALinear.fused = False"
 
 
 def can_fuse(y: Tensor, x: Tensor) -> bool:
     """Whether `fused_low_rank` applies: y has the dtype that the branch computes in.
 
-    Not on the meta device, which knows no autocast, and not where torch needs plain operations.
+    It does not on the meta device, which has no autocast, and where torch needs plain operations.
     """
     return not (x.is_meta or is_transformed()) and y.dtype == _compute_dtype(x)
 
@@ -52,14 +52,14 @@ class LowRank(torch.autograd.Function):
         dL/dA  = (dL/dh)^T x'                           (r, in)
         dL/dx' = (dL/dh) A,  dL/dx = m dL/dx' / (1 - p) (n, in)
 
-    What it saves beside A and B: x once, h, which is narrow, and m in one byte per element. No
-    dropped-out copy of x: m x is formed again. Both scales, t = s / (1 - p), are multiplied into
-    the small B, once, before it is rounded to the dtype of the product; `addmm` then adds while it
-    multiplies. Products are taken only for the gradients that somebody asked for.
+    In addition to A and B it saves x once, the narrow h, and m in one byte per element. It saves no
+    dropped-out copy of x: m x is computed again. Both scales, t = s / (1 - p), are multiplied into
+    the small B, once, before it is rounded to the dtype of the product; `addmm` then multiplies and
+    adds in one operation. Only gradients that are needed are computed.
 
-    The base is not in it: y arrives as a value, and its gradient leaves as it came. So does dL/dx,
-    in x's own dtype; x in the dtype of the products comes beside it, since a second derivative
-    needs to know where that came from.
+    The base is outside: y is an input, and its gradient is passed on unchanged. dL/dx goes to x, in
+    x's own dtype. `cast`, x in the dtype of the products, is an argument and not computed here, so
+    that a second derivative can go through it.
     """
 
     @staticmethod
@@ -124,7 +124,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What F.linear would compute in: autocast's dtype, which leaves float64 alone, or x's."""
+    """The dtype in which F.linear would compute: autocast's, except for float64, or x's."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)

@@ -21,15 +21,15 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Inj
     """Freeze the model and wrap every target into a LoRALinear, in place.
 
     Only the adapter trains afterwards: `lora_A`, `lora_B` and what the configuration adds to them.
-    `config_of` is the configuration with the names that the model has for "attention" and a head.
-    Nothing is changed when an error is raised. Freezing all but A and B is Hu et al. 2021, section
-    4.1 (https://arxiv.org/abs/2106.09685). `minilora.inject` takes more: see `methods/together.py`.
+    Afterwards `config_of` returns the configuration with the model's names for "attention" and a
+    head. An error leaves the model unchanged. Freezing all but A and B: Hu et al. 2021, section 4.1
+    (https://arxiv.org/abs/2106.09685). `minilora.inject` takes more: see `methods/together.py`.
 
     Args:
         model: any module; not yet wrapped by torch.compile or DistributedDataParallel.
         config: what to adapt.
-        seed: of the random start, and recorded in the report; torch's global random state is then
-            left as it is. Without it the start is drawn from that state.
+        seed: of the random start; the report records it, and torch's global random state does not
+            change. Without a seed the start is drawn from that state.
 
     Returns:
         The modules and the parameter counts.
@@ -179,7 +179,7 @@ def merge_layers(layers: dict[str, LoRALinear]) -> None:
 
 
 def config_of(model: nn.Module) -> LoRAConfig | None:
-    """The LoRAConfig the model carries, with what is beside it, or None.
+    """The LoRAConfig the model carries, with its field `beside`, or None.
 
     Args:
         model: any module, wrapped by torch.compile or DistributedDataParallel or not.
@@ -201,7 +201,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 class Extra:
-    """What trains outside the adapted layers, such as biases; here nothing.
+    """Base class for what trains outside the adapted layers, such as biases.
 
     One is made for every injection, by (model, configuration, names of the adapted modules). The
     constructor raises on wrong input and leaves the model as it is. If there is nothing to train,
@@ -209,7 +209,7 @@ class Extra:
     """
 
     def find(self, model: nn.Module) -> dict[str, Tensor]:
-        """What trains, by name on disk without PEFT's prefix; before `start` a tensor like it."""
+        """Name on disk, without PEFT's prefix -> tensor that trains; before `start` one like it."""
         return {}
 
     def start(self, model: nn.Module) -> None:
@@ -219,7 +219,7 @@ class Extra:
         """Put the base's values in the place of the trained ones, or back."""
 
     def stop(self, model: nn.Module) -> None:
-        """Take out what `start` put into the model; the values are those of the moment."""
+        """Remove what `start` added to the model; the current values stay."""
 
 
 @dataclass
@@ -236,12 +236,12 @@ class Injection:
 
 
 def injection_of(model: nn.Module) -> Injection | None:
-    """What the model remembers of its injection, or None."""
+    """The record of the model's injection, or None."""
     return getattr(plain_model(model), "_minilora", None)
 
 
 def enable_extras(model: nn.Module, enabled: bool) -> bool:
-    """Give the extras their trained values, or the base's; returns what they had before."""
+    """Switch the extras to their trained values or to the base's; returns the previous state."""
     if (injection := injection_of(model)) is None or injection.enabled == enabled:
         return enabled
     for extra in injection.extras:
@@ -251,16 +251,16 @@ def enable_extras(model: nn.Module, enabled: bool) -> bool:
 
 
 def unmergeable(model: nn.Module) -> str:
-    """What adapts no layer, and so cannot be merged: "prompt", "prefix", both, or nothing."""
+    """What cannot be merged: "prompt", "prefix", "prompt and prefix", or "" for neither."""
     injection = injection_of(model)
     return " and ".join(c.folder for c in injection.config.beside) if injection else ""
 
 
 # For plain LoRA these tables are empty; `minilora/methods/__init__.py` fills them and says how.
 LAYERS: dict[str, type[LoRALinear]] = {}
-"""A flag of the configuration, or a value of `init` -> the layer that it asks for."""
+"""A flag of the configuration, or a value of `init` -> the class of layer that it selects."""
 EXTRAS: list[Callable[[nn.Module, LoRAConfig, Collection[str]], Extra]] = []
-"""Makers of what trains outside the layers."""
+"""Constructors of `Extra`s: (model, configuration, names of the adapted modules) -> Extra."""
 DEQUANTIZERS: list[Callable[[nn.Module], AbstractContextManager[None]]] = []
 """Context managers around merging: on entry quantized linears become plain and wide, on exit they
 are rounded to the model's dtype."""

@@ -54,8 +54,8 @@ class LoRALinear(nn.Module):
     """True: training uses `fused_low_rank`, with a hand-written backward that takes less time and
     memory (`can_fuse` says where it can). False, on a layer or on the class for all layers:
     training uses `low_rank`, as evaluation always does, which equals PEFT bit for bit. In float32
-    the hand-written backward reads x itself: autograd refuses `x += layer(x)`, which False takes
-    where there is dropout."""
+    the hand-written backward keeps x itself, so autograd refuses `x += layer(x)`. With dropout,
+    False allows it."""
 
     # The base's own values while it is merged, else None. Buffers, so that `.to()` moves them.
     original_weight: Tensor | None  # (out, in)
@@ -103,7 +103,7 @@ class LoRALinear(nn.Module):
         return branch(y, x, *self.factors(), self.scale, p)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r) as the equation takes them; methods make them of more."""
+        """A (r, in) and B (out, r) of the equation; other methods compute them otherwise."""
         return self.lora_A, self.lora_B
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ def merge(model: nn.Module) -> MergeReport:
         model: as `inject` or `load_adapter` left it.
 
     Returns:
-        The rounding of every module, and what cannot be merged: a prompt or prefix stays.
+        The rounding of every module, and the prompt or prefix that cannot be merged and stays.
 
     Raises:
         LoRAError: the model carries no adapter, or a weight cannot be merged (then none is).
@@ -75,7 +75,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model computes what the base computes, without a copy of it.
 
     On exit each layer returns to its previous state, merged or disabled. Trained biases and modules
-    are also replaced by the base's inside the block, and prompts and prefixes are left out.
+    are also replaced by the base's inside the block, and prompts and prefixes are switched off.
 
     Args:
         model: as `inject` or `load_adapter` left it.

@@ -39,7 +39,7 @@ def layer_index(name: str, patterns: tuple[str, ...] = ()) -> int | None:
         3
     """
     for pattern in patterns or (r"[^.]*",):
-        # Without patterns PEFT wants a dot before the name too: `h.0.attn` alone has no index.
+        # Without patterns PEFT requires a dot before the name too: `h.0.attn` has no index.
         start = r"(?:^|.*?\.)" if patterns else r".*?\."
         if found := re.match(rf"{start}{pattern}\.(?P<index>\d+)\.", name):
             return int(found["index"])
@@ -118,7 +118,7 @@ def output_head(model: nn.Module, task_type: str | None = None) -> nn.Module | N
 
 
 def nearest(name: str, known: Sequence[str], count: int = 3) -> str:
-    """'; nearest: a, b, c', by a name's last part, whole or beginning, or nothing."""
+    """'; nearest: a, b, c': names with a similar last part, whole name or beginning; else ''."""
     ends = list(dict.fromkeys(k.rsplit(".", 1)[-1] for k in known))
     close = get_close_matches(name, ends, count, 0.5) or get_close_matches(name, known, count, 0.4)
     close = close or [end for end in ends if end.startswith(name) or name.startswith(end)][:count]

@@ -65,7 +65,7 @@ class MergeReport:
 
     Attributes:
         modules: a `Rounding` each, with `module`, `largest` and `lost`.
-        kept: "prompt" or "prefix", where there is one: it cannot be merged, and stays.
+        kept: "prompt", "prefix" or both, which cannot be merged and stay; "" if there is none.
     """
 
     modules: tuple[Rounding, ...]

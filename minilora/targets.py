@@ -12,7 +12,7 @@ Matcher = Callable[[str, str], bool]
 
 
 def trained_whole(config: LoRAConfig, module: str) -> str | None:
-    """The module of `also_train` that this one is or lies in."""
+    """The name of the module of `also_train` that is this one or contains it; None if none does."""
     return next((name for name in modules.path(module) if matches(config.also_train, name)), None)
 
 
@@ -30,7 +30,7 @@ def is_target(config: LoRAConfig, module: str) -> bool:
 
 
 def all_linear(model: nn.Module, task_type: str | None = None) -> list[tuple[str, nn.Module]]:
-    """What "all-linear" means: every linear but the output head, by plain name."""
+    """The modules of "all-linear": every linear but the output head, by plain name."""
     head = modules.output_head(model, task_type)
     named = modules.named_modules(model)
     return [(name, m) for name, m in named if linears.is_linear(m) and m is not head]

@@ -1,8 +1,8 @@
-"""Biases and whole modules that train beside A and B: the `inject.Extra` of this package.
+"""Biases and whole modules that train in addition to A and B: an `inject.Extra`.
 
-They train in place, under their own names. The base's values are kept, so that `disabled` is the
-base and another adapter starts from it. A state_dict holds the trained ones, like any parameter
-that trains; the kept ones are in no checkpoint, since they are the base's.
+They train in place, under their own names. The base's values are kept, for `disabled` and for the
+next adapter. A state_dict holds the trained values, as for any parameter; no checkpoint holds the
+kept ones, since the base has them.
 """
 
 from collections.abc import Collection
@@ -17,19 +17,19 @@ from minilora.modules import named_modules, owners, plain_name
 from minilora.targets import trained_whole
 
 BASE_BIAS = ".base_layer.bias"
-"""How PEFT ends the name of an adapted module's own bias."""
+"""The end of PEFT's name for the bias of an adapted module's base."""
 
 
 class TrainedWhole(Extra):
-    """What one configuration lets train beside A and B: `inject.Extra`.
+    """The biases and whole modules that one configuration trains: an `inject.Extra`.
 
     Args:
         model: not yet changed.
-        config: its `bias` and `also_train` count.
-        adapted: the modules that this configuration adapts.
+        config: its `bias` and `also_train` are read.
+        adapted: names of the modules that this configuration adapts.
 
     Attributes:
-        values: name on disk -> the base's values; while swapped, the trained ones.
+        values: name on disk -> the base's values; while swapped, the trained values.
 
     Raises:
         LoRAError: a module of `also_train` shares a weight with another, or is in four bits.
@@ -52,7 +52,7 @@ class TrainedWhole(Extra):
         self.values: dict[str, Tensor] = {}
 
     def names(self, model: nn.Module) -> dict[str, str]:
-        """What trains, in a model that is injected or not: name on disk -> in the state_dict."""
+        """Name on disk -> name in the state_dict, for all that trains; injected or not."""
         bias, layers, found = self.config.bias, lora_layers(model), {}
         for key in tensors(model) if bias != "none" or self.config.also_train else ():
             parent, _, end = key.rpartition(".")
@@ -73,48 +73,48 @@ class TrainedWhole(Extra):
         return {name: state[key] for name, key in names.items()}
 
     def start(self, model: nn.Module) -> None:
-        """Let the tensors train, and keep their values before that."""
+        """Let the tensors train, and keep the base's values."""
         # A tied bias has two names and one value.
         for name, tensor in {id(t): (name, t) for name, t in self.find(model).items()}.values():
             self.values[name] = tensor.detach().clone()
             require_grad(tensor)
 
     def swap(self, model: nn.Module) -> None:
-        """Put the base's values in the place of the trained ones, or back; no bytes are copied."""
+        """Exchange the trained values and the base's; no bytes are copied."""
         state = self.find(model)
         for name, value in self.values.items():
             tensor = state[name]
             self.values[name] = tensor.data
             tensor.data = value.to(tensor)  # the model may have moved since
         if state:
-            torch.clear_autocast_cache()  # its key is the tensor, whatever the values
+            torch.clear_autocast_cache()  # its key is the tensor: a changed value would go unseen
 
 
 class Embeddings(TrainedWhole):
-    """Embeddings that a file of PEFT's holds unnamed, as it writes them once they were resized.
+    """Embeddings in a file of PEFT whose configuration does not name them: PEFT adds resized ones.
 
-    They are read into the weight itself: where it is tied, under all its names.
+    They are loaded into the weight itself. If it is tied, this changes all modules that share it.
 
     Args:
-        names: of the modules, on disk and in the model alike.
+        names: of the embedding modules; the same on disk and in the model.
     """
 
     def __init__(self, names: Collection[str]) -> None:
         self.unnamed, self.values = tuple(f"{name}.weight" for name in names), {}
 
     def names(self, model: nn.Module) -> dict[str, str]:
-        """The same in any model."""
+        """Each name stands for itself, in any model."""
         return {name: name for name in self.unnamed}
 
 
 def require_grad(tensor: Tensor, trains: bool = True) -> None:
-    """Buffers and whole numbers cannot train."""
+    """Set `requires_grad`, but never on buffers and integers, which cannot train."""
     can = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
     tensor.requires_grad_(trains and can)
 
 
 def base_name(module: str, layers: Collection[str]) -> str | None:
-    """The name that a module has in the plain model; None for the adapter's own layers."""
+    """The name that a module has in the plain model; None for an adapted layer itself."""
     parent, _, last = module.rpartition(".")
     if module in layers:
         return None
@@ -122,5 +122,5 @@ def base_name(module: str, layers: Collection[str]) -> str | None:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state_dict with the parameters themselves, by names without wrappers' parts."""
+    """The state_dict with the parameters themselves, and with no wrapper's prefix in the names."""
     return {plain_name(k): t for k, t in model.state_dict(keep_vars=True).items()}

@@ -1,7 +1,7 @@
-"""Does training do what it should? A check around the first steps of anybody's loop.
+"""Does training do what it should? A check around the first steps of any training loop.
 
-A wrong setup trains in silence: an adapter that is in no optimizer, one that no gradient reaches,
-steps too small for the weights' dtype, a frozen weight that weight decay still moves.
+These mistakes raise no error: the optimizer does not have the adapter, no gradient reaches it, the
+steps are too small for the weights' dtype, or weight decay still moves a frozen weight.
 """
 
 from collections.abc import Iterator
@@ -19,20 +19,20 @@ from minilora.reports import fold_names
 from minilora.trained_whole import tensors
 
 BITS = {1: torch.uint8, 2: torch.int16}
-"""By bytes an entry: the whole numbers in which a tensor's bits are read; of wider ones int32."""
+"""Bytes per entry -> the integer dtype that views a tensor's bits; int32 for wider entries."""
 
 
 @dataclass
 class TrainingReport:
-    """What the steps did; filled when the block ends. Printed: one line, then a line a problem.
+    """What the steps did, filled when the block ends. It prints a line, then a line per problem.
 
     Attributes:
-        steps: steps that the optimizer took.
-        moved: of each trained tensor the share of its entries that changed.
+        steps: number of steps that the optimizer took.
+        moved: the share of entries that changed, for each trained tensor by name.
         not_in_optimizer: trained tensors that the optimizer does not have.
-        no_gradient: those whose gradient never came, or was zero in every step.
-        not_moved: those that are bit for bit what they were.
-        base_changed: frozen tensors, buffers included, that are not bit for bit what they were.
+        no_gradient: trained tensors without a gradient, or with a zero gradient in every step.
+        not_moved: trained tensors of which no bit changed.
+        base_changed: frozen tensors, buffers included, of which a bit changed.
     """
 
     steps: int = 0
@@ -44,7 +44,7 @@ class TrainingReport:
 
     @property
     def problems(self) -> list[str]:
-        """Each of the four lists in words, names folded; and a block in which no step was taken."""
+        """A line for each kind of problem, with like names folded; or that no step was taken."""
         found = [] if self.steps else ["the optimizer took no step"]
         for what in ("not_in_optimizer", "no_gradient", "not_moved", "base_changed"):
             found += [f"{what.replace('_', ' ')}: {n}" for n in fold_names(getattr(self, what))]
@@ -61,17 +61,17 @@ class TrainingReport:
 def verify_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[TrainingReport]:
     """Watch the first steps of training: what did not move, got no gradient, is in no optimizer.
 
-    Two or three steps are enough. B starts at zero, so that A's gradient is zero in the first step;
-    where the learning rate also starts at zero, in the second. Trained tensors are copied; of each
-    frozen one a checksum is kept: one pass over the weights on entry and one on exit. The steps
-    themselves are not changed.
+    Two or three steps are enough. B starts at zero, so A's gradient is zero in the first step; if
+    the learning rate also starts at zero, in the second too. Trained tensors are copied, and each
+    frozen one gets a checksum: one pass over the weights on entry and one on exit. The steps
+    themselves do not change.
 
     Args:
-        model: with an adapter of minilora, or any model of which a part trains.
-        optimizer: that of the loop.
+        model: with an adapter of minilora, or any model with parameters that train.
+        optimizer: the optimizer of the loop.
 
     Returns:
-        A context manager; the report it gives is filled when the block ends.
+        A context manager; its report is filled when the block ends.
 
     Raises:
         LoRAError: nothing in the model trains.
@@ -98,7 +98,7 @@ def verify_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
     copies = {name: tensor.detach().clone() for name, tensor in trained.items()}
     sums = {name: checksum(t) for name, t in before.items() if name not in trained}
     report, reached = TrainingReport(), set[str]()
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate puts its own around it
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
 
     def count(*_: object) -> None:
         report.steps += 1
@@ -113,7 +113,7 @@ def verify_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
             hooks.enter_context(tensor.register_post_accumulate_grad_hook(partial(reach, name)))
         yield report
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    now = before | _tensors(model)  # also what the block has taken out, as unwrap does
+    now = before | _tensors(model)  # `before` has also what the block removed, such as by unwrap
     report.moved = {n: (now[n] != copy).float().mean().item() for n, copy in copies.items()}
     report.not_in_optimizer = tuple(n for n, tensor in trained.items() if id(tensor) not in held)
     report.no_gradient = tuple(name for name in trained if name not in reached)
@@ -122,7 +122,7 @@ def verify_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the model that count: a tied one once, no buffers of what trains whole."""
+    """The model's tensors to check: tied ones once, without buffers of modules that train whole."""
     extras = getattr(injection_of(model), "extras", ())
     live = {id(tensor) for extra in extras for tensor in extra.find(model).values()}
     held = {id(t): (name, t) for name, t in tensors(model).items() if isinstance(t, Tensor)}
@@ -130,10 +130,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def checksum(tensor: Tensor) -> int:
-    """The sum over the entries' bits, each times an odd number of its own, modulo 2^64.
+    """The sum over the entries' bits, each multiplied by a random odd number, modulo 2^64.
 
-    An odd number has an inverse modulo 2^64, so that a change of one entry always changes the sum;
-    a change of several goes unseen with a chance of at most 2^-32. No copy: a chunk at a time.
+    An odd number has an inverse modulo 2^64, so a change of one entry always changes the sum. A
+    change of several is missed with a probability of at most 2^-32. It works in chunks: no copy.
     """
     bits = tensor.detach().flatten().view(BITS.get(tensor.element_size(), torch.int32))
     draw = torch.Generator().manual_seed(0)

@@ -561,7 +561,7 @@ def test_a_half_written_or_hostile_file_ends_in_one_line(tmp_path: Path) -> None
         ("target_r", R + 1, "target_rank 7 is above"),
         ("use_rslora", True, "rslora does not go with AdaLoRA"),
         ("beta1", 1.5, "beta1 must be in"),
-        ("tinit", 20, "leave none of total_steps"),
+        ("tinit", 20, "must be less than total_steps"),
         ("tinit", -1, "initial_steps must be"),
         ("orth_reg_weight", float("nan"), "orthogonality must be"),
         ("peft_type", "LORA", "minilora does not do this"),
@@ -586,7 +586,7 @@ def test_a_lora_file_with_lambdas_is_refused(tmp_path: Path) -> None:
     [
         ({"total_steps": 0}, "total_steps must be a whole number"),
         ({"target_rank": 7}, "target_rank 7 is above the rank, 6"),
-        ({"initial_steps": 10, "final_steps": 10}, "leave none of total_steps"),
+        ({"initial_steps": 10, "final_steps": 10}, "must be less than total_steps"),
         ({"rslora": True}, "rslora does not go with AdaLoRA"),
         ({"dora": True}, "dora does not go with AdaLoRA"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern does not go with AdaLoRA"),

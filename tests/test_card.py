@@ -171,7 +171,7 @@ def test_a_local_base_is_named_by_a_path_and_the_card_says_so(folder: Path) -> N
     text = (folder / "run/adapter/README.md").read_text()
     config = json.loads((folder / "run/adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder / "bart")
-    assert "a name of the hub into its\n`base_model_name_or_path`" in text
+    assert "`base_model_name_or_path` is a path on the machine" in text
     hub = card(run_of(model="facebook/bart-base"), None)
     assert "base_model_name_or_path" not in hub
 

@@ -252,7 +252,7 @@ def test_merge_refuses_in_one_line_and_leaves_nothing(
         ([adapter, full], "not an empty directory"),
         ([adapter, tmp_path / "file"], "not an empty directory"),
         ([tmp_path / "nothing", tmp_path / "out"], "no such directory"),
-        ([nameless, tmp_path / "out"], "say --model"),
+        ([nameless, tmp_path / "out"], "pass --model"),
         ([nowhere, tmp_path / "out"], "no such directory"),
         ([adapter, tmp_path / "out", "--model", unfit], "no such module"),
         ([adapter, tmp_path / "out", "--model", incomplete], "its weights lack 1 tensor ("),

@@ -36,7 +36,7 @@ def test_a_model_is_quantized_but_for_head_embeddings_and_norms() -> None:
 def test_attention_is_query_and_value() -> None:
     report = minilora.quantize(tiny_bart(d_model=32), targets="attention")
     assert report.modules == minilora.quantize(tiny_bart(d_model=32), ("q_proj", "v_proj")).modules
-    with pytest.raises(LoRAError, match="'attention': no projection of a known name"):
+    with pytest.raises(LoRAError, match="'attention': no known projections"):
         minilora.quantize(nn.ModuleDict({"fc": nn.Linear(64, 64)}), targets="attention")
 
 

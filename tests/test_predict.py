@@ -171,7 +171,7 @@ def test_what_another_call_began_is_not_mixed_with_this_one(tmp_path: Path) -> N
             run(output, Model())
         partial.write_bytes(partial.read_bytes().removesuffix(damage))
     run(output, Model())
-    with pytest.raises(UserError, match=r"--output .*out\.jsonl is there already"):
+    with pytest.raises(UserError, match=r"--output .*out\.jsonl exists already"):
         run(output, Model())
 
 
@@ -355,7 +355,7 @@ def test_a_full_disk_loses_nothing(here: Path, capfd: Any, monkeypatch: Any) -> 
     monkeypatch.setattr(predict, "write_file", full)
     argv = ["run", "--predict", "chats.jsonl", "--output", "out.jsonl"]
     assert evaluate_main(argv) == 2
-    says = "evaluate.py: cannot write out.jsonl (No space left on device): nothing is lost: make "
+    says = "evaluate.py: cannot write out.jsonl (No space left on device): nothing is lost: free "
     assert says in capfd.readouterr().err
     monkeypatch.setattr(predict, "write_file", write_file)
     monkeypatch.setattr(commands.Models, "summaries", None)  # all of them are there already
@@ -366,7 +366,7 @@ def test_a_full_disk_loses_nothing(here: Path, capfd: Any, monkeypatch: Any) -> 
 def test_predict_says_what_it_lacks(here: Path, capfd: Any) -> None:
     for argv in ([], ["run"], ["--output", "x", "run", "chats.jsonl"]):
         assert main(["predict", *argv]) == 2
-        says = "minilora predict: say RUN and FILE before any flag\n"
+        says = "minilora predict: give RUN and FILE before any flag\n"
         assert capfd.readouterr() == ("", says)
     with pytest.raises(SystemExit, match="0"):
         main(["predict", "--help"])
@@ -391,7 +391,7 @@ def test_ctrl_c_in_the_middle(here: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert re.fullmatch(r"stopped after (\d+) of 40 chats; the same command goes on\n", out)
+    assert re.fullmatch(r"stopped after (\d+) of 40 chats; the same command continues\n", out)
     assert "Traceback" not in err
     assert 3 <= int(out.split()[2]) < 40
     assert start("out.jsonl").wait(120) == 0

@@ -300,7 +300,7 @@ def test_a_summary_ends_though_the_tokenizer_ends_no_text(
     without_ends().save_pretrained(tmp_path / "model")
     more = ["--method", "full", "--epochs", "30", "--max-length", "40", "--learning-rate", "0.01"]
     assert train(tmp_path / "model", data, *more) == 0
-    assert capsys.readouterr().err.count("note: the tokenizer ends no text: </s> is put") == 1
+    assert capsys.readouterr().err.count("tokenizer adds no end token: </s> is added") == 1
     found = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert found["finetuned"]["gen_len"] < 35
     saved = BartForConditionalGeneration.from_pretrained(tmp_path / "run/model")

@@ -306,7 +306,7 @@ def test_an_adapter_without_a_base_needs_the_model(here: Path, capfd: Any) -> No
     text = json.dumps(entries | {"base_model_name_or_path": None})
     Path("peft/adapter_config.json").write_text(text)
     argv = [*FREE[2:], "--adapter", "peft", "--output", "new"]
-    refused(capfd, argv, "--adapter peft does not name its base model: say --model")
+    refused(capfd, argv, "--adapter peft does not name its base model: pass --model")
     run = session("--adapter", "peft", "--targets", "q_proj", "fc1", "--rank", "2").run
     assert sorted(run.adapter.targets) == ["fc1", "q_proj"]  # flags may repeat what it says
 
@@ -332,5 +332,5 @@ def test_a_merged_model_is_scored(here: Path, capfd: Any, monkeypatch: Any) -> N
     assert capfd.readouterr().out == f"{printable(row['finetuned']).strip()}\n"
     for flags in ([], ["--text", "chat.txt", "--base"]):
         assert evaluate_main(["merged", *flags]) == 2
-        says = "evaluate.py: merged is a model: say --model BASE, which to compare it with\n"
+        says = "evaluate.py: merged is a model: name its base with --model BASE\n"
         assert capfd.readouterr() == ("", says)

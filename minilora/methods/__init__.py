@@ -7,7 +7,7 @@
                                                                         peft_format/keys.py
     file     a `peft_type` of its own, with its configuration           KINDS, in
                                                                         peft_format/config.py
-             or what is written where the layer is not LoRA's           CONVERSIONS, in
+             or a conversion to plain LoRA, for a layer that differs    CONVERSIONS, in
                                                                         peft_format/apply.py
     start    fills A and B, and may replace the base                    STARTS, in initialization.py
     extra    an `inject.Extra`: parameters outside the layers           EXTRAS, in inject.py
@@ -16,28 +16,28 @@
 Add entries to these tables; inject, merge, disabled, unwrap, unload and the files then handle the
 method. A new field of LoRAConfig also needs its test in `RULES`, in config.py, and its name in
 PEFT's file in `FIELDS`, in peft_format/config.py. A method with many settings has a subclass of
-LoRAConfig, as AdaLoRA has. A layer is made with rank, alpha, dropout, rslora and init only; an
-extra sees the whole configuration. Two layers of LAYERS exclude each other: the configuration
-refuses that, or the start that belongs to one of them. The files of plain LoRA (functional to
-merge) import nothing from here.
+LoRAConfig, as AdaLoRA has. A layer gets rank, alpha, dropout, rslora and init only; an extra gets
+the whole configuration. Two classes of LAYERS exclude each other: the configuration refuses them
+together, or the start of one of them does. The files of plain LoRA (functional to merge) import
+nothing from here.
 
     dora.py             magnitude and direction of each row         `LoRAConfig(dora=True)`
     lora_bias.py        B has a bias                                `LoRAConfig(lora_bias=True)`
     token_rows.py       rows of the embeddings train                `LoRAConfig(token_rows=...)`
     pissa.py            a start from W's largest singular values    `LoRAConfig(init="pissa")`
-    adalora.py          the ranks are chosen in training            `AdaLoRAConfig`
-    adalora_files.py    its files                                   `as_lora`: plain LoRA of one
+    adalora.py          training chooses the ranks                  `AdaLoRAConfig`
+    adalora_files.py    its files                                   `as_lora`: to plain LoRA
     lora_plus.py        B learns faster than A                      `minilora.parameter_groups`
     prompt_tuning.py    vectors before the input embeddings train   `PromptConfig`
     prefix_tuning.py    keys and values in the attentions train     `PrefixConfig`
     virtual_tokens.py   what these two share; their files are in virtual_tokens_files.py
     together.py         several of these in one model               `minilora.inject` of a list
 
-A prompt and a prefix adapt no layer. Each is an extra with a configuration of its own, which stands
-in the field `beside` of LoRAConfig: `start` adds the parameters and the forward hooks, `find` names
-them for the files, `swap` leaves them out and puts them in again. Their kinds read and write a
-directory in that of the adapter (`FOLDERS`, in peft_format/keys.py). They cannot be merged: `merge`
-says so, and `unwrap` refuses.
+A prompt and a prefix adapt no layer. Each is an extra with a configuration of its own, held in the
+field `beside` of LoRAConfig. `start` adds the parameters and the forward hooks, `find` names them
+for the files, and `swap` switches them off and on. Their kinds read and write a subdirectory of the
+adapter's directory (`FOLDERS`, in peft_format/keys.py). They cannot be merged: `merge` reports
+that, and `unwrap` refuses.
 """
 
 from minilora.initialization import STARTS

@@ -1,7 +1,7 @@
-"""AdaLoRA: the ranks of the layers are chosen in training, from a budget for the whole model.
+"""AdaLoRA: training chooses the rank of each layer, within a budget for the whole model.
 
-Zhang et al. 2023, https://arxiv.org/abs/2303.10512. A module's update is in the form of a singular
-value decomposition, and what contributes least to the loss loses its singular value.
+Zhang et al. 2023, https://arxiv.org/abs/2303.10512. A module's update has the form of a singular
+value decomposition. The singular values that matter least to the loss are set to zero.
 
     layer        AdaLoRALinear: W + s P diag(lambda) Q
     allocation   Allocation: the penalty before each optimizer step, the ranks after it
@@ -25,29 +25,32 @@ from minilora.layer import LoRALinear
 
 @dataclass(frozen=True)
 class AdaLoRAConfig(LoRAConfig):
-    """How to adapt a model by updates whose ranks training chooses (Zhang et al. 2023).
+    """The settings of AdaLoRA, which chooses the ranks in training (Zhang et al. 2023).
 
-    Every adapted W becomes W + s P diag(lambda) Q with P (out, r), Q (r, in) and r singular values
-    lambda, s = alpha / r. At first all r of each module train. From step `initial_steps` on fewer
-    and fewer have a lambda that is not zero, counted over the whole model; from `final_steps`
-    before the end on it is `target_rank` for each module on average, and the choice is kept.
+    Every adapted W becomes W + s P diag(lambda) Q with P (out, r), Q (r, in), r singular values
+    lambda and s = alpha / r. At first all r of each module train. From step `initial_steps` on, the
+    number of nonzero lambdas in the whole model falls. In the last `final_steps` steps it is
+    `target_rank` for each module on average, and the chosen ranks are kept.
 
-    The scale stays alpha / r for the first r, whatever the ranks become. In PEFT it is
-    alpha / (r + 1e-5): the `lora_alpha` of a file is a little unlike alpha, so that s is the same.
+    The scale stays alpha / r for the initial r, whatever the ranks become. PEFT divides by
+    r + 1e-5, so the `lora_alpha` of a file differs slightly from alpha, and s is the same.
 
     Args:
-        rank: r, that each module starts with.
-        target_rank: mean rank of the modules in the end.
-        initial_steps: t_i, optimizer steps before the first rank is taken.
-        final_steps: t_f, optimizer steps at the end in which the ranks are fixed.
+        rank: r, the rank that each module starts with.
+        target_rank: mean rank of the modules at the end.
+        initial_steps: t_i, optimizer steps before the ranks begin to fall.
+        final_steps: t_f, optimizer steps at the end with fixed ranks.
         interval: Delta_T, optimizer steps from one allocation to the next.
-        total_steps: T, optimizer steps of the whole training. There is no default that is right.
-        beta1: of the mean of the sensitivity. beta2: of that of its uncertainty.
+        total_steps: T, optimizer steps of the whole training; it must be given.
+        beta1: smoothing of the sensitivity. beta2: smoothing of its uncertainty.
         orthogonality: gamma, the weight of the penalty ||P^T P - I||^2 + ||Q Q^T - I||^2. PEFT and
-            the authors' code take the mean over the matrices of the norms, not squared.
+            the authors' code use the norms without the square, averaged over the matrices.
 
-    The other arguments are those of LoRAConfig. `init` has no choice: P and Q start normal with a
-    standard deviation of 0.02, lambda is zero.
+    The other arguments are those of LoRAConfig, except `init`: P and Q always start normal with a
+    standard deviation of 0.02, and lambda at zero.
+
+    Raises:
+        LoRAError: a value is out of range, or an option does not go with AdaLoRA.
 
     Example:
         >>> config = AdaLoRAConfig(rank=6, target_rank=2, total_steps=100, final_steps=20)
@@ -65,7 +68,7 @@ class AdaLoRAConfig(LoRAConfig):
     beta2: float = 0.85
     orthogonality: float = 0.1
 
-    adalora = True  # no field: which layer, and which parameters on disk
+    adalora = True  # not a field: LAYERS and PARAMETERS look it up
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +83,7 @@ class AdaLoRAConfig(LoRAConfig):
             if not isinstance(value := getattr(self, name), number) or not 0 <= value < 1e308:
                 raise LoRAError(f"{name} must be a number of at least 0, not {value!r}")
         if self.initial_steps + self.final_steps >= self.total_steps:
-            raise LoRAError("initial_steps and final_steps leave none of total_steps between them")
+            raise LoRAError("initial_steps + final_steps must be less than total_steps")
         other = ("rank_pattern", "alpha_pattern", "rslora", "dora", "lora_bias")
         for name in [name for name in other if getattr(self, name)]:
             raise LoRAError(f"{name} does not go with AdaLoRA, which chooses the ranks by itself")
@@ -88,7 +91,7 @@ class AdaLoRAConfig(LoRAConfig):
             raise LoRAError(f"init {self.init!r} does not go with AdaLoRA, which has its own start")
 
     def budget(self, step: int, modules: int) -> int:
-        """b(t), how many singular values the model has after this step: equation 12."""
+        """b(t), the number of nonzero singular values in the model after this step: equation 12."""
         last_change = self.total_steps - self.final_steps
         left = 1 - (step - self.initial_steps) / (last_change - self.initial_steps)
         left = min(max(left, 0.0), 1.0)
@@ -105,7 +108,7 @@ class AdaLoRALinear(LoRALinear):
     """
 
     def add_parameters(self) -> None:
-        """Lambda, which starts at zero; P and Q are then not."""
+        """Lambda starts at zero, P and Q start at random."""
         nn.init.normal_(self.lora_A, std=0.02)
         nn.init.normal_(self.lora_B, std=0.02)
         self.lora_E = nn.Parameter(torch.zeros_like(self.lora_A[:, :1]))
@@ -116,17 +119,17 @@ class AdaLoRALinear(LoRALinear):
 
 
 class Allocation(Extra):
-    """The optimizer's step of AdaLoRA: an `inject.Extra`, of which nobody has to call anything.
+    """What AdaLoRA does at each optimizer step: an `inject.Extra`. The training loop calls nothing.
 
-    A pair of hooks of torch reaches every step of every `torch.optim.Optimizer`. It is put in at
-    the first injection of AdaLoRA, and looks for the lambdas of living models in the optimizer:
+    Two global hooks of torch run at every step of every `torch.optim.Optimizer`. The first
+    injection of AdaLoRA registers them. They act if the optimizer holds the lambdas of a model:
 
-        before   adds the gradient of the penalty to those of P and Q
-        after    counts the sensitivities, and sets lambdas to zero
+        before   adds the gradient of the penalty to the gradients of P and Q
+        after    updates the sensitivities, and sets lambdas to zero
 
-    So gradient accumulation is over, DistributedDataParallel has averaged, all processes choose
-    alike, and steps that GradScaler skips do not count. Sensitivities and the number of steps lie
-    in `optimizer.state`, where the moments of Adam lie: who saves the optimizer saves them.
+    At that time gradient accumulation is over and DistributedDataParallel has averaged, so all
+    processes choose alike; steps that GradScaler skips do not count. The sensitivities and the
+    number of steps are in `optimizer.state`, like the moments of Adam, and are saved with it.
 
     Args:
         model: not yet changed.
@@ -137,36 +140,36 @@ class Allocation(Extra):
         self.active = isinstance(config, AdaLoRAConfig)
 
     def start(self, model: nn.Module) -> None:
-        """Follow the steps of optimizers."""
+        """Act at the optimizers' steps from now on."""
         if self.active:
             self.model, self.layers = model, list(lora_layers(model).values())
             follow(self)
 
     def stop(self, model: nn.Module) -> None:
-        """Follow no more."""
+        """Act at no further step."""
         FOLLOWING.discard(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state  # of a copy, which copy.deepcopy made: its layers are copies too
+        self.__dict__ |= state  # copy.deepcopy calls this: the layers in `state` are copies too
         if self.active:
             follow(self)
 
     @property
     def config(self) -> AdaLoRAConfig:
-        """That of the model, which `load_adapter` may have changed."""
+        """The model's current configuration: `load_adapter` may have replaced it."""
         config = getattr(injection_of(self.model), "config", None)
         assert isinstance(config, AdaLoRAConfig)
         return config
 
     def layers_of(self, optimizer: Optimizer) -> list[Any]:
-        """The layers whose lambda, P and Q the optimizer has."""
+        """The layers whose lambda, P and Q are all in the optimizer."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [layer for layer in self.layers if held.issuperset(map(id, triplets(layer)))]
 
     @torch.no_grad()
     def before(self, optimizer: Optimizer) -> None:
-        """Add the gradient of gamma R to those of P and Q."""
-        scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves unscaling to fused ones
+        """Add the gradient of gamma R to the gradients of P and Q."""
+        scale = getattr(optimizer, "grad_scale", None)  # set if a fused optimizer unscales itself
         weight = self.config.orthogonality * (1 if scale is None else scale)
         for layer in with_gradient(self.layers_of(optimizer)):
             layer.lora_B.grad += weight * penalty_gradient(layer.lora_B)
@@ -174,10 +177,10 @@ class Allocation(Extra):
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer) -> None:
-        """Count the step in; allocate the budget if its time has come (algorithm 1).
+        """Update the sensitivities; allocate the budget every `interval` steps (algorithm 1).
 
         As in the authors' code, the weights are those after the step. In the final steps the
-        sensitivities stay as they are: the same ranks are kept.
+        sensitivities are not updated, so the same ranks are kept.
         """
         skipped = getattr(optimizer, "found_inf", None)  # set by GradScaler for fused optimizers
         layers, state, config = self.layers_of(optimizer), optimizer.state, self.config
@@ -198,12 +201,12 @@ class Allocation(Extra):
 
 
 def triplets(layer: Any) -> tuple[nn.Parameter, ...]:
-    """Lambda (r, 1), P (out, r) and Q (r, in): r triplets of a number, a column and a row."""
+    """Lambda (r, 1), P (out, r) and Q (r, in): r triplets of a value, a column and a row."""
     return layer.lora_E, layer.lora_B, layer.lora_A
 
 
 def with_gradient(layers: list[Any]) -> list[Any]:
-    """Those that took part in the step: one that was dropped has no gradient."""
+    """The layers that took part in the step: one that LayerDrop skips has no gradient."""
     return [layer for layer in layers if all(p.grad is not None for p in triplets(layer))]
 
 
@@ -217,7 +220,7 @@ def penalty_gradient(M: Tensor) -> Tensor:
 
 
 def count_in(state: dict[str, Any], w: Tensor, config: AdaLoRAConfig) -> None:
-    """Follow the sensitivity of each entry of a parameter, and how far it varies."""
+    """Update the smoothed sensitivity of each entry of a parameter, and its uncertainty."""
     assert w.grad is not None
     now = (w * w.grad).abs()  # equation 8
     mean = config.beta1 * state.get("sensitivity", 0) + (1 - config.beta1) * now  # equation 9
@@ -231,7 +234,7 @@ def score(layer: Any, optimizer: Optimizer) -> Tensor:
 
     def s(w: Tensor) -> Tensor:
         state = optimizer.state.get(w, {})
-        if "sensitivity" not in state:  # it had no gradient so far
+        if "sensitivity" not in state:  # no gradient so far
             return torch.zeros_like(w)
         product: Tensor = state["sensitivity"] * state["uncertainty"]  # equation 11
         return product
@@ -243,7 +246,7 @@ def score(layer: Any, optimizer: Optimizer) -> Tensor:
 def best(scores: list[Tensor], budget: int) -> list[Tensor]:
     """Which triplets of each layer are among the `budget` best of all layers: (r,) each.
 
-    The order is stable: among equals those of the first layer count, in every process alike.
+    The sort is stable: of equal scores the first layer's win, in every process alike.
     """
     together = torch.cat(scores)
     chosen = together.argsort(descending=True, stable=True)[:budget]
@@ -252,12 +255,12 @@ def best(scores: list[Tensor], budget: int) -> list[Tensor]:
 
 
 FOLLOWING: "WeakSet[Allocation]" = WeakSet()
-"""The allocations of living models. Weak: a model that nobody holds is let go."""
+"""The allocations of all models. The references are weak, so that unused models are freed."""
 HOOKS: list[Any] = []
 
 
 def follow(allocation: Allocation) -> None:
-    """Let every optimizer's step reach the allocation, as long as it lives."""
+    """Let the allocation act at every optimizer's step, as long as it exists."""
     FOLLOWING.add(allocation)
     if not HOOKS:
         HOOKS.append(hooks.register_optimizer_step_pre_hook(_before))

@@ -1,4 +1,4 @@
-"""Files of AdaLoRA: PEFT's ADALORA, both ways, and plain LoRA that computes the same."""
+"""Files of AdaLoRA: PEFT's ADALORA is read and written; `as_lora` converts to plain LoRA."""
 
 from collections import Counter
 from dataclasses import fields
@@ -15,7 +15,7 @@ from minilora.peft_format.keys import PREFIX, SUFFIXES, is_beside
 
 
 def read(entries: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """PEFT's file in the terms of LoRA's; ranks that it leaves out are put in again, as zeros."""
+    """PEFT's file with the keys and shapes of LoRA's; ranks that it leaves out return as zeros."""
     r, masks = entries.get("init_r", 12), entries.get("rank_pattern") or {}
     check("init_r", r, "rank")
     if not isinstance(masks, dict):
@@ -34,7 +34,11 @@ def read(entries: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
 
 
 def put_in(tensor: Tensor, mask: Any, r: int, side: int) -> Tensor:
-    """The tensor with r ranks along a side, of which the mask, a list of bools, has kept some."""
+    """The tensor with all r ranks along dimension `side`, zero where the mask, of bools, is False.
+
+    Raises:
+        LoRAError: mask and tensor do not fit together.
+    """
     mask = mask if isinstance(mask, list) else []
     places = [i for i, kept in enumerate(mask) if kept is True]
     if len(mask) != r or tensor.dim() != 2 or tensor.shape[side] != len(places):
@@ -44,7 +48,7 @@ def put_in(tensor: Tensor, mask: Any, r: int, side: int) -> Tensor:
 
 
 def write(entries: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """The other way. What has lost its rank stays in the file, with a lambda of zero."""
+    """The inverse of `read`. Pruned ranks stay in the file, with a lambda of zero."""
     r = entries["init_r"]
     found = {key.replace("lora_A.weight", "lora_A"): tensor for key, tensor in tensors.items()}
     found = {key.replace("lora_B.weight", "lora_B"): tensor for key, tensor in found.items()}
@@ -52,7 +56,7 @@ def write(entries: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
 
 
 EPSILON = 1e-5
-"""What PEFT adds to the r of its scale."""
+"""PEFT adds this to r when it computes the scale."""
 KIND = Kind(
     AdaLoRAConfig,
     {name: entry for name, entry in FIELDS.items() if name != "rank"}
@@ -68,13 +72,13 @@ KIND = Kind(
 
 
 def as_lora(adapter: Adapter) -> Adapter:
-    """Plain LoRA that computes the same: A is diag(lambda) Q and B is P, without what is zero.
+    """Plain LoRA that computes the same: A is diag(lambda) Q and B is P, without the zero ranks.
 
-    Each module has the rank that training chose, by `rank_pattern`, and the scale that it had, by
-    `alpha_pattern`. A module of rank 0 is left out: it computes what the base computes.
+    `rank_pattern` gives each module the rank that training chose, `alpha_pattern` the scale that it
+    had. A module of rank 0 is left out: it computes what the base computes.
 
     Args:
-        adapter: as `read_adapter` reads it. One that is no AdaLoRA is returned as it is.
+        adapter: as `read_adapter` reads it. An adapter of another method is returned unchanged.
 
     Example:
         >>> config = AdaLoRAConfig(rank=3, target_rank=1, total_steps=9, alpha=6, targets=("fc",))

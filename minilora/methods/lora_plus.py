@@ -13,18 +13,18 @@ from minilora.modules import trainable_parameters
 def parameter_groups(
     model: nn.Module, learning_rate: float, ratio: float = 16.0
 ) -> list[dict[str, Any]]:
-    """The parameters that train, as the groups that every optimizer of torch takes.
+    """The trainable parameters, as parameter groups for any optimizer of torch.
 
-    With one rate for both, A learns too slowly in a wide layer; a rate of B that is `ratio` times
-    that of A lets both learn (section 3 of the paper; section 5 recommends about 16).
+    With one rate for both, training a wide layer is inefficient: B needs a higher rate than A
+    (section 3 of the paper; section 5 recommends a ratio of about 16).
 
     Args:
         model: carries an adapter.
-        learning_rate: of A, and of all that trains besides B.
-        ratio: the rate of B over that of A, above 0.
+        learning_rate: of A, and of everything else that trains but B; above 0.
+        ratio: B's learning rate divided by A's; above 0.
 
     Returns:
-        Two groups with a `lr` each: A and the rest, then B.
+        Two groups, each with its `lr`: A and the rest, then B.
 
     Raises:
         LoRAError: no B trains in the model, or a number is out of range.

@@ -1,4 +1,4 @@
-"""PiSSALinear: A and B start with the largest singular values of W, which the base gives up.
+"""PiSSALinear: A and B start from the largest singular values of W, which leave the frozen base.
 
 Meng et al. 2024, https://arxiv.org/abs/2404.02948.
 """
@@ -25,16 +25,17 @@ class PiSSALinear(LoRALinear):
 
         A0 = sqrt(S_r / s) V_r^T,    B0 = U_r sqrt(S_r / s),    W_res = U_rest S_rest V_rest^T
 
-    W_res is not stored, which would round it and lose W. The layer computes the same function as
+    W_res is not stored: that would round it and lose W. Instead the layer computes
 
         y = W x + b + s (B A - B0 A0) x,    B A - B0 A0 = (B - B0) A + B0 (A - A0)
                                                         = [B - B0, B0] [A; A - A0]
 
-    which is plain LoRA of rank 2r (Meng et al., appendix C, write [B, -B0] [A; A0]). Small
-    differences are multiplied, so that nothing cancels in half precision; the start is the base's
-    output bit for bit, and so is `disabled`. It costs r more ranks, of which A0 and B0 are frozen.
+    which is plain LoRA of rank 2r (Meng et al., appendix C, write [B, -B0] [A; A0]). The factors
+    hold the small differences themselves, so nothing cancels in half precision. At the start, and
+    in `disabled`, the output is the base's, bit for bit. The cost is a product of rank 2r.
 
-    The arguments are those of `LoRALinear`. W may be quantized: unlike in QPiSSA it stays so.
+    The arguments are those of `LoRALinear`. W may be quantized; unlike in QPiSSA, the quantized
+    base stays as it is.
 
     Attributes:
         start_A, start_B: buffers A0 (r, in) and B0 (out, r).
@@ -48,7 +49,7 @@ class PiSSALinear(LoRALinear):
 
     @torch.no_grad()
     def add_parameters(self) -> None:
-        """Fill A and B, and keep their start."""
+        """Fill A and B, and keep a copy of both as A0 and B0."""
         weight = linears.dense_weight(self.base).to(self.lora_A.dtype)  # (out, in)
         approximate(weight, self.lora_A, self.lora_B, self.scale)
         self.register_buffer("start_A", self.lora_A.clone())
@@ -60,20 +61,20 @@ class PiSSALinear(LoRALinear):
 
 
 def doubled(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of B A - B0 A0."""
+    """The factors of B A - B0 A0: (2r, in) and (out, 2r)."""
     return torch.cat((A, A - A0)), torch.cat((B - B0, B0), dim=1)
 
 
 def refuse(*_: Any) -> nn.Module:
-    """`init="pissa"` for a layer that would keep all of W, and so have its largest part twice."""
+    """Refuse `init="pissa"` for other layers: they keep all of W, so s B0 A0 would count twice."""
     what = "init 'pissa' has a layer of its own, minilora.methods.pissa.PiSSALinear"
     raise LoRAError(f"{what}: it does not go with dora or another layer")
 
 
 def as_lora(adapter: Adapter, layers: dict[str, Any]) -> Adapter:
-    """Plain LoRA of rank 2r for the base as it was: what is written of a model with PiSSA.
+    """The adapter as plain LoRA of rank 2r for the unchanged base: this is what is saved.
 
-    PEFT would decompose W again to load A and B alone.
+    With A and B alone in the file, PEFT would have to decompose W again.
     """
     tensors, config = dict(adapter.tensors), adapter.config
     for module, layer in layers.items():
@@ -81,7 +82,7 @@ def as_lora(adapter: Adapter, layers: dict[str, Any]) -> Adapter:
         A, B = doubled(A, B, layer.start_A.to(A), layer.start_B.to(B))
         tensors[PREFIX + module + SUFFIXES["lora_A"]] = A
         tensors[PREFIX + module + SUFFIXES["lora_B"]] = B
-    growth = 1 / scale(1, 2, config.rslora)  # of alpha, for the same s
+    growth = 1 / scale(1, 2, config.rslora)  # alpha grows with the rank, so that s stays the same
     return Adapter(
         replace(
             config,

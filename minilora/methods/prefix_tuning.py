@@ -1,4 +1,4 @@
-"""Prefix tuning: keys and values before those of each attention train, the model is frozen.
+"""Prefix tuning: each attention of a frozen model reads additional, trained keys and values.
 
 Li and Liang 2021, Prefix-Tuning (https://arxiv.org/abs/2101.00190), section 4.2: in every layer
 attention reads m more keys and values,
@@ -10,8 +10,8 @@ an MLP with a hidden layer, because that is steadier:
 
     P = tanh(P' W1^T + b1) W2^T + b2            P' (m, d)
 
-Saved and loaded is P: the MLP is folded away. As in PEFT the decoder's own tokens count their
-positions from m; in the encoder they keep theirs.
+Files hold P only: saving folds the MLP into it. As in PEFT, the positions of the decoder's own
+tokens start at m; in the encoder positions do not change.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ PLACES = {
     "decoder": ("decoder", ("self_attn", "SelfAttention")),
     "cross": ("decoder", ("encoder_attn", "EncDecAttention")),
 }
-"""A place -> the stack, and how the names of its attentions end: in BART and Llama, and in T5."""
+"""Place -> the stack, and the last part of its attentions' names: in BART and Llama, and in T5."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class PrefixConfig:
     """Prefix tuning (Li and Liang 2021, https://arxiv.org/abs/2101.00190); see `inject`.
 
     Args:
-        length: m, the number of keys and values in front.
-        places: of "encoder" (its self-attention), "decoder" (its self-attention) and "cross" (the
-            decoder's attention to the encoder). A Llama has a "decoder" only.
-        reparametrize: width of the MLP's hidden layer; None trains P itself, which wants a higher
-            learning rate (of AdamW, some thirty times).
-        task_type: PEFT's; inject takes it from the model.
+        length: m, the number of additional keys and values.
+        places: any of "encoder" (its self-attention), "decoder" (its self-attention) and "cross"
+            (the decoder's cross-attention). A Llama has a "decoder" only.
+        reparametrize: width of the MLP's hidden layer; None trains P itself, which needs a higher
+            learning rate (with AdamW about thirty times as high).
+        task_type: PEFT's task type; inject takes it from the model.
 
     Raises:
         LoRAError: a value is out of range.
@@ -72,28 +72,28 @@ class PrefixConfig:
         object.__setattr__(self, "places", tuple(p for p in PLACES if p in places))
 
     def completed(self, model: nn.Module) -> "PrefixConfig":
-        """With the model's task type; refuses a model in which there are no such places."""
+        """The configuration with the model's task type; refuses a model of another kind."""
         return replace(self, task_type=virtual_tokens.task_type(model, self.folder))
 
     def fitted(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """An adapter's tensors, as this model takes them: PEFT's files may hold unused layers."""
+        """The adapter's tensors without the unused layers that PEFT's files may hold."""
         key, stack = f"{self.folder}/decoder", virtual_tokens.stacks(model, self.folder)["decoder"]
         layers = len(attentions(stack, "decoder"))
         return {k: t[:, :layers] if k == key else t for k, t in tensors.items()}
 
 
 def attentions(stack: nn.Module, place: str) -> list[Any]:
-    """The attentions of a place, one a layer."""
+    """The attention modules of a place, one for each layer."""
     return [m for name, m in stack.named_modules() if name.endswith(PLACES[place][1])]
 
 
 class Prefix(nn.Module):
-    """P of one place, (m, layers, 2, heads, width): itself a parameter, or an MLP of P' (m, d).
+    """P of one place, (m, layers, 2, heads, width): a parameter, or the output of an MLP.
 
     Args:
         shape: of P.
-        like: a weight of the model: P is on its device.
-        hidden: width of the MLP's hidden layer, or None.
+        like: a weight of the model; P has its device, and at least float32.
+        hidden: width of the MLP's hidden layer; None: no MLP.
     """
 
     def __init__(self, shape: tuple[int, ...], like: Tensor, hidden: int | None) -> None:
@@ -107,13 +107,13 @@ class Prefix(nn.Module):
             sizes |= {"W2": (layers, out, hidden), "b2": (layers, out)}
         dtype = torch.promote_types(like.dtype, torch.float32)
         for name, size in sizes.items():
-            # Like nn.Linear's start: a sum over the last axis keeps its scale. P' is normal.
+            # The scale of nn.Linear: 1 / sqrt(inputs). P and P' are normal.
             values = torch.empty(size).uniform_(-1, 1) / size[-1] ** 0.5
             values = torch.randn(size) if name == "P" else values
             self.weights[name] = nn.Parameter(values.to(like.device, dtype))
 
     def forward(self, layer: int) -> Any:
-        """P of a layer: (m, 2, heads, width)."""
+        """P of one layer: (m, 2, heads, width)."""
         w: Any = self.weights
         if "W1" not in w:
             return w["P"][:, layer]
@@ -122,28 +122,28 @@ class Prefix(nn.Module):
         return P.view(self.shape[0], *self.shape[2:])
 
     def folded(self) -> Any:
-        """P of all layers; the parameter itself where there is no MLP."""
+        """P of all layers; without an MLP the parameter itself."""
         if "W1" not in self.weights:
             return self.weights["P"]
         return torch.stack([self(layer) for layer in range(self.shape[1])], 1)
 
 
 class Prefixed:
-    """What one attention sees in the place of the cache: the same with P in front.
+    """A stand-in for the cache of one attention: it returns the cached keys and values after P.
 
-    The decoder's own cache never holds P, so that lengths, beams and positions stay as they are.
-    The cache of cross-attention does: it is written once and read in every later step.
+    The decoder's self-attention cache never holds P, so lengths, beams and positions stay as they
+    are. The cross-attention cache does hold it: it is written once and read in every later step.
     """
 
     def __init__(self, cache: Any, cross: bool, P: Tensor) -> None:
         self.cache, self.cross, self.P = cache, cross, P
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """T5 counts its positions with this."""
+        """The length with P, from which T5 counts its positions."""
         return self.P.shape[0] + (0 if self.cache is None else self.cache.get_seq_length(layer))
 
     def update(self, K: Tensor, V: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values (batch, heads, n, width), P's among them: (.., m + n, width)."""
+        """Keys and values (batch, heads, n, width) after those of P: (.., m + n, width)."""
         if self.cache is not None and not self.cross:
             own = getattr(self.cache, "self_attention_cache", self.cache)
             K, V = own.update(K, V, layer)
@@ -156,7 +156,7 @@ class Prefixed:
 
 
 class PrefixTuning(VirtualTokens):
-    """The prefixes in a model: an `inject.Extra`. Each is `prefix_<place>` of its stack."""
+    """The prefixes in a model: an `inject.Extra`. Each is the `prefix_<place>` of its stack."""
 
     folder = PrefixConfig.folder
 
@@ -178,13 +178,13 @@ class PrefixTuning(VirtualTokens):
             raise LoRAError("a prefix needs attn_implementation 'eager' or 'sdpa' in the model")
 
     def find(self, model: nn.Module) -> dict[str, Tensor]:
-        """P of each place by its name on disk."""
+        """P of each place, by its name on disk."""
         found = {place: torch.empty(shape) for place, shape in self.shapes.items()}
         found |= {place: self.prefix(place).folded() for place in found if self.hooks}
         return {f"{self.folder}/{place}": P for place, P in found.items()}
 
     def prefix(self, place: str) -> Any:
-        """The parameters of a place."""
+        """The `Prefix` of a place."""
         return getattr(self.stacks[PLACES[place][0]], f"prefix_{place}")
 
     def start(self, model: nn.Module) -> None:
@@ -208,19 +208,20 @@ class PrefixTuning(VirtualTokens):
     def enter(
         self, place: str, layer: int, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Before an attention: put P in front of its keys and values, and let the mask see it."""
+        """Pre-hook of an attention: put P before its keys and values, and extend its mask."""
         if not self.enabled:
             return None
         m, x = self.config.length, args[0] if args else kwargs["hidden_states"]  # (batch, n, d)
         name = "mask" if "mask" in kwargs else "attention_mask"  # T5's, others'
         cache, mask, n = kwargs.get("past_key_values"), kwargs.get(name), x.shape[1]
-        if mask is None and attention.is_causal and n > 1:  # sdpa counts from the first key
+        # sdpa's is_causal would mask as if query 0 were at key 0, which is P's first.
+        if mask is None and attention.is_causal and n > 1:
             mask = torch.ones(1, 1, n, n, dtype=torch.bool, device=x.device).tril()
         if mask is not None:
             mask = F.pad(mask, (m, 0), value=True if mask.dtype == torch.bool else 0.0)
         kwargs |= {name: mask}
         if place == "encoder" and getattr(attention, "has_relative_attention_bias", False):
-            bias = attention.compute_bias(n, n, device=x.device)  # none towards P
+            bias = attention.compute_bias(n, n, device=x.device)  # 0 towards P
             kwargs |= {"position_bias": F.pad(bias, (m, 0))}
         if place != "cross" or cache is None or not cache.is_updated.get(attention.layer_idx):
             P = self.prefix(place)(layer)  # (m, 2, heads, width)
@@ -228,13 +229,13 @@ class PrefixTuning(VirtualTokens):
         return args, kwargs
 
     def move(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the position embeddings of BART's decoder: count from m."""
+        """Pre-hook of the position embeddings of BART's decoder: count from m."""
         if not self.enabled:
             return None
         return args, kwargs | {"position_ids": kwargs["position_ids"] + self.config.length}
 
     def count(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before a Llama: count the positions from m."""
+        """Pre-hook of a Llama's decoder: count the positions from m."""
         call = bound(stack, args, kwargs)
         x = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
         if self.enabled:

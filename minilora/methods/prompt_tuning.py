@@ -1,13 +1,13 @@
-"""Prompt tuning: vectors before the input embeddings train, the model is frozen.
+"""Prompt tuning: trained vectors precede the input embeddings of a frozen model.
 
 Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning
 (https://arxiv.org/abs/2104.08691), section 2: the embedded input X (n, d) becomes
 
     [P; X]    (m + n, d)    with P (m, d), the only parameters
 
-before the encoder, or in a Llama before the decoder. P starts from embeddings of words (section
-3.2). An encoder-decoder attends to the prompt in cross-attention too, since it is in the encoder's
-output. The logits of a Llama are those of its own n tokens: labels stay as they are.
+in front of the encoder, or of the decoder in a Llama. P starts from the embeddings of words
+(section 3.2). In an encoder-decoder, cross-attention reads the prompt too, since it is part of the
+encoder's output. A Llama returns logits for its own n tokens only, so labels need no padding.
 """
 
 from collections.abc import Mapping
@@ -29,9 +29,9 @@ class PromptConfig:
 
     Args:
         length: m, the number of virtual tokens.
-        tokens: ids of the words whose embeddings P starts from, over and over if they are fewer
-            than m; without them they are drawn from the vocabulary (`inject(..., seed=)`).
-        task_type: PEFT's; inject takes it from the model.
+        tokens: ids of the words whose embeddings P starts from, repeated if they are fewer than m;
+            by default they are drawn from the vocabulary (`inject(..., seed=)`).
+        task_type: PEFT's task type; inject takes it from the model.
 
     Raises:
         LoRAError: a value is out of range.
@@ -55,25 +55,25 @@ class PromptConfig:
             raise LoRAError(f"tokens: {len(self.tokens)} are more than the length, {self.length}")
 
     def completed(self, model: nn.Module) -> "PromptConfig":
-        """With the model's task type; refuses a model in which there is no place for a prompt."""
+        """The configuration with the model's task type; refuses a model that takes no prompt."""
         return replace(self, task_type=virtual_tokens.task_type(model, self.folder))
 
     def fitted(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """An adapter's tensors, as this model takes them."""
+        """The adapter's tensors in the form that this model needs: unchanged."""
         return dict(tensors)
 
 
 def behind_padding(mask: Tensor, m: int) -> Tensor:
-    """The order of [P; X] in which P follows the padding on X's left: (batch, m + n) indices.
+    """Indices (batch, m + n) that move the left padding of X before P: [padding; P; words].
 
-    The words are then as far from P in every batch: T5 sees distances only.
+    The distance from P to the words then does not depend on the batch. T5 sees distances only.
     """
     padding = F.pad(mask.cumsum(-1) == 0, (m, 0))  # (batch, m + n), False at P
     return (~padding).long().argsort(dim=-1, stable=True)
 
 
 class PromptTuning(VirtualTokens):
-    """The prompt in a model: an `inject.Extra`. P is `prompt` of the encoder or the Llama."""
+    """The prompt in a model: an `inject.Extra`. P is the `prompt` of the encoder, or of a Llama."""
 
     folder = PromptConfig.folder
 
@@ -87,7 +87,7 @@ class PromptTuning(VirtualTokens):
 
     @property
     def stack(self) -> Any:
-        """Where the prompt is: the encoder, or the decoder of a Llama."""
+        """The module that holds the prompt: the encoder, or the decoder of a Llama."""
         return self.stacks.get("encoder", self.stacks["decoder"])
 
     def start(self, model: nn.Module) -> None:
@@ -101,9 +101,8 @@ class PromptTuning(VirtualTokens):
         drawn = torch.randint(size, (m,)).tolist()
         ids = [given[i % len(given)] for i in range(m)] if given else drawn
         with torch.no_grad():
-            P = embed(
-                torch.tensor(ids, device=embed.weight.device)
-            )  # (m, d), scaled as the model's
+            # (m, d), scaled as the model scales its embeddings
+            P = embed(torch.tensor(ids, device=embed.weight.device))
         self.stack.prompt = nn.Parameter(P.to(torch.promote_types(P.dtype, torch.float32)).clone())
         self.hooks.append(self.stack.register_forward_pre_hook(self.enter, with_kwargs=True))
         if "encoder" in self.stacks:
@@ -113,7 +112,7 @@ class PromptTuning(VirtualTokens):
             self.hooks.append(self.stack.register_forward_hook(self.leave, with_kwargs=True))
 
     def enter(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the stack: put P before the embeddings; in decoding it is in the cache already."""
+        """Pre-hook of the stack: put P before the embeddings, unless the cache already has it."""
         if not self.enabled:
             return None
         call, m = bound(stack, args, kwargs), self.config.length
@@ -142,17 +141,17 @@ class PromptTuning(VirtualTokens):
         return (), call
 
     def widen(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the decoder: let the mask of cross-attention see the prompt."""
+        """Pre-hook of the decoder: extend the cross-attention's mask over the prompt."""
         call = bound(decoder, args, kwargs)
         states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         if mask is not None and states is not None:
-            m = states.shape[1] - mask.shape[-1]  # 0 if the prompt is left out
+            m = states.shape[1] - mask.shape[-1]  # 0 if the prompt is disabled
             order = behind_padding(mask, m)
             call["encoder_attention_mask"] = F.pad(mask, (m, 0), value=1).gather(1, order)
         return (), call
 
     def leave(self, stack: Any, args: object, kwargs: dict[str, Any], output: Any) -> Any:
-        """After a Llama: the states of its own tokens, without those of the prompt."""
+        """Hook of a Llama's decoder: drop the prompt's states from the output."""
         past = cached(kwargs) - output[0].shape[1]  # before this call
         if self.enabled and past <= 0:
             output.last_hidden_state = output[0][:, self.config.length :]

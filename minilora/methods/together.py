@@ -1,7 +1,7 @@
 """LoRA, a prompt and a prefix in one model: `inject` takes a list, and `config_of` returns it.
 
-`inject.py` knows LoRA only. What stands beside it is the field `beside` of its configuration, and
-the extras of `EXTRAS` read that field. A prompt or prefix alone is a LoRAConfig without targets.
+`inject.py` knows LoRA only. The configurations of a prompt and a prefix go into the field `beside`
+of LoRAConfig, which their extras read. A prompt or prefix alone is a LoRAConfig without targets.
 """
 
 from collections.abc import Sequence
@@ -23,20 +23,20 @@ AnyConfig = LoRAConfig | PromptConfig | PrefixConfig
 def inject(
     model: nn.Module, config: AnyConfig | Sequence[AnyConfig], seed: int | None = None
 ) -> InjectReport:
-    """Freeze the model and let an adapter train, in place: LoRA, a prompt, a prefix, or several.
+    """Freeze the model and add what trains, in place: LoRA, a prompt, a prefix, or several.
 
     With a LoRAConfig every target is wrapped into a LoRALinear: `lora_A`, `lora_B` and what the
-    configuration adds to them train (Hu et al. 2021, section 4.1, https://arxiv.org/abs/2106.09685).
+    configuration adds train (Hu et al. 2021, section 4.1, https://arxiv.org/abs/2106.09685).
     A PromptConfig adds vectors before the input embeddings, a PrefixConfig keys and values in the
-    attentions. `config_of` is the configuration with what it left to the model: the names of
-    "attention", a head, a task type. Nothing is changed when an error is raised.
+    attentions. Afterwards `config_of` returns the configuration with what depends on the model: the
+    names that "attention" stands for, a head, a task type. An error leaves the model unchanged.
 
     Args:
         model: any module; for a prompt or prefix a BART, mBART, T5 or Llama of transformers. Not
             yet wrapped by torch.compile or DistributedDataParallel.
-        config: what trains; or a list, with one of each kind at most.
-        seed: of the random start, and recorded in the report; torch's global random state is then
-            left as it is. Without it the start is drawn from that state.
+        config: what trains; or a list with at most one configuration of each kind.
+        seed: of the random start; the report records it, and torch's global random state does not
+            change. Without a seed the start is drawn from that state.
 
     Returns:
         The modules and the parameter counts.

@@ -1,4 +1,4 @@
-"""TokenRows: some rows of the embeddings train, those of new tokens. PEFT's token adapter."""
+"""TokenRows: some rows of the embeddings train, such as new tokens'. PEFT's token adapter."""
 
 from collections.abc import Collection
 from typing import Any
@@ -15,14 +15,14 @@ from minilora.modules import named_modules, others, owners
 from minilora.targets import trained_whole
 
 ROWS = ".token_adapter.trainable_tokens_delta"
-"""How PEFT ends the name of the rows. They are the rows themselves, though it says delta."""
+"""The end of the rows' name in PEFT. They are the rows themselves, in spite of "delta"."""
 
 
 class TokenRows(Extra):
     """E[rows] trains, the rest of the embeddings E (vocabulary, d) stays frozen: an `inject.Extra`.
 
-    The rows are a parameter of their own, so that weight decay reaches no other row. Hooks put
-    them into the outputs of the modules that hold E: the embeddings, and the output head if tied.
+    The rows are a parameter of their own, so weight decay does not reach the other rows. Hooks put
+    them into the outputs of the modules that share E: the embeddings, and a tied output head.
 
     Args:
         model: not yet changed.
@@ -40,7 +40,7 @@ class TokenRows(Extra):
             return
         names: dict[Any, str] = {module: name for name, module in reversed(named_modules(model))}
         if self.embedding not in names:
-            raise LoRAError("token_rows: the model does not say which its input embeddings are")
+            raise LoRAError("token_rows: the model does not name its input embeddings")
         self.name, size = names[self.embedding], self.embedding.weight.shape[0]
         if len(set(self.rows)) < len(self.rows) or not all(0 <= row < size for row in self.rows):
             raise LoRAError(f"token_rows must differ and lie in {self.name}, 0 to {size - 1}")
@@ -67,12 +67,12 @@ class TokenRows(Extra):
             self.hooks.append(holder.register_forward_hook(self.put_rows))
 
     def swap(self, model: nn.Module) -> None:
-        """Leave the rows out, or put them in again."""
+        """Switch the rows off, or on again."""
         self.enabled = not self.enabled
 
     @torch.no_grad()
     def stop(self, model: nn.Module) -> None:
-        """Write the rows into E unless they are left out; take the parameter and hooks away."""
+        """Write the rows into E unless they are switched off; remove parameter and hooks."""
         if self.hooks and self.enabled:
             rows = self.embedding.token_rows.to(self.embedding.weight)
             self.embedding.weight[self.index.to(rows.device)] = rows
@@ -82,7 +82,7 @@ class TokenRows(Extra):
             del self.embedding.token_rows
 
     def put_rows(self, module: Any, inputs: Any, y: Tensor) -> Tensor:
-        """The output y of a module that holds E, as if E had the rows that train."""
+        """The output y of a module that holds E, computed with the trained rows."""
         if not self.enabled:
             return y
         (x, *_), rows, index = inputs, self.embedding.token_rows, self.index.to(y.device)

@@ -1,7 +1,7 @@
-"""What prompt and prefix tuning share: virtual tokens in front of a frozen model's own.
+"""What prompt and prefix tuning share: virtual tokens before a frozen model's own tokens.
 
-The models are BART, mBART, T5 and Llama. Their parts are known by their names; nothing of
-transformers is imported.
+The models are BART, mBART, T5 and Llama. Their parts are found by name; transformers is not
+imported.
 """
 
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ from minilora.inject import Extra
 from minilora.modules import named_modules
 
 MODELS = ("bart", "mbart", "t5", "llama")
-"""By `model.config.model_type`. In others the names or the positions may mean something else."""
+"""Values of `model.config.model_type`. Other models differ in names or in positions."""
 ENCODER_DECODER, DECODER = "SEQ_2_SEQ_LM", "CAUSAL_LM"
-"""PEFT's task types: it chooses its wrapper by them."""
+"""PEFT's task types, which choose its wrapper."""
 
 
 def stacks(model: nn.Module, what: str) -> dict[str, Any]:
     """The model's "encoder" and "decoder"; a Llama has a "decoder" only.
 
     Raises:
-        LoRAError: the model is another one.
+        LoRAError: the model is of another kind.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     found: dict[str, Any] = {}
@@ -48,11 +48,11 @@ class VirtualTokens(Extra):
 
     Args:
         model: not yet changed.
-        config: what it has beside it counts.
+        config: only its field `beside` is read.
 
     Attributes:
-        config: that of this method; None if there is none, and then there is nothing to do.
-        enabled: False while swapped: the hooks leave everything as it is.
+        config: this method's configuration; None if `beside` has none: then nothing happens.
+        enabled: False while swapped: the hooks change nothing.
     """
 
     folder: ClassVar[str]
@@ -65,7 +65,7 @@ class VirtualTokens(Extra):
         self.stacks = stacks(model, self.folder) if self.config is not None else {}
 
     def swap(self, model: nn.Module) -> None:
-        """Leave the virtual tokens out, or put them in again."""
+        """Switch the virtual tokens off, or on again."""
         self.enabled = not self.enabled
 
     def stop(self, model: nn.Module) -> None:
@@ -80,20 +80,20 @@ class VirtualTokens(Extra):
 
 
 def bound(stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by their names."""
+    """All arguments of a call to `stack.forward`, by name."""
     return dict(zip(signature(stack.forward).parameters, args, strict=False)) | dict(kwargs)
 
 
 def cached(arguments: Mapping[str, Any]) -> int:
-    """How many rows the cache of a call holds."""
+    """The number of positions in the cache that a call gets."""
     cache = arguments.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def positions(arguments: Mapping[str, Any], x: Tensor, past: int) -> Tensor:
-    """The positions of the tokens x (batch, n, ...) among all tokens: (batch or 1, n).
+    """The positions (batch or 1, n) of the tokens x (batch, n, ...) among all tokens.
 
-    Those that are given; else by the mask, so that padding on the left moves no token.
+    They are given, or counted from the mask, so that padding on the left shifts no token.
     """
     given, mask, n = arguments.get("position_ids"), arguments.get("attention_mask"), x.shape[1]
     if given is None and mask is not None and mask.ndim == 2:

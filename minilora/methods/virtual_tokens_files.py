@@ -1,13 +1,13 @@
-"""A prompt or a prefix on disk: PEFT's two files, both ways.
+"""Reading and writing a prompt or a prefix in PEFT's format.
 
     prompt/    PROMPT_TUNING      prompt_embeddings (m, d)
     prefix/    PREFIX_TUNING      prompt_embeddings (m, layers 2 d), of the decoder's attention
                MINILORA_PREFIX    encoder, decoder, cross (m, layers 2 d): PEFT refuses this type
 
-For an encoder-decoder PEFT 0.21.2 does not use all of what it holds. Of a prompt it holds 2 m rows
-and uses the first m. Of a prefix it gives the pairs (key, value) 0, 2, 4.. to the layers of the
-decoder in turn, and starts again at the end. So a prefix is written with as many layers again, all
-zero, between its own, and PEFT then computes what minilora does.
+For an encoder-decoder PEFT 0.21.2 does not use all that it stores. A prompt has 2 m rows, and PEFT
+uses the first m. Of a prefix, PEFT gives every second pair (key, value), 0, 2, 4.., to the layers
+of the decoder in turn, and starts over at the end. So a prefix is written with a layer of zeros
+after each of its own, and PEFT then computes what minilora does.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ KNOWN = {
     "tokenizer_name_or_path", "tokenizer_kwargs", "encoder_hidden_size", "prefix_projection",
     "init_weights",
 }  # fmt: skip
-"""Entries of PEFT's file that are read, or that say how training started."""
+"""Entries of PEFT's file that are read, or that concern only the start of training."""
 
 
 def write_prompt(config: PromptConfig, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
@@ -78,8 +78,8 @@ def read_prefix(entries: Entries, tensors: Tensors) -> tuple[PrefixConfig, dict[
     m, d, heads = _counts(entries, "num_virtual_tokens", "token_dim", "num_attention_heads")
     own = entries["peft_type"] == OWN_TYPE
     places = entries.get("places", ()) if own else ("decoder",)
-    config = PrefixConfig(m, places, None, entries.get("task_type"))  # of P the MLP is folded away
-    if own:  # of how many layers, only a model can say
+    config = PrefixConfig(m, places, None, entries.get("task_type"))  # no MLP: it was folded into P
+    if own:  # the number of layers follows from the tensors; a model checks it later
         ends = {place: tensors[place].shape[-1:].numel() for place in places if place in tensors}
         shapes = {place: (m, max(1, ends.get(place, 1) // (2 * d)) * 2 * d) for place in places}
     else:
@@ -99,7 +99,7 @@ PREFIX = Kind(PrefixConfig, {}, read_prefix, write_prefix)
 
 
 def _counts(entries: Entries, *names: str) -> list[int]:
-    """Whole numbers of at least 1 in a file, which must ask for nothing that is not done here."""
+    """The named entries, whole numbers of at least 1; unknown entries are refused."""
     for key, value in entries.items():
         if key not in KNOWN and value not in (None, False, "none", [], {}):
             raise LoRAError(f"{key} is {value!r}: minilora does not do this: use it with PEFT")

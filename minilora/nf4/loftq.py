@@ -49,10 +49,10 @@ def approximate(M: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
 
     Both get the square roots of the singular values. Where these are zero, A stays as it is.
     """
-    rank = min(len(A), *M.shape)  # what is beyond it stays as it is, and counts for nothing
+    rank = min(len(A), *M.shape)  # rows of A beyond it stay, and are multiplied by zeros of B
     B[:, rank:] = 0
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-    # What the decomposition gives for 0, as `matrix_rank` has it.
+    # Values that count as 0, with the tolerance of torch.linalg.matrix_rank.
     zero = S[:1] * max(M.shape) * torch.finfo(S.dtype).eps >= S
     root = (S.masked_fill(zero, 0)[:rank, None] / scale).sqrt()  # (r, 1)
     A[:rank] = torch.where(root > 0, root * Vh[:rank], A[:rank])

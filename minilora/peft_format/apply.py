@@ -20,7 +20,7 @@ from minilora.targets import check_modules, is_target
 from minilora.targets import trained_whole as is_trained_whole
 
 CONVERSIONS: dict[str, Callable[[Adapter, dict[str, LoRALinear]], Adapter]] = {}
-"""By `init`: what is written of an adapter whose start took something from the base."""
+"""`init` -> converts an adapter that started from the base's weights to what is saved."""
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -36,7 +36,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     if not injection.enabled and any(extra.find(model) for extra in injection.extras):
         raise LoRAError("cannot save inside `with minilora.disabled(model)`: save after it")
     held = {key: tensor.detach() for key, tensor in _held(model).items()}
-    # After fully_shard a tensor is a part of one: to gather it takes every process.
+    # After fully_shard each process has a part of each tensor: all of them gather it.
     copies = {k: getattr(t, "full_tensor", t.clone)().cpu() for k, t in held.items()}
     transposed = any(linears.is_conv1d(layer.base) for layer in layers.values())
     config = _as_written(injection.config, _base_modules(model, layers))
@@ -50,7 +50,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 
     Args:
         model: carries an adapter, from `inject` or `load_adapter`.
-            After fully_shard all processes must call it: they gather the tensors.
+            After fully_shard every process must call this, to gather the tensors.
         directory: made if it is not there; gets adapter_config.json and
             adapter_model.safetensors, replaced whole or not at all.
 
@@ -72,26 +72,26 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 
 
 class SavePretrained(Extra):
-    """`model.save_pretrained` writes the adapter: an `inject.Extra` in which nothing trains.
+    """`model.save_pretrained` writes the adapter: an `inject.Extra` without parameters.
 
     Otherwise it would write the whole model under names that `from_pretrained` does not know, such
-    as `q_proj.base.weight`, and those layers would start at random. Trainers call it.
+    as `q_proj.base.weight`, and would initialize at random. Trainers call `save_pretrained`.
     """
 
     def __init__(self, model: nn.Module, *_: object) -> None:
         self.model = model
 
     def start(self, model: nn.Module) -> None:
-        """Put it before the method of the class, in this model alone."""
+        """Override the method of the class, in this model only."""
         if hasattr(model, "save_pretrained"):
             model.save_pretrained = self.save  # type: ignore[assignment]
 
     def stop(self, model: nn.Module) -> None:
-        """The method of the class again."""
+        """Restore the method of the class."""
         vars(model).pop("save_pretrained", None)
 
     def save(self, directory: str | Path, is_main_process: bool = True, **more: object) -> None:
-        """What `save_adapter` does; nothing in the other processes of a Trainer.
+        """Call `save_adapter` in the main process of a Trainer; do nothing in the others.
 
         Raises:
             LoRAError: as in `save_adapter`; the model is sharded, or an upload is asked for.
@@ -118,7 +118,7 @@ def load_adapter(model: nn.Module, directory: str | Path, inference: bool = Fals
 
     Raises:
         LoRAError: the files are wrong or do not fit the model; every missing, unexpected and
-            mis-shaped key is named. A bias or whole module is in half precision and would train.
+            mis-shaped key is named; or a bias or whole module would train in half precision.
             The model is untouched.
 
     Example:
@@ -155,14 +155,14 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     selected = _check_fit(model, adapter, config, named, unnamed)
     if not inference:
         refuse_half(model, replace(config, also_train=(*config.also_train, *names)))
-    # What an MLP computes is no leaf, and cannot be written to.
+    # The output of a prefix's MLP is no leaf: it cannot be filled in place.
     held = {key: tensor.shape for key, tensor in _held(model).items() if tensor.is_leaf}
-    # PiSSA's start belongs to a scale, which may be another.
+    # PiSSA's A0 and B0 depend on the scale, which the new adapter may change.
     swapped = held == {k: t.shape for k, t in adapter.tensors.items()} and config.init not in LAYERS
     if not swapped:
         refuse_wrapped(wrapped)  # data-parallel copies would never learn of the new parameters
         unload(model)
-        # What A and B start with is overwritten, but some starts are those of another layer.
+        # A and B are overwritten below: their start is irrelevant unless it selects a layer class.
         wrap(model, selected, config if config.init in LAYERS else replace(config, init="kaiming"))
         unnamed.start(model)
     injection = injection_of(model)
@@ -233,7 +233,7 @@ def _check_fit(
 
 
 def _embeddings(model: nn.Module, adapter: Adapter, config: LoRAConfig) -> list[str]:
-    """The model's embeddings of which the file holds the weight, though also_train names none."""
+    """The embeddings, by name, that the file contains although also_train does not list them."""
     ends, extras = embeddings(model), adapter.extras
     named = [n for n, module in model.named_modules() if module in ends and f"{n}.weight" in extras]
     return [name for name in named if not is_trained_whole(config, name)]

@@ -43,16 +43,16 @@ ADVICE = "merge it into the base with PEFT (merge_and_unload) where PEFT can, el
 
 
 class Kind(NamedTuple):
-    """What a `peft_type` stands for."""
+    """A `peft_type`: its configuration, and how its files are read and written."""
 
     config: type[Any]
-    """LoRAConfig, one that is derived from it, or one that stands beside it."""
+    """LoRAConfig, a subclass of it, or a configuration of its own such as PromptConfig."""
     fields: dict[str, tuple[str, Any]]
-    """As `FIELDS`; of what stands beside LoRA `read` gives the configuration instead."""
+    """As `FIELDS`; empty for a prompt or prefix, whose `read` returns the configuration."""
     read: Callable[..., Any] = lambda entries, tensors: (entries, tensors)
-    """Gives the tensors of a file the names and shapes that those of LoRA have."""
+    """(entries, tensors) of a file -> the same with the names and shapes of LoRA's."""
     write: Callable[..., Any] = read
-    """The other way."""
+    """The inverse of `read`."""
 
 
 KINDS = {"LORA": Kind(LoRAConfig, FIELDS)}
@@ -63,7 +63,7 @@ def kind_of(entries: Mapping[str, Any]) -> Kind:
     """The kind of a file with these entries.
 
     Raises:
-        LoRAError: minilora does not read it.
+        LoRAError: minilora does not know its `peft_type`.
     """
     name = entries.get("peft_type")
     if (kind := KINDS.get(str(name))) is None:
@@ -94,7 +94,7 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
             values[ours] = value
     values["targets"] = values.get("targets") or modules
     if isinstance(rows := values.get("token_rows"), Mapping) and len(rows) == 1:
-        (values["token_rows"],) = rows.values()  # the tensor's name says of which embedding
+        (values["token_rows"],) = rows.values()  # the tensor's name identifies the embedding
     values["init"] = _init_from_peft(values["init"])
     if values["init"] == "loftq" and (entries.get("loftq_config") or LOFTQ) != LOFTQ:
         raise LoRAError(f"loftq_config must be {LOFTQ}: the base is NF4 after it")

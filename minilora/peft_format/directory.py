@@ -37,7 +37,7 @@ class Adapter:
         config: what was adapted and how.
         tensors: by PEFT's keys, `base_model.model.<module>.lora_A.weight` (r, in),
             `...lora_B.weight` (out, r) and what the configuration adds; docs/format.md lists them.
-            Those of a prompt or prefix are `prompt/..` and `prefix/..`.
+            Keys of a prompt or prefix begin with `prompt/` or `prefix/`.
         base_model: name or directory of the model it was trained on, if known.
         fan_in_fan_out: whether the adapted modules are Conv1D: PEFT's word for it, written down
             for PEFT only.
@@ -70,7 +70,7 @@ class Adapter:
             expected |= keys.expected_of(self.config, module, out, in_)
         held, config = self.own, self.config
         some = config.bias != "none" or config.also_train or config.token_rows
-        for name in self.extras:  # whether it is one of these, only a model can say
+        for name in self.extras:  # whether these names are right, only a model can tell
             if some or (name.endswith(".weight") and ".lora_" not in name):  # PEFT's embeddings
                 held.pop(keys.PREFIX + name, None)
         problems = keys.compare(expected, held, self._explain)
@@ -90,7 +90,7 @@ class Adapter:
 
     @property
     def own(self) -> dict[str, Tensor]:
-        """All tensors but those of a prompt or prefix."""
+        """The tensors without those of a prompt or prefix."""
         return {key: t for key, t in self.tensors.items() if not keys.is_beside(key)}
 
     @property

@@ -1,4 +1,4 @@
-"""Names on disk: those of the files, and the tensors' keys, compared with what is expected."""
+"""Names on disk: of the files and of the tensors; and the comparison with the expected keys."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -22,11 +22,11 @@ SUFFIXES = {name: suffix for name, (suffix, _, _) in PARAMETERS.items()}
 OF_A_LAYER = re.compile(rf"{re.escape(PREFIX)}(.*)({'|'.join(map(re.escape, SUFFIXES.values()))})")
 
 FOLDERS = ("prompt", "prefix")
-"""Directories in that of the adapter, for methods that adapt no layer."""
+"""Subdirectories of an adapter's directory, for methods that adapt no layer."""
 
 
 def is_beside(key: str) -> bool:
-    """Whether a tensor lies in one of those directories: its key begins with the name."""
+    """Whether a tensor lies in one of these subdirectories: its key begins with the name."""
     return key.startswith(tuple(f"{folder}/" for folder in FOLDERS))
 
 
@@ -36,7 +36,7 @@ def modules_of(keys: Iterable[str]) -> tuple[str, ...]:
 
 
 Expected = dict[str, tuple[tuple[int, ...], bool]]
-"""Of each key the shape, and whether its tensor is floating point."""
+"""Key -> the tensor's shape, and whether it is floating point."""
 
 
 def expected_of(config: LoRAConfig, module: str, out: int, in_: int) -> Expected:

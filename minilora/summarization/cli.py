@@ -24,7 +24,8 @@ def evaluate_main(argv: Sequence[str] | None = None, program: str = "evaluate.py
 def _ended_by_ctrl_c() -> Iterator[None]:
     """Inside the block Ctrl-C ends the process at once.
 
-    Its exception could come anywhere in an import, and some packages turn it into other errors.
+    KeyboardInterrupt could be raised anywhere in an import, and some packages turn it into other
+    errors.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:

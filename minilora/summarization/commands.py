@@ -43,13 +43,13 @@ from .training.trainer import fit
 
 
 def _command(program: str) -> str:
-    """What a person types to call `train.py` or `evaluate.py` again."""
+    """The command that runs `train.py` or `evaluate.py` again, as it was called."""
     if processes.active() and program == "train.py":  # evaluate.py needs one process only
         return f"torchrun {processes.launch_options()} {program}"
     called = Path(sys.argv[0])
     if called.parts[-2:] == ("minilora", "__main__.py"):
         return f"python -m minilora {program.removesuffix('.py')}"
-    if called.stem == "minilora":  # as pip installs it: there is no train.py
+    if called.stem == "minilora":  # installed by pip, without a train.py
         return f"minilora {program.removesuffix('.py')}"
     return f"python {program}"
 
@@ -147,7 +147,7 @@ class Models:
     autocast_dtype: torch.dtype | None
 
     def check(self, run: RunConfig) -> RunConfig:
-        """The settings as the models allow; what is set right is noted."""
+        """The settings with lengths that the models allow; prints notes of corrections."""
         for model in filter(None, (self.base, self.tuned)):
             _print(requirements.check(model, self.tokenizer, run.model.model))
         limited = requirements.limit_lengths(run, self.tuned)
@@ -165,7 +165,7 @@ class Models:
             return evaluate(self.tuned, self.tokenizer, *texts, run.generation, **how)
 
     def states(self, run: RunConfig, encoded: list[Encoded]) -> EncoderStates | None:
-        """The encoder's states, for two models that have the same encoder."""
+        """The encoder's states, to be shared by both models; None if they are not kept."""
         options, sources = run.training, [row.source for row in encoded]
         if self.base is not None and options.cache_encoder == "auto":
             return None
@@ -173,7 +173,13 @@ class Models:
         return keep_states(self.tuned, sources, self.autocast_dtype, *how)
 
     def summaries(self, run: RunConfig, encoded: list[Encoded], base: bool) -> list[Row]:
-        """Of own chats, in their order. An encoder that both models share is computed once."""
+        """Summaries of the user's chats, in order. A shared encoder is computed once.
+
+        Args:
+            run: its settings.
+            encoded: the chats.
+            base: also summarize with the base model.
+        """
         smaller = smaller_evaluation_batch(run.generation.evaluation_batch_size)
         with out_of_memory("while writing summaries", smaller):
             states = self.states(run, encoded) if base and self.base is None else None
@@ -186,7 +192,7 @@ class Models:
         return rows
 
     def encode(self, run: RunConfig, examples: list[Example]) -> Split:
-        """Token ids; that dialogues are cut is noted."""
+        """Tokenize, and check that the models can summarize; prints a note of cut dialogues."""
         encoded, truncation = encode(examples, self.tokenizer, run.data)
         loading.check_vocabulary(self.tuned, encoded, run.model.model)
         for model in filter(None, (self.base, self.tuned)):
@@ -205,7 +211,7 @@ def score(arguments: argparse.Namespace) -> int:
     files = [arguments.predict] if arguments.predict else arguments.text
     needs_base = not files or arguments.base
     if needs_base and _is_model(directory) and "model" not in arguments.changes:
-        raise UserError(f"{directory} is a model: say --model BASE, which to compare it with")
+        raise UserError(f"{directory} is a model: name its base with --model BASE")
     if not files:
         require_rouge()
     examples, split = _chats(run, files) if files else _examples(run, arguments)
@@ -251,11 +257,11 @@ def _predict(
         done = write_summaries(output, texts.examples, texts.encoded, settings, size, summarize)
     except OSError as error:
         raise UserError(
-            f"cannot write {output} ({error.strerror}): nothing is lost: make room, and the same "
-            "command goes on"
+            f"cannot write {output} ({error.strerror}): nothing is lost: free some space and run "
+            "the same command again"
         ) from None
     if done < len(texts):
-        print(f"stopped after {done:,} of {len(texts):,} chats; the same command goes on")
+        print(f"stopped after {done:,} of {len(texts):,} chats; the same command continues")
         return 130
     print(f"summaries of {counted(done, 'chat')} are in {output}")
     return 0
@@ -268,15 +274,18 @@ def _is_model(directory: Path) -> bool:
 
 
 def _trained(directory: Path, run: RunConfig) -> Path:
-    """What was trained: the adapter or the model, of a run or alone."""
+    """The directory of the adapter or model, in a run or by itself."""
     alone = loading.is_adapter(directory) or _is_model(directory)
     return directory if alone else trained_path(directory, run)
 
 
 def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunConfig]:
-    """A run and its settings. A bare adapter has the preset's settings, and names its base model.
+    """A run's directory and settings. An adapter outside a run gets those of the preset.
 
-    The directory of the adapter or the model inside a run means the run, with its own settings.
+    The directory of the adapter or model inside a run stands for the run.
+
+    Raises:
+        UserError: the adapter does not name its base model, or a run is given a preset.
     """
     inside = directory.name in ("adapter", "model")
     if inside and (directory.parent / "config.json").exists():
@@ -286,7 +295,7 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
     if loading.is_adapter(directory):
         base = base_of(directory, minilora.read_adapter(directory))
         if "model" not in base | arguments.changes:
-            raise UserError(f"{directory} does not name its base model: say --model")
+            raise UserError(f"{directory} does not name its base model: pass --model")
         flat |= base
     elif _is_model(directory):
         flat |= {"method": "full", "model": str(directory)}
@@ -300,7 +309,7 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
 
 
 def _chats(run: RunConfig, files: list[str]) -> tuple[list[Example], str]:
-    """The chats of files of one's own."""
+    """The chats of the user's files; their split has no name."""
     chats: list[Example] = []
     for name in files:
         found, notices = read_chats(name, run.data)
@@ -330,7 +339,14 @@ def _print(notices: list[str]) -> None:
 def _load_trained(
     directory: Path, run: RunConfig, device: torch.device, needs_base: bool = True
 ) -> Models:
-    """Both models. Nothing trains any more, so all weights are kept as decoding is fastest."""
+    """Both models, with their weights in the form that decodes fastest, since nothing trains.
+
+    Args:
+        directory: of the run, adapter or model.
+        run: its settings.
+        device: where the models go.
+        needs_base: load the base of a full fine-tune too.
+    """
     tokenizer = loading.load_tokenizer(run.model.model)
     autocast_dtype = choose_precision(run.model.precision, device)
     path = _trained(directory, run)

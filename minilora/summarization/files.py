@@ -43,10 +43,10 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def remove_directory(directory: Path) -> None:
     """Remove a directory in one step: it is renamed first, so a crash leaves all of it or none."""
-    beside = directory.with_name(f".{directory.name}{PARTIAL}")
-    shutil.rmtree(beside, ignore_errors=True)
-    directory.rename(beside)
-    shutil.rmtree(beside, ignore_errors=True)
+    renamed = directory.with_name(f".{directory.name}{PARTIAL}")
+    shutil.rmtree(renamed, ignore_errors=True)
+    directory.rename(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def put_directory(new: Path, directory: Path) -> None:

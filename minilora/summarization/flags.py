@@ -92,12 +92,12 @@ def _add_settings(parser: Parser, kind: Any, show_defaults: bool = True) -> None
 
 
 def _command(program: str) -> str:
-    """What a person types: train.py is a file, `minilora train` a command."""
+    """The program as it is typed: train.py is a file, `minilora train` a command."""
     return f"python {program}" if program.endswith(".py") else program
 
 
 def _takes(kind: Any, name: str) -> dict[str, Any]:
-    """What argparse is told of a field of this type."""
+    """The arguments of `add_argument` for a field of this type."""
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
@@ -143,7 +143,7 @@ def parse_run(argv: Sequence[str], program: str = "train.py") -> RunConfig:
 
 
 def changed(flat: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Settings with those that were typed. --data and --train-file and its like end each other.
+    """Settings updated by those that were typed. --data replaces --train-file etc., and vice versa.
 
     Raises:
         UserError: both were typed.
@@ -217,7 +217,7 @@ def read_run(directory: Path) -> RunConfig:
 
 
 def evaluation_parser(program: str = "evaluate.py") -> Parser:
-    """Of the settings of the run it holds only those that are typed."""
+    """The flags of `evaluate.py`. Of a run's settings it returns only those that are typed."""
     what = "Score the base and the fine-tuned model side by side, or summarize chats."
     files = "FILE --output FILE [--base]" if program.endswith("predict") else "[--text FILE ...]"
     usage = f"{_command(program)} RUN {files} [--FLAG VALUE ...]"
@@ -231,7 +231,7 @@ def evaluation_parser(program: str = "evaluate.py") -> Parser:
         "--text", action="append", help="summarize this file; - is standard input; may be repeated"
     )
     chats.add_argument("--predict", metavar="FILE", help="summarize its chats, into --output")
-    add("--base", action="store_true", help="of the chats, also the summaries of the base")
+    add("--base", action="store_true", help="also summarize the chats with the base model")
     add("--output", metavar="FILE", help="write all scores and texts (JSON), or the summaries")
     add("--device", default=argparse.SUPPRESS, help="auto, cpu, cuda, ...")
     add("--model", default=argparse.SUPPRESS, help="base model of an adapter directory")
@@ -242,7 +242,7 @@ def evaluation_parser(program: str = "evaluate.py") -> Parser:
         help="auto: "
         "the base and the fine-tuned model share the encoder's states, if the encoder is frozen",
     )
-    add("--cache-directory", default=argparse.SUPPRESS, metavar="DIRECTORY", help="of such states")
+    add("--cache-directory", default=argparse.SUPPRESS, metavar="DIRECTORY", help="of the states")
     _add_preset(parser, "settings for an adapter directory (default: pocket)")
     for kind in (DataOptions, GenerationOptions):
         _add_settings(parser, kind, show_defaults=False)
@@ -250,7 +250,7 @@ def evaluation_parser(program: str = "evaluate.py") -> Parser:
 
 
 def parse_evaluation(argv: Sequence[str], program: str = "evaluate.py") -> argparse.Namespace:
-    """What to evaluate; `changes` are settings unlike the run's. Refuses what would be ignored.
+    """The flags; `changes` has settings that replace the run's. Flags without effect are refused.
 
     Raises:
         UserError: flags that exclude each other, or a value out of its range.
@@ -278,7 +278,7 @@ def parse_evaluation(argv: Sequence[str], program: str = "evaluate.py") -> argpa
 
 
 def _check_file(output: Path) -> None:
-    """Refuse, before the work, what cannot be written after it."""
+    """Refuse, before the work starts, a file that cannot be written at its end."""
     if output.is_dir():
         raise UserError(f"--output {output} is a directory: name a file in it")
     folder = next(path for path in output.absolute().parents if path.exists())

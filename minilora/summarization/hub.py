@@ -1,4 +1,4 @@
-"""The hub, where there is a network and where there is none."""
+"""Access to the Hugging Face hub, with and without a network."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 
 def look_for_network() -> None:
-    """Without a network the hub's client tries for a minute: then look only into its cache."""
+    """Switch to the hub's cache if there is no network: its client would try for a minute."""
     if constants.HF_HUB_OFFLINE or getproxies():
         return
     address = urlsplit(constants.ENDPOINT)
@@ -22,7 +22,7 @@ def look_for_network() -> None:
 
 
 def not_found() -> str:
-    """Where a name was looked for in vain, and what to do."""
+    """The part of a message that says where a name was not found, and what to do."""
     if not constants.HF_HUB_OFFLINE:
         return "the hub does not have it"
     return "offline it is not in the hub's cache: name a path, or go online once"

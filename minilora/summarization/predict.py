@@ -1,4 +1,4 @@
-"""Summaries of a person's own chats, written row by row: who stops it loses none of them."""
+"""Summaries of a user's own chats, written one by one: an interrupted call keeps them."""
 
 import json
 import re
@@ -18,13 +18,13 @@ from .errors import UserError
 from .settings import DataOptions
 from .training.stopping import stop_requests
 
-Row = dict[str, str]  # "summary", and "base" if it is asked for
+Row = dict[str, str]  # "summary", and "base" with --base
 
 
 def read_chats(name: str, options: DataOptions) -> tuple[list[Example], list[str]]:
     """The chats of a data file or of a plain text, and notices for the user.
 
-    A plain text holds one chat, or several with a line `---` between two. `-` is standard input.
+    A plain text holds one chat, or several separated by a line `---`. `-` is standard input.
 
     Raises:
         UserError: it cannot be read, or holds no chat.
@@ -48,18 +48,26 @@ def write_summaries(
 ) -> int:
     """Write JSON Lines with id, dialogue and summary, in the order of the chats.
 
-    Until all are there, they are in `output`.partial: a line with the settings, then a line with
-    position and summary for each. The next call goes on from there. It does batches that were cut
-    off again, so the summaries are those of a call that was never stopped.
+    Until all are done, they are in `output`.partial: a line with the settings, then a line with
+    position and summary for each. The next call goes on from there and repeats a batch that was
+    interrupted, so the summaries are the same as without an interruption.
+
+    Args:
+        output: the file to write.
+        chats: what to summarize.
+        encoded: token ids of the chats.
+        settings: those that decide the summaries; a partial file must agree with them.
+        batch_size: chats at a time.
+        summarize: makes the rows of a batch.
 
     Returns:
-        How many summaries there are: all, unless Ctrl-C came.
+        The number of summaries: all, unless Ctrl-C stopped it.
 
     Raises:
-        UserError: `output` is there already, or the partial file is of another call.
+        UserError: `output` exists, or the partial file is damaged or of another call.
     """
     if output.exists():
-        raise UserError(f"--output {output} is there already: name another file")
+        raise UserError(f"--output {output} exists already: name another file")
     partial = output.with_name(f"{output.name}.partial")
     done = _begun(partial, {**settings, "chats": fingerprint(chats)})
     bar = tqdm(total=len(chats), initial=len(done), unit="chat", disable=None)
@@ -80,7 +88,7 @@ def write_summaries(
 
 
 def _begun(partial: Path, settings: Mapping[str, Any]) -> dict[int, Row]:
-    """The summaries that an earlier call has written, by position. A row that was cut off goes."""
+    """The summaries of an earlier call, by position. An incomplete last row is removed."""
     content = partial.read_bytes() if partial.exists() else b""
     whole = content[: content.rfind(b"\n") + 1] or _line(settings)
     write_file(partial, whole)

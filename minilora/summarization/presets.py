@@ -38,10 +38,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # The peak learning rate of each method. LoRA needs four to ten times the rate of a full fine-tune.
 # "adalora" is the best of 4e-3, 1.6e-2, 3.2e-2 and 6.4e-2 after 40 steps of one seed: lambda starts
-# at zero and moves by one rate a step, however wide the layer. Elsewhere it has LoRA's.
-# "loftq" is QLoRA with that start, where it was measured. pocket's rates: docs/log.md, 2026-11-28;
-# those of a prompt and a prefix are from chats learnt by heart: benchmarks/by_heart.py. A plain
-# prefix has no MLP: each of its numbers moves by one rate a step.
+# at zero, and AdamW moves it by about one rate a step, however wide the layer. In other presets it
+# has LoRA's rate. "loftq" is QLoRA with that start, where it was measured. The log has pocket's
+# rates (docs/log.md, 2026-11-28). Those of a prompt and a prefix are from benchmarks/by_heart.py. A
+# "plain prefix" has no MLP.
 LEARNING_RATES: dict[str, dict[str, float]] = {
     "pocket": {
         "lora": 4e-3,
@@ -59,15 +59,15 @@ LEARNING_RATES: dict[str, dict[str, float]] = {
     "notebook": {"lora": 1e-5, "qlora": 1e-5, "full": 1e-5},
 }
 
-# Of methods that were not measured with a preset: a prompt's is that of Lester et al. 2021, a
-# prefix's that of Li and Liang 2021. AdaLoRA's is LoRA's.
+# Rates of methods that were not measured with a preset: a prompt's from Lester et al. 2021, a
+# prefix's from Li and Liang 2021. AdaLoRA has LoRA's.
 OTHER_RATES = {"prompt": 0.3, "prefix": 5e-5}
 
 
 def embedded(name: str) -> str:
-    """The path of an embedded model or data set; any other name as it is.
+    """The path of an embedded model or data set; any other name unchanged.
 
-    So is a path of one: that of another machine's package, which an adapter may name.
+    An adapter may name an embedded model by its path on another machine: that is recognized too.
     """
     inside = Path(name).parent.parts[-2:] == ASSETS.parts[-2:]
     end = Path(name).name if inside else name
@@ -91,7 +91,7 @@ def stored(name: str, directory: Path) -> str:
 
 
 def restored(name: str, directory: Path) -> str:
-    """Inverse of `stored`. Runs of earlier versions store a path as it was typed."""
+    """The inverse of `stored`. Runs of earlier versions store a path as it was typed."""
     path = directory / name
     is_relative = name.startswith(".") and (path.exists() or not Path(name).exists())
     return os.path.normpath(path) if is_relative else name

@@ -68,7 +68,7 @@ def own_device(device: torch.device) -> torch.device:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if active() else 1
     if device.type != "cpu" and here > 1:
         if device.type != "cuda" or device.index is not None:
-            raise UserError(f"--device {device} is one device for {here} processes: say cuda")
+            raise UserError(f"--device {device} is one device for {here} processes: use cuda")
         if (found := torch.cuda.device_count()) < here:
             raise UserError(
                 f"--device cuda: {here} processes on this machine, but {found} GPU"

@@ -44,7 +44,7 @@ class ModelOptions:
     method: Literal["lora", "qlora", "adalora", "prompt", "prefix", "full"] = _flag(
         "lora", "what trains; qlora: base in 4 bits; adalora: training chooses the ranks"
     )
-    with_: Literal["none", "prompt", "prefix"] = _flag("none", "what trains beside LoRA")
+    with_: Literal["none", "prompt", "prefix"] = _flag("none", "what trains together with LoRA")
     device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag("auto", "auto: the fastest here")
     seed: int = _flag(0, "random seed of the adapter's initialization, batch order and dropout")
@@ -74,7 +74,7 @@ class DataOptions:
 
     @property
     def name(self) -> str:
-        """What is read, in messages."""
+        """The name of the data in messages."""
         return ", ".join(filter(None, (getattr(self, name) for name in FILES))) or self.data
 
 
@@ -85,7 +85,7 @@ class AdapterOptions:
     adapter: str | None = _flag(
         None, "start from this adapter or run (directory or hub name), which decides the settings"
     )
-    rank: int = _flag(8, "r: rows of A, columns of B; adalora: the mean in the end")
+    rank: int = _flag(8, "r: rows of A, columns of B; adalora: the mean rank at the end")
     alpha: float = _flag(32.0, "numerator of the scale s = alpha / r")
     dropout: float = _flag(0.05, "dropout probability of the adapter's input")
     targets: list[str] = _flag(
@@ -97,7 +97,7 @@ class AdapterOptions:
     layers: list[int] = _flag([], "only these layers, counted from 0 in encoder and decoder alike")
     rank_pattern: list[str] = _flag([], "other ranks for some modules: NAME=RANK ...")
     also_train: list[str] = _flag([], "modules to train whole, such as final_layer_norm")
-    dora: bool = _flag(False, "train the length of each row of W apart from it (Liu et al. 2024)")
+    dora: bool = _flag(False, "DoRA: train length and direction of W's rows (Liu et al. 2024)")
     rslora: bool = _flag(False, "scale s = alpha / sqrt(r) (Kalajdzievski 2023)")
     init: Literal["kaiming", "gaussian", "loftq", "pissa"] = _flag(
         "kaiming", "initial values of A (loftq, pissa: of A and B)"
@@ -108,11 +108,11 @@ class AdapterOptions:
 class VirtualOptions:
     _argument_group_name = "virtual tokens (prompt and prefix tuning)"
 
-    virtual_tokens: int = _flag(20, "how many a prompt or a prefix has")
+    virtual_tokens: int = _flag(20, "length of a prompt or a prefix")
     prefix_places: list[str] = _flag(
         ["encoder", "decoder", "cross"], "the attentions that get a prefix"
     )
-    prefix_hidden: int = _flag(512, "width of the MLP that a prefix trains through; 0: without")
+    prefix_hidden: int = _flag(512, "width of the MLP through which a prefix trains; 0: no MLP")
 
 
 @dataclass
@@ -122,7 +122,7 @@ class TrainingOptions:
     epochs: int = _flag(2, "passes over the training split")
     max_steps: int = _flag(0, "stop after this many optimizer steps; 0: no limit")
     learning_rate: float | None = _flag(None, "peak of the schedule; default: the preset's")
-    lora_plus_ratio: float = _flag(1.0, "learning rate of B over that of A (LoRA+): 16, or 1")
+    lora_plus_ratio: float = _flag(1.0, "LoRA+: B's learning rate divided by A's, such as 16")
     warmup: float = _flag(0.06, "share of the steps over which the learning rate rises")
     weight_decay: float = _flag(0.0, "decoupled weight decay (AdamW)")
     batch_size: int = _flag(8, "batch size, summed over all processes")
@@ -179,8 +179,8 @@ class RunConfig:
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     preset: str = "pocket"
-    typed = frozenset[str]()  # no setting itself
-    """The settings that a flag or a file gave: nothing adapts them to the data."""
+    typed = frozenset[str]()  # not a setting
+    """Names of the settings that a flag or a file gave: they are not adapted to the data."""
 
     def to_dict(self) -> dict[str, Any]:
         """Flat: one entry per flag."""
@@ -267,7 +267,7 @@ class RunConfig:
 
 
 def in_words(flat: Mapping[str, Any]) -> str:
-    """What trains, by the settings of a run: one of an earlier version may lack some."""
+    """A description of what trains. Settings of an earlier version may lack some entries."""
     rank, tokens = flat.get("rank", "?"), f"of {flat.get('virtual_tokens', '?')} tokens"
     words = {"lora": f"LoRA of rank {rank}", "qlora": f"QLoRA of rank {rank}"}
     words |= {"adalora": f"AdaLoRA of mean rank {rank}", "full": "every parameter fine-tuned"}
@@ -277,7 +277,7 @@ def in_words(flat: Mapping[str, Any]) -> str:
 
 
 def spelt(name: str) -> str:
-    """A setting as it is typed: `with_` is --with, which is no name in Python."""
+    """A setting as a flag: `with_` is --with, since `with` is a keyword of Python."""
     return f"--{name.rstrip('_').replace('_', '-')}"
 
 

@@ -53,7 +53,7 @@ class Truncation:
 
 
 def prompt(options: DataOptions) -> tuple[str, str]:
-    r"""The texts around every dialogue. `\n` in the prompt's flags is a line break."""
+    r"""The texts before and after every dialogue. `\n` in these flags is a line break."""
     return options.prompt_before.replace("\\n", "\n"), options.prompt_after.replace("\\n", "\n")
 
 
@@ -114,7 +114,7 @@ def _limited(
 def frame(
     tokenizer: "PreTrainedTokenizerBase", side: Side = "target", after: str = ""
 ) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer puts before a text, and `after` with those behind it."""
+    """The tokens that the tokenizer puts before a text; `after` with those it puts at the end."""
     probe = _tokenize(tokenizer, side, ["x"], return_special_tokens_mask=True)
     first = probe["special_tokens_mask"][0].index(0)
     ending: list[int] = _tokenize(tokenizer, side, [after])["input_ids"][0][first:]
@@ -122,7 +122,7 @@ def frame(
 
 
 def end_token(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The end of a summary. Where the tokenizer adds none, the model would not learn to stop.
+    """The token that ends a summary, also if the tokenizer itself does not add it.
 
     Raises:
         UserError: the tokenizer has no such token.
@@ -138,7 +138,7 @@ def _tokenize(
     tokenizer: "PreTrainedTokenizerBase", side: Side, texts: Sequence[str], **more: bool
 ) -> Any:
     arguments: dict[str, Any] = {"text" if side == "source" else "text_target": list(texts)}
-    # "</s>" in a dialogue is four characters: without split_special_tokens it ends the text.
+    # "</s>" in a dialogue is text: without split_special_tokens it would become the end token.
     return tokenizer(**arguments, **more, split_special_tokens=True, verbose=False)
 
 

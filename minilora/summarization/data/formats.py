@@ -1,7 +1,7 @@
-"""The rows of one file, each with the place where it stands.
+"""The rows of one file, each with its location for messages.
 
-Python's own readers read CSV, TSV, JSON and JSON Lines, gzipped or not, so that an error names the
-line. `datasets` reads parquet and the folders of `save_to_disk`, and is imported only then.
+The standard library reads CSV, TSV, JSON and JSON Lines, gzipped or not, so that an error names the
+line. `datasets` reads parquet and the folders of `save_to_disk`, and is imported only for these.
 """
 
 import csv
@@ -22,15 +22,15 @@ from ..errors import UserError, counted, one_line
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 DELIMITERS = ",;\t|"
 
-Rows = Iterable[tuple[str, object]]  # where a row stands ("a.csv line 7"), what stands there
+Rows = Iterable[tuple[str, object]]  # location ("a.csv line 7"), content
 
 
 class BadRow(ValueError):
-    """A row that cannot be used, and why. Readers yield it in the row's place."""
+    """The reason why a row cannot be used. Readers yield it instead of the row."""
 
 
 def is_data(path: Path) -> bool:
-    """Whether it is called as a data file is, or is a folder that `save_to_disk` wrote."""
+    """Whether its name is that of a data file, or it is a folder that `save_to_disk` wrote."""
     return _is_saved(path) or (suffix(path) in FORMATS and not path.is_dir())
 
 
@@ -46,7 +46,7 @@ def file_rows(path: Path) -> Rows:
     """The rows of a file.
 
     Raises:
-        UserError: it cannot be read, or not beyond some row.
+        UserError: it cannot be read; or, while iterating, a row after which reading cannot go on.
     """
     if suffix(path) == ".parquet" or _is_saved(path):
         return _arrow_rows(path)
@@ -62,7 +62,7 @@ def file_rows(path: Path) -> Rows:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file (- is standard input), gzipped or not, with line feeds at its line ends.
+    """The text of a UTF-8 file (- is standard input), gzipped or not, with line feeds as line ends.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
@@ -87,7 +87,7 @@ def read_text(path: Path) -> str:
 
 
 def line_feeds(text: str) -> str:
-    """Line ends of Windows and of old Macs become line feeds."""
+    """Replace the line ends of Windows and of old Macs by line feeds."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -100,9 +100,8 @@ def no_such(path: Path) -> str:
 def some(names: Iterable[object]) -> str:
     """Names for a message: the first ten, each on one line."""
     shown = list(map(short, names))
-    return (", ".join(shown[:10]) or "none") + (
-        f" and {len(shown) - 10:,} more" * (len(shown) > 10)
-    )
+    more = f" and {len(shown) - 10:,} more" if len(shown) > 10 else ""
+    return (", ".join(shown[:10]) or "none") + more
 
 
 def short(value: object) -> str:
@@ -119,7 +118,7 @@ def _object(pairs: list[tuple[str, object]]) -> object:
 
 _JSON = json.JSONDecoder(object_pairs_hook=_object)
 _COMMA = re.compile(r"\s*(,|(?=]))\s*")
-# `[`, or `{"data": [` with nothing nested twice before it: a version, a licence and its like.
+# `[`, or `{"data": [` after entries such as a version or a licence, which nest at most once.
 _SINGLE = r'\s*"\w*"\s*:\s*(?:"[^"]*"|[\w.+-]+|\{[^{}]*\}|\[[^\[\]{}]*\])\s*,'
 _LIST = re.compile(rf'\s*(?P<wrapped>\{{(?:{_SINGLE})*\s*"data"\s*:\s*)?\[\s*')
 
@@ -163,7 +162,7 @@ def _csv_rows(path: Path, text: str) -> Rows:
     delimiter = max(DELIMITERS, key=text.lstrip("\n").partition("\n")[0].count)  # in the header
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     header: list[str] = []
-    line = 1  # where the row begins: quoted fields run over several lines
+    line = 1  # where the row begins; quoted fields may span several lines
     try:
         for fields in reader:
             place, line = f"{path} line {line}", reader.line_num + 1
@@ -187,7 +186,7 @@ def _arrow_rows(path: Path) -> Rows:
         datasets.disable_progress_bars()
         if path.is_dir():
             table = datasets.load_from_disk(str(path))
-        else:  # without a size an empty file raises
+        else:  # without a batch_size an empty file raises an error
             table = datasets.Dataset.from_parquet(str(path), batch_size=1000)
         yield from table_rows(path, table)
 
@@ -200,11 +199,11 @@ def table_rows(name: str | Path, table: Iterable[object]) -> Rows:
 def datasets_or_error(name: str | Path, failed: str) -> Iterator[Any]:
     """The package; every error of the hub, the network or a file format becomes a `UserError`."""
     try:
-        import datasets  # here, since text files need neither it nor the second it takes
+        import datasets  # here: it takes a second, and text files do not need it
     except ImportError:
         raise UserError(f"{name}: reading it needs a package: pip install datasets") from None
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says it
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says it
     try:
         yield datasets
-    except Exception as error:  # its own "while generating the dataset" hides another
+    except Exception as error:  # the cause is behind "an error occurred while generating ..."
         raise UserError(f"{failed} ({one_line(error.__cause__ or error, name=True)})") from None

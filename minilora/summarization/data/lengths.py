@@ -1,7 +1,7 @@
-"""Lengths of the summaries to write, by the training references where a preset's do not fit.
+"""Lengths for decoding, from the training references if those of the preset do not fit.
 
-A preset's lengths were measured on its own data. On other data a minimum that is too high makes
-every summary too long, and with one that is too low a weak model stops too early.
+A preset's lengths were measured on its own data. On other data, a minimum that is too high makes
+every summary too long; with one that is too low, a weak model stops too early.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,14 +16,15 @@ def fit_lengths(
 ) -> tuple[GenerationOptions, list[str]]:
     """The decoding settings with lengths that fit the references, and a notice of what changed.
 
-    A minimum fits between the 10th and the 25th percentile of the references' lengths, a maximum
-    from the 95th on. What does not fit becomes the 25th or the 99th, and the length penalty 1. They
-    are measured in benchmarks/lengths.py: a model that saw few examples writes too little.
+    A minimum fits if it is between the 10th and the 25th percentile of the references' lengths, a
+    maximum if it is at least the 95th. One that does not fit becomes the 25th or the 99th
+    percentile, and the length penalty 1. benchmarks/lengths.py measures this rule: a model that saw
+    few examples writes too little.
 
     Args:
         generation: the preset's settings.
-        lengths: of the training references in tokens, as `generate` counts: with a start token.
-        typed: settings that a flag gave: they stay.
+        lengths: of the training references in tokens, with a start token, as `generate` counts.
+        typed: names of settings that a flag gave; they do not change.
     """
     lengths = sorted(lengths)
     at = [lengths[int(share * (len(lengths) - 1))] for share in (0.1, 0.25, 0.95, 0.99)]
@@ -31,7 +32,7 @@ def fit_lengths(
     before, fitted = asdict(generation), dict[str, Any]()
     if generation.max_length < p95:
         fitted["max_length"] = p99
-    if not p10 - 1 <= generation.min_length <= p25 - 1:  # the end comes after `min_length` tokens
+    if not p10 - 1 <= generation.min_length <= p25 - 1:  # `min_length` does not count the end token
         most = generation.max_length if "max_length" in typed else max(generation.max_length, p99)
         fitted["min_length"] = min(p25 - 1, most)
     if fitted:

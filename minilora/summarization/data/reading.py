@@ -1,7 +1,7 @@
 """Read and check rows: a source becomes `Example`s.
 
 A dialogue is a text, a list of texts, or a list of turns such as {"speaker": ..., "text": ...}. A
-bad row stops the run and is named, or it is left out and a notice names it.
+bad row stops the run with an error that names it, or it is left out with a notice.
 """
 
 import re
@@ -16,7 +16,7 @@ from .sources import Source, file_source
 
 SHOWN = 5  # notices about single rows of a file; the others are counted
 
-# What columns are usually called, the flags' defaults first, and the keys of a turn.
+# Usual names of columns, the flags' defaults first, and of the keys of a turn.
 DIALOGUES = ("dialogue", "text", "document", "article", "source", "messages", "turns")
 SUMMARIES = ("summary", "target", "highlights", "reference")
 SPEAKERS = ("speaker", "role", "from", "name")
@@ -31,7 +31,7 @@ class Example:
     dialogue: str
     summary: str
     more: tuple[str, ...] = ()
-    """Further references: ROUGE counts the best one. Training learns `summary`."""
+    """Further references: ROUGE takes the best score. Training uses `summary` only."""
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -45,7 +45,7 @@ class _EmptyDialogue(BadRow):
 def load_file(
     path: str | Path, options: DataOptions, references: bool = True
 ) -> tuple[list[Example], list[str]]:
-    """One file whole, and notices for the user; without `references` the summaries are empty."""
+    """All rows of one file, and notices for the user; without `references` summaries are empty."""
     return read_source(file_source(Path(path)), options, references=references)
 
 
@@ -101,7 +101,7 @@ def _dict(row: object) -> dict[str, object]:
 def _columns(
     row: dict[str, object], options: DataOptions, references: bool
 ) -> tuple[str, list[str]]:
-    """The columns of dialogue and references: those of the flags, else those of usual names."""
+    """The columns of dialogue and references: by the flags, else by usual names."""
     dialogues = _called(row, options.dialogue_column, DIALOGUES)
     if not references:
         return dialogues[0], []
@@ -109,7 +109,7 @@ def _columns(
 
 
 def _called(row: dict[str, object], wanted: str, usual: Sequence[str], end: str = "") -> list[str]:
-    """The columns called `wanted`, or if this is the default, by the first usual name there is."""
+    """The columns named `wanted`; if this is the default, those of the first usual name found."""
     for name in usual if wanted == usual[0] else (wanted,):
         pattern = re.compile(re.escape(name) + end, re.IGNORECASE)
         if found := [column for column in row if pattern.fullmatch(column)]:
@@ -123,7 +123,7 @@ def _no_column(name: str, row: dict[str, object]) -> BadRow:
 
 
 def _example(row: dict[str, object], number: str, dialogue: str, summaries: list[str]) -> Example:
-    # A row may have fewer references than others, but it has one.
+    # A row may have fewer references than other rows, but at least one.
     given = [name for name in summaries if row.get(name)] or summaries[:1]
     for name in (dialogue, *given):
         if name not in row:
@@ -141,7 +141,7 @@ def _example(row: dict[str, object], number: str, dialogue: str, summaries: list
 
 
 def _joined(value: object, what: str) -> str:
-    """A text as it is; of a list, each turn on its line."""
+    """A text, or the turns of a list, one on each line."""
     if not isinstance(value, list):
         return _text_of(value, what)
     return "\n".join(
@@ -150,7 +150,7 @@ def _joined(value: object, what: str) -> str:
 
 
 def _turn(turn: object, what: str) -> str:
-    """`speaker: text`, or a text alone."""
+    """A turn as `speaker: text`, or as text only."""
     if not isinstance(turn, dict):
         return _text_of(turn, what)
     speaker, text = (next((turn[k] for k in keys if k in turn), None) for keys in (SPEAKERS, TEXTS))

@@ -1,4 +1,4 @@
-"""Where the rows of each split are: in a directory, in files, or in a data set of the hub."""
+"""Finds the rows of each split: in a directory, in files, or in a data set of the hub."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ _SPLIT_OF = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-_ABOUT = ("dataset_dict.json", "dataset_infos.json")  # of `datasets`: they hold no rows
+_ABOUT = ("dataset_dict.json", "dataset_infos.json")  # metadata of `datasets`, without rows
 _SHARD = re.compile(r"\d+-of-0*(\d+)(-[0-9a-f]+)?")  # train-00000-of-00002
 
 
@@ -34,8 +34,8 @@ class Source:
 def find(options: DataOptions) -> tuple[dict[str, Source], list[str]]:
     """The sources of the data, by split: train, validation and test; and notices for the user.
 
-    They are the files of --train-file and its like, or else what --data names: a directory, a file
-    (it counts as train), a hub name, or an embedded name.
+    They are the files of --train-file, --validation-file and --test-file, or else what --data
+    names: a directory, a file (used as train), a hub name, or an embedded data set.
 
     Raises:
         UserError: there is no such data, or nothing in it that can be read.
@@ -58,10 +58,10 @@ def find(options: DataOptions) -> tuple[dict[str, Source], list[str]]:
 
 
 def file_source(path: Path) -> Source:
-    """One file as a source. Only reading shows whether it exists.
+    """One file as a source. Whether it exists is checked when it is read.
 
     Raises:
-        UserError: it has not the name of a data file.
+        UserError: its name is not that of a data file.
     """
     if not is_data(path) and suffix(path) not in FORMATS:
         raise UserError(f"{path}: not a data file; the name must end in {', '.join(FORMATS)}")
@@ -69,16 +69,16 @@ def file_source(path: Path) -> Source:
 
 
 def _directory(path: Path) -> tuple[dict[str, Source], list[str]]:
-    beside = list[Path]()
+    unread = list[Path]()
     for folder in (path, path / "data"):  # as in a data set of the hub
-        seen = sorted(folder.glob("[!.]*"))  # a Mac leaves ._train.jsonl beside train.jsonl
+        seen = sorted(folder.glob("[!.]*"))  # macOS adds hidden files such as ._train.jsonl
         files = list(filter(is_data, seen))
         found = _by_split(files)
         read = list(chain.from_iterable(found.values()))
-        beside += [file for file in files if file not in read and file.name not in _ABOUT]
+        unread += [file for file in files if file not in read and file.name not in _ABOUT]
         if found:
-            names = some([file.relative_to(path) for file in beside])
-            notices = [f"{path}: not read: {names}"] if beside else []
+            names = some([file.relative_to(path) for file in unread])
+            notices = [f"{path}: not read: {names}"] if unread else []
             return {split: _shards(split, files) for split, files in found.items()}, notices
     raise UserError(
         f"{path}: no data; expected train, validation and test, each with one of "
@@ -87,7 +87,7 @@ def _directory(path: Path) -> tuple[dict[str, Source], list[str]]:
 
 
 def _by_split(files: Iterable[Path]) -> dict[str, list[Path]]:
-    """The files whose name has the word of a split, such as dialogsum.train.jsonl."""
+    """The files by split, for names that contain the word of a split: dialogsum.train.jsonl."""
     found: dict[str, list[Path]] = {}
     for file in files:
         words = re.findall("[a-z]+", file.name.lower())

@@ -1,12 +1,11 @@
-"""The beams of a dialogue share what the decoder reads of it.
+"""The beams of a dialogue share its encoder states, keys and values.
 
-transformers' `generate` copies the encoder's states for every one of n beams, (b, s, d) to
-(b n, s, d), so each decoder layer computes and keeps n equal copies of its keys and values and
-reads all of them at every token. But the cross-attention has no causal mask, so it can take the
-queries of the beams as if they were positions of one sequence:
+transformers' `generate` copies the encoder's states for each of n beams, (b, s, d) to (b n, s, d).
+Each decoder layer then computes, keeps and reads n equal copies of its keys and values. But
+cross-attention has no causal mask, so the queries of n beams can be n positions of one sequence:
 
-    softmax(Q K^T / sqrt(d_h)) V    for Q (b, h, n, d_h) instead of (b n, h, 1, d_h), K and V (b, h,
-                                    s, d_h)
+    softmax(Q K^T / sqrt(d_h)) V    with Q (b, h, n, d_h) instead of (b n, h, 1, d_h),
+                                    K and V (b, h, s, d_h) instead of (b n, h, s, d_h)
 """
 
 from collections.abc import Iterator
@@ -20,12 +19,12 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# Models whose cross-attention computes keys and values in the shape of the states that it is given.
+# Models whose cross-attention takes the shape of keys and values from the encoder's states.
 SHARING = {"bart", "blenderbot", "m2m_100", "marian", "mbart", "pegasus", "t5"}
 
 
 class BeamCache(EncoderDecoderCache):
-    """The beams of a dialogue share its encoder output, so only the self-attention is reordered."""
+    """The beams share the cross-attention's cache, so only that of self-attention is reordered."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.self_attention_cache.reorder_cache(cast(torch.LongTensor, beam_idx))
@@ -33,7 +32,7 @@ class BeamCache(EncoderDecoderCache):
 
 @contextmanager
 def shared_beams(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block `generate` copies the decoder's ids only for the beams."""
+    """Inside the block `generate` copies only the decoder's ids for the beams, not the states."""
     if model.config.model_type not in SHARING or model.config._attn_implementation != "sdpa":
         yield
         return
@@ -54,7 +53,7 @@ def _expand_ids(expand_size: int, input_ids: Tensor, **inputs: Any) -> tuple[Ten
 def attention(
     module: nn.Module, Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention of Q (b n, h, t, d_h) to K and V (b, h, s, d_h) and mask (b, 1, t, s).
+    """Attention of Q (b n, h, t, d_h) to K and V (b, h, s, d_h) under a mask (b, 1, t, s).
 
     Returns:
         (b n, t, h, d_h)
@@ -62,7 +61,8 @@ def attention(
     b, (rows, h, t, width) = len(K), Q.shape
     if rows == b:
         return sdpa_attention_forward(module, Q, K, V, mask, **options)
-    positions = Q.view(b, -1, h, t, width).transpose(1, 2).reshape(b, h, -1, width)  # (b, h, n t,)
+    # (b, h, n t, d_h)
+    positions = Q.view(b, -1, h, t, width).transpose(1, 2).reshape(b, h, -1, width)
     if mask is not None:
         mask = mask[:, :, :1]  # padding: the same for every query
     options["is_causal"] = False

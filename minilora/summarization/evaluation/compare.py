@@ -34,7 +34,7 @@ class Compared:
     rouge1_base: float
     rouge1_finetuned: float
     more_references: tuple[str, ...] = ()
-    """Where there are several: each measure of ROUGE takes the best."""
+    """Further references; each ROUGE measure takes the best score."""
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ class Evaluation:
 
     @property
     def references(self) -> list[str]:
-        """Of all dialogues."""
+        """The references of all dialogues."""
         return [text for example in self.examples for text in example.references]
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Summaries by beam search, and the base beside the fine-tuned model, decoded alike."""
+"""Summaries by beam search; base and fine-tuned model are decoded alike and compared."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,7 +34,7 @@ from .rouge import require_rouge
 
 
 class _Finite(LogitsProcessor):
-    """Remembers, on the device, for which rows a logit was NaN or infinite."""
+    """Records, on the device, the rows with a logit that is NaN or infinite."""
 
     bad: Tensor | None = None
 
@@ -44,10 +44,13 @@ class _Finite(LogitsProcessor):
         return scores
 
     def check(self, ids: Sequence[str]) -> None:
-        """Refuse the summaries that such logits chose.
+        """Raise an error if a summary was chosen by such logits.
 
         Args:
-            ids: of the dialogues. Each has as many rows as beams, or one.
+            ids: of the dialogues. Each has one row for each beam.
+
+        Raises:
+            UserError: it names these dialogues.
         """
         bad = [] if self.bad is None else self.bad.view(len(ids), -1).any(dim=1).tolist()
         if named := [name for name, is_bad in zip(ids, bad, strict=False) if is_bad]:
@@ -75,7 +78,7 @@ def summarize(
     Args:
         autocast_dtype: the precision; None: that of the weights.
         progress: the title of a bar; None: no bar.
-        states: of this model's encoder, computed before; None: they are computed here.
+        states: of this model's encoder; None: they are computed here.
 
     Raises:
         UserError: settings that contradict each other or go beyond the model's positions; logits
@@ -146,9 +149,9 @@ def generate_arguments(model: PreTrainedModel, options: GenerationOptions) -> di
 
 @contextmanager
 def _evaluation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Dropout off, and nothing but `config` from the checkpoint's ways of decoding.
+    """Inside the block dropout is off, and `config` replaces the checkpoint's decoding settings.
 
-    The mode of each module is restored, even if they were mixed.
+    Afterwards each module has its own mode again, even if the modes were mixed.
     """
     modes = [(module, module.training) for module in model.modules()]
     before, model.generation_config = model.generation_config, config

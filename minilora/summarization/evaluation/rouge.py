@@ -13,7 +13,7 @@ from ..errors import UserError
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 MEASURES = (*METRICS, "gen_len")
-"""What is scored: ROUGE as F1 x 100, and the length in tokens."""
+"""The measures: ROUGE as F1 x 100, and the length in tokens."""
 
 
 def rouge_is_installed() -> bool:
@@ -72,10 +72,10 @@ def _is_abbreviation(word: str) -> bool:
 
 
 def tokenizer_for(references: Sequence[str]) -> str:
-    """How ROUGE splits texts into words: "rouge_score", or "unicode" for other alphabets.
+    """The tokenizer for ROUGE: "rouge_score", or "unicode" for other alphabets.
 
-    rouge_score's own tokenizer, with which published scores were computed, reads only a-z and 0-9.
-    It stays where at most one letter in a thousand is another one, such as the é of a name.
+    rouge_score's own tokenizer, which published scores use, reads only a-z and 0-9. It is used if
+    at most one character in a thousand is another letter, such as the é of a name.
     """
     letters = [letter for text in references for letter in text if letter.isalnum()]
     others = sum(not letter.isascii() for letter in letters)
@@ -87,8 +87,8 @@ def rouge(
 ) -> list[dict[str, float]]:
     """ROUGE-1, -2, -L and -Lsum of every prediction: F1 x 100 with stemming (Lin, 2004).
 
-    Each prediction has one reference or several. Of several, each measure takes the best. Words are
-    as `tokenizer_for` all references says. An empty text scores 0.
+    Each prediction has one reference or several; with several, each measure takes the best. The
+    tokenizer is `tokenizer_for` all references. An empty text scores 0.
 
     Raises:
         UserError: rouge_score is not installed.
@@ -107,7 +107,7 @@ def rouge(
     return [{metric: 100 * score[metric].fmeasure for metric in METRICS} for score in scores]
 
 
-# Chinese characters, Japanese kana and Thai letters: no space divides them into words.
+# Chinese characters, Japanese kana and Thai letters: these scripts have no spaces between words.
 _ALONE = r"\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e46\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _ALONE += r"\U00020000-\U0003ffff"
 
@@ -120,10 +120,10 @@ class UnicodeWords:
 
 
 def words(text: str, tokenizer: str) -> list[tuple[tuple[int, int], str]]:
-    """Position and stem of every word.
+    """((start, end), stem) of every word.
 
-    For "unicode" a word is letters with their marks and digits of any script, and in Chinese,
-    Japanese and Thai a single character. English words are the same for both tokenizers.
+    For "unicode" a word consists of letters, their marks, and digits of any script; in Chinese,
+    Japanese and Thai it is one character. Both tokenizers give the same English words.
     """
     found = _any_script().finditer(text) if tokenizer == "unicode" else _ENGLISH.finditer(text)
     return [(word.span(), _stem(word[0])) for word in found]
@@ -142,7 +142,7 @@ def _any_script() -> re.Pattern[str]:
 @cache
 def _stem(word: str) -> str:
     if not word.isascii():
-        return unicodedata.normalize("NFKC", word).lower()  # é is one character, not two
+        return unicodedata.normalize("NFKC", word).lower()  # é becomes one code point
     return str(_english().tokenize(word)[0])
 
 

@@ -1,4 +1,4 @@
-"""Attention on a CPU that keeps less for the backward pass, and takes less time in 16 bits."""
+"""Attention for CPUs: it keeps less for the backward pass, and is faster in 16 bits."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from minilora.fused import keep_mask
 
-CHUNK = 2**20  # scores at a time: they stay in the processor's cache
+CHUNK = 2**20  # scores computed at a time, so that they fit into the processor's cache
 
 
 def attention(
@@ -46,15 +46,15 @@ def attention(
 
 
 class _Attention(torch.autograd.Function):
-    """O = P' V, where P' = m P / (1 - p) is P dropped out, and P = softmax(S), S = s Q K^T + M.
+    """O = P' V with dropout P' = m P / (1 - p), where P = softmax(S) and S = s Q K^T + M.
 
-    With G = dL/dO and rows summed in <>:
+    With G = dL/dO, and < > the sum over a row:
 
         dL/dV = P'^T G,   dL/dP = m (G V^T) / (1 - p),   dL/dS = P (dL/dP - <P dL/dP>),
         dL/dQ = s dL/dS K,   dL/dK = s (dL/dS)^T Q
 
-    P grows with the square of the length. Where it has more numbers than Q, K and V it is not kept
-    but computed again.
+    P grows with the square of the length. If it is larger than Q, K and V together, the backward
+    pass computes it again.
     """
 
     @staticmethod
@@ -72,7 +72,7 @@ class _Attention(torch.autograd.Function):
                     kept.append(P)
                 out[part] = (_drop(P, m, part, ctx.growth) @ v[part]).transpose(1, 2)
         ctx.save_for_backward(q, k, v, mask, m, *kept)
-        return out.transpose(1, 2)  # (b, h, t, d); what follows reads it as (b, t, h d)
+        return out.transpose(1, 2)  # (b, h, t, d); the memory layout is (b, t, h, d), as read next
 
     @staticmethod
     @once_differentiable

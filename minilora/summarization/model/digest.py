@@ -1,4 +1,4 @@
-"""A digest of tensors: the same if and only if names, dtypes, shapes and values are the same."""
+"""A digest of tensors: it changes with any name, dtype, shape or value."""
 
 import hashlib
 from collections.abc import Mapping

@@ -3,15 +3,16 @@
     H = encoder(x)                        (s, d), once for each dialogue x
     loss = -log p(y | H), by the decoder  in every step
 
-Where nothing in the encoder trains, H is the same in every epoch, so a step after the first one
-computes the decoder only. H is kept without padding, in the dtype that the decoder's linears read
-it in: what does not fit `IN_MEMORY` lies in a file, which is mapped into memory.
+If nothing in the encoder trains, H is the same in every epoch. It is computed before the first
+step, and the steps compute the decoder only. H is kept without padding, in the dtype in which the
+decoder's linears read it. If it is larger than `IN_MEMORY`, it is written to a file, which is
+mapped into memory:
 
     runs/.encoder-cache/FINGERPRINT.safetensors    {"states": (tokens of all dialogues, d)}
 
-The fingerprint is of all that H depends on, so a file is never stale, and runs of a sweep share it.
-It is filled in an order and in batches that depend on the dialogues only: computed again, H is the
-same, bit for bit. The encoder is in evaluation mode then: its dropout is off.
+The fingerprint covers all that H depends on, so a file is never stale, and the runs of a sweep
+share it. Order and batches depend on the dialogues only, so H is the same when it is computed
+again, bit for bit. The encoder is in evaluation mode: its dropout is off.
 """
 
 import hashlib
@@ -47,14 +48,14 @@ from .device import autocast
 from .digest import of_tensors
 from .speed import uncompiled
 
-ROWS = 32  # dialogues at once; in another batch a state's last bits differ
+ROWS = 32  # dialogues in a batch; another size changes the last bits of the states
 IN_MEMORY = 2**30  # bytes
 ON_DISK = 10 * 10**9  # bytes of all files together
 DECODER_ONLY = "name targets, and places of a prefix, in the decoder"
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors
 
 Source = tuple[int, ...]
-"""A dialogue's token ids. All that prompt, truncation and tokenizer do to the states is in them."""
+"""A dialogue's token ids, after prompt and truncation."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,16 @@ class EncoderStates:
     encoder: str
     """Digest of the encoder that computed them."""
     path: Path | None
-    """The file that they are mapped from; None: they are in memory."""
+    """The file from which they are mapped; None: they are in memory."""
 
     def batch(self, sources: Iterable[Sequence[int]], device: torch.device) -> BaseModelOutput:
-        """What the encoder would return for a batch: (b, s, d), 0 at padding."""
+        """The encoder's output for a batch: (b, s, d), 0 at padding."""
         rows = [self.rows[tuple(source)] for source in sources]
         padded: Any = pad_sequence(rows, batch_first=True).to(device)
         return BaseModelOutput(last_hidden_state=padded)
 
     def belong_to(self, model: PreTrainedModel) -> bool:
-        """Whether this model's encoder computes the same."""
+        """Whether this model's encoder computes the same states."""
         return self.encoder == of_encoder(model)
 
     def __str__(self) -> str:
@@ -93,11 +94,18 @@ def keep_states(
     """Compute the encoder's states of these dialogues, or read them from their file.
 
     The model is in evaluation mode afterwards. With several processes, process 0 writes the file
-    and all read it.
+    and all of them read it.
 
     Args:
-        choice: of --cache-encoder. "auto" returns None where the states cannot be kept: without a
-            word if the encoder trains, else with a note.
+        model: its encoder computes the states.
+        sources: the dialogues' token ids.
+        autocast_dtype: None: no autocast.
+        choice: the value of --cache-encoder. If the states cannot be kept, "auto" returns None:
+            silently if the encoder trains, else with a note.
+        directory: where the files are.
+
+    Returns:
+        The states; None if they are not kept.
 
     Raises:
         UserError: they cannot be kept, and the choice is "on".
@@ -117,10 +125,10 @@ def keep_states(
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
-    """Why the states change in training, or with the adapter; None: they do not.
+    """The reason why training or the adapter changes the states; None if neither does.
 
-    What trains, or did before it was loaded, must lie in the decoder or the output head: rows of
-    the embeddings, for example, enter the encoder by a hook.
+    All that trains, or has trained in a loaded adapter, must lie in the decoder or the output head.
+    Trained rows of the embeddings, for example, do not: a hook puts them into the encoder.
     """
     later = [model.get_decoder(), model.get_output_embeddings()]
     allowed = {id(p) for module in later if module is not None for p in module.parameters()}
@@ -136,7 +144,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
 def _keep(
     model: PreTrainedModel, sources: Iterable[Sequence[int]], dtype: torch.dtype | None, place: Path
 ) -> EncoderStates:
-    # Equal dialogues have one entry. The longest first: too little memory shows at once.
+    # Equal dialogues have one entry. The longest come first, so a lack of memory shows at once.
     order = sorted({tuple(source) for source in sources}, key=lambda row: (-len(row), row))
     width = processes.run_on_all(lambda: _probe(model, order[-1], dtype))[0]
     kept, encoder = dtype or model.dtype, of_encoder(model)
@@ -150,7 +158,7 @@ def _keep(
     def write() -> None:
         with _only_one(place):
             if path.exists():
-                os.utime(path)  # the one that was not read for longest is the first to go
+                os.utime(path)  # `make_room` removes the least recently used file first
             else:
                 make_room(place, size)
                 count = counted(len(order), "dialogue")
@@ -163,14 +171,14 @@ def _keep(
     if not all(processes.gather(path.exists())):
         raise UserError(f"{place} must be on a file system that the machines share")
     try:
-        states = load_file(path)["states"]  # mapped: read from the disk when it is used
+        states = load_file(path)["states"]  # mapped: read from the disk on use
         rows = states.split([len(source) for source in order])
     except (safetensors.SafetensorError, KeyError, RuntimeError):
         raise UserError(f"{path} is damaged: remove it") from None
     return EncoderStates(dict(zip(order, rows, strict=True)), encoder, path)
 
 
-# What the states depend on ------------------------------------------------------------------------
+# Fingerprints -------------------------------------------------------------------------------------
 
 
 def of_encoder(model: PreTrainedModel) -> str:
@@ -184,7 +192,7 @@ def of_encoder(model: PreTrainedModel) -> str:
 
 
 def fingerprint(encoder: str, order: Sequence[Source], dtype: Any, device: torch.device) -> str:
-    """A digest of all that the states depend on, to the last bit."""
+    """A digest of all that the bits of the states depend on."""
     versions = [torch.__version__, transformers.__version__]
     content = json.dumps([encoder, order, str(dtype), device.type, ROWS, *versions])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
@@ -195,10 +203,10 @@ def fingerprint(encoder: str, order: Sequence[Source], dtype: Any, device: torch
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, source: Source, dtype: torch.dtype | None) -> int:
-    """d; after a check on one dialogue that the decoder needs no more than the kept states.
+    """The width d, after a check on one dialogue that the decoder needs the last states only.
 
     Raises:
-        UserError: with them the logits differ.
+        UserError: the logits from the kept states differ.
     """
     (states,) = _encoded(model, [source], dtype)
     ids = torch.tensor([source], device=model.device)
@@ -225,7 +233,7 @@ def _encoded(
     with uncompiled(model), autocast(model.device, dtype):
         inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
         states: Tensor = model.get_encoder()(**inputs).last_hidden_state  # (b, s, d)
-    # Autocast's linears, which read the states, round them to its dtype.
+    # Under autocast the decoder's linears would round the states to this dtype anyway.
     rounded = states.to(dtype or states.dtype).cpu()
     return [row[: len(source)] for row, source in zip(rounded, batch, strict=True)]
 
@@ -245,9 +253,9 @@ def _computed(
 
 @contextmanager
 def _only_one(place: Path) -> Iterator[None]:
-    """Inside the block no other process writes into a directory of states: it waits.
+    """Inside the block this process alone writes into a directory of states; others wait.
 
-    The lock is the kernel's (flock): it ends with the process.
+    The kernel holds the lock (flock) and releases it when the process ends.
     """
     place.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place / ".lock")
@@ -261,10 +269,14 @@ def _only_one(place: Path) -> Iterator[None]:
 
 
 def make_room(place: Path, size: int) -> None:
-    """Remove what a killed process left unfinished, and the oldest files where there are too many.
+    """Remove unfinished files of killed processes, and the oldest files if the limit is exceeded.
+
+    Args:
+        place: the directory.
+        size: of the new file, in bytes.
 
     Raises:
-        UserError: the limit of all files, or the disk, has no room for `size` bytes.
+        UserError: `size` is above the limit, or above the free space of the disk.
     """
     sweep(place)
     instead = "use --cache-directory for another disk, or --cache-encoder off"
@@ -284,24 +296,24 @@ def make_room(place: Path, size: int) -> None:
 
 
 def write_states(path: Path, rows: Iterable[Tensor], shape: Sequence[int], dtype: Any) -> None:
-    """A safetensors file, one row of (s, d) after the other, so that memory holds one batch.
+    """Write a safetensors file row by row, (s, d) each, so that memory holds one batch.
 
-    Atomic: after an error, Ctrl-C or a crash there is no file of this name.
+    Atomic: after an error, Ctrl-C or a crash no file has this name.
     """
     size = shape[0] * shape[1] * dtype.itemsize
     entry = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}
     content = {"__metadata__": {"format": "pt"}, "states": entry}
     header = json.dumps(content, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the tensor begins at a multiple of 8 bytes
-    beside = path.with_name(f".{path.name}{PARTIAL}")
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
-        with beside.open("wb") as file:
+        with partial.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             for row in rows:
                 file.write(row.contiguous().view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        partial.replace(path)
         sync(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

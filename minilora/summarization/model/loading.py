@@ -79,9 +79,9 @@ def load_model(
 
 
 def check_complete(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Refuse a model for which transformers did not find every weight: it would draw random ones.
+    """Refuse a model with missing weights, for which transformers would draw random ones.
 
-    Pegasus and others compute their positions, a parameter that never trains. It may be missing.
+    Frozen parameters may be missing: Pegasus and others compute their positions.
 
     Args:
         name: its name in messages.
@@ -93,7 +93,7 @@ def check_complete(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -
     """
     missing = sorted(info["missing_keys"])
     if missing:
-        with torch.device("meta"):  # as the architecture makes it, without memory
+        with torch.device("meta"):  # a new model of this architecture, without memory
             plain = type(model)(model.config)
         learned = {key for key, tensor in plain.named_parameters() if tensor.requires_grad}
         missing = [key for key in missing if key in learned]

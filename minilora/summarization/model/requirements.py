@@ -1,8 +1,9 @@
-"""What a run relies on: one source for training and decoding, checked before the first step.
+"""Special tokens and lengths, for training and decoding alike, checked before the first step.
 
 A summary starts from one token and ends with one. Training puts them into the targets, decoding
-starts and stops there, and both ask this file. Where a checkpoint's configuration lacks a token or
-names another one, it is set right if the rest decides it, and said; else the run is refused.
+starts and stops there, and both take them from this file. If a checkpoint's configuration lacks a
+token or names another one, it is corrected with a notice if the other files decide which is right;
+otherwise the run is refused.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ KEPT = (
     *("bos_token_id", "forced_eos_token_id"),
     *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"),
 )
-"""What decoding takes from a checkpoint's generation config, besides `TOKENS`."""
+"""Entries of a checkpoint's generation config that decoding uses, besides `TOKENS`."""
 FLAGS_DECIDE = {
     *("num_beams", "min_length", "max_length", "min_new_tokens", "max_new_tokens", "use_cache"),
     *("length_penalty", "early_stopping", "no_repeat_ngram_size", "num_return_sequences"),
@@ -38,10 +39,13 @@ FLAGS_DECIDE = {
 
 
 def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
-    """Put the tokens of training and decoding into the model's configuration; notices of changes.
+    """Put the tokens of training and decoding into the model's configuration.
+
+    Returns:
+        Notices of what was changed.
 
     Raises:
-        UserError: nothing says with which token a summary starts, or ends.
+        UserError: the start or end token of a summary is unknown, or not in the vocabulary.
     """
     asked, notices = model.generation_config, list[str]()
     try:
@@ -54,7 +58,7 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str)
         raise UserError(f"model {name}: {error}") from None
     if not frame(tokenizer)[1]:
         end = tokenizer.convert_ids_to_tokens(end_token(tokenizer))
-        notices.append(f"the tokenizer ends no text: {end} is put at the end of every summary")
+        notices.append(f"the tokenizer adds no end token: {end} is added to every summary")
     for key in TOKENS:
         value = tokens[key]
         if (said := getattr(asked, key)) != value:
@@ -85,17 +89,20 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str)
 def special_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Sequence[int]
 ) -> dict[str, Any]:
-    """What a generation config says of tokens, such that decoding follows the targets.
+    """The tokens of a generation config, such that decoding agrees with the training targets.
 
-    The ways of decoding that a checkpoint's generation config asks for are left out.
+    The checkpoint's decoding settings, such as sampling, are left out.
 
     Args:
         model: as loaded.
-        tokenizer: that of the targets.
-        target: any target, as `encode` makes it.
+        tokenizer: the one that made the targets.
+        target: token ids of any target, as `encode` makes it.
+
+    Returns:
+        Arguments for `GenerationConfig`.
 
     Raises:
-        UserError: nothing says with which token a summary starts, or ends.
+        UserError: the start or end token of a summary is unknown.
     """
     asked, end = model.generation_config, end_token(tokenizer)
     opens = target[0] in tokenizer.all_special_ids and target[0] != end
@@ -115,17 +122,17 @@ def special_tokens(
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
-    """How many tokens the decoder knows."""
+    """The size of the decoder's vocabulary."""
     return int(model.get_decoder().get_input_embeddings().weight.shape[0])
 
 
 def start_token(model: PreTrainedModel, labels: Tensor) -> int:
-    """The token that the decoder reads first, by the configuration or by the model's own shift.
+    """The decoder's first input token, from the configuration or from the model's own shift.
 
-    mBART has none in its configuration: it starts with the language, the last token of the labels.
+    mBART's configuration has none: it starts with the language, the last token of the labels.
 
     Raises:
-        UserError: neither knows one.
+        UserError: neither gives one.
     """
     for config in (model.config, model.generation_config):
         if isinstance(start := getattr(config, "decoder_start_token_id", None), int):
@@ -133,7 +140,7 @@ def start_token(model: PreTrainedModel, labels: Tensor) -> int:
     try:
         shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels[:1])  # type: ignore[operator]
         return int(shifted[0, 0])
-    except Exception:  # each model reports in its own way that its configuration has none
+    except Exception:  # models differ in the error that they raise for a missing token
         raise UserError(
             "its config.json has no decoder_start_token_id, the token that a summary starts from: "
             "set it there (most models start from their eos or pad token, BERT from [CLS])"
@@ -141,7 +148,7 @@ def start_token(model: PreTrainedModel, labels: Tensor) -> int:
 
 
 def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
-    """The target shifted by one, (b, t): the decoder reads </s> y1 y2 ... to predict y1 y2 ..."""
+    """The labels (b, t) shifted right: the decoder reads </s> y1 y2 ... to predict y1 y2 ..."""
     start, pad = start_token(model, labels), getattr(model.config, "pad_token_id", None)
     shifted = labels.roll(1, dims=1)
     shifted[:, 0] = start
@@ -149,7 +156,7 @@ def decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
 
 
 def virtual_tokens(run: RunConfig) -> list[Any]:
-    """The library's configurations of the run's prompt or prefix."""
+    """The run's prompt or prefix as configurations of the library; [] without one."""
     options, length = run.virtual, run.virtual.virtual_tokens
     found: dict[str, Any] = {
         "prompt": PromptConfig(length),
@@ -159,7 +166,10 @@ def virtual_tokens(run: RunConfig) -> list[Any]:
 
 
 def _taken(run: RunConfig, model: PreTrainedModel) -> dict[str, int]:
-    """The positions that virtual tokens take: those of a prompt, and of a prefix in the decoder."""
+    """The number of positions that virtual tokens occupy in the encoder and in the decoder.
+
+    A prompt occupies the encoder's, a prefix the decoder's.
+    """
     carried = minilora.config_of(model) or virtual_tokens(run)
     taken = {"encoder": 0, "decoder": 0}
     for config in carried if isinstance(carried, list) else [carried]:
@@ -171,10 +181,10 @@ def _taken(run: RunConfig, model: PreTrainedModel) -> dict[str, int]:
 
 
 def limit_lengths(run: RunConfig, model: PreTrainedModel) -> RunConfig:
-    """The settings with lengths cut to the positions of the model.
+    """The settings with lengths limited to the model's positions.
 
     Raises:
-        UserError: virtual tokens take all of them.
+        UserError: virtual tokens occupy all positions.
     """
     limited, taken = deepcopy(run), _taken(run, model)
     for options, name, side in (
@@ -191,28 +201,28 @@ def limit_lengths(run: RunConfig, model: PreTrainedModel) -> RunConfig:
 
 
 def cut_notice(asked: RunConfig, limited: RunConfig) -> list[str]:
-    """Says that summaries cannot be as long as asked."""
+    """A notice if summaries cannot be as long as requested."""
     wanted, most = asked.generation.max_length, limited.generation.max_length
     said = f"--max-length {wanted} is cut to {most}, the positions of the model"
     return [said] if wanted > most else []
 
 
 def positions(model: PreTrainedModel, side: str) -> int | None:
-    """How many tokens the encoder or the decoder reads at most; None: no limit, as in T5."""
-    config = getattr(model.config, side, model.config)  # composed models have one for each side
-    names = (f"max_{side}_position_embeddings", "max_position_embeddings")  # LED has two numbers
+    """The most tokens that the encoder or the decoder reads; None: no limit, as in T5."""
+    config = getattr(model.config, side, model.config)  # EncoderDecoderModel has two configurations
+    names = (f"max_{side}_position_embeddings", "max_position_embeddings")  # LED has one per side
     found = [n for name in names if isinstance(n := getattr(config, name, None), int)]
     part = getattr(model, f"get_{side}")()
     for name, module in part.named_modules():
         padding = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None:
             assert isinstance(module, nn.Embedding)
-            found.append(module.num_embeddings - padding - 1)  # RoBERTa counts from behind it
+            found.append(module.num_embeddings - padding - 1)  # RoBERTa counts from padding_idx + 1
     return min(found, default=None)
 
 
 def not_adapted(model: PreTrainedModel) -> list[str]:
-    """A notice for an encoder or a decoder in which no module is adapted, as in LED by q_proj."""
+    """A notice if no module of the encoder, or of the decoder, is adapted, as in LED by q_proj."""
     notices = []
     for side in ("encoder", "decoder"):
         part = getattr(model, f"get_{side}")()

@@ -65,8 +65,8 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     # Reentrant checkpoints cut the graph where no input requires a gradient: behind frozen
     # embeddings the adapters would not train.
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    # transformers lets the embeddings' outputs require a gradient, for reentrant ones: then layers
-    # below the lowest adapter would be computed twice and backward for nothing.
+    # For reentrant checkpoints transformers makes the embeddings' outputs require a gradient. With
+    # this, layers below the lowest adapter would be recomputed and run backward for nothing.
     model.disable_input_require_grads()
 
 
@@ -95,11 +95,11 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 class CheapStep(TorchFunctionMode):
-    """Inside `with CheapStep():` a CPU's step takes less time and keeps less memory.
+    """Inside `with CheapStep():` a step on a CPU takes less time and memory.
 
-    F.dropout draws masks faster, and keeps one byte per element: on a CPU it spends most of its
-    time in `bernoulli_`, and keeps four bytes per element. Attention is that of `attention`.
-    It is not for activation checkpoints: their second computation is outside the block.
+    F.dropout spends most of its time in `bernoulli_` on a CPU, and keeps four bytes per element;
+    here it draws masks faster and keeps one byte. Attention is `attention.attention`. Not for
+    activation checkpoints, which recompute outside the block.
     """
 
     def __torch_function__(

@@ -1,4 +1,4 @@
-"""The adapter that a run starts from, with --adapter: it decides the settings of the new one."""
+"""--adapter: the adapter that a run starts from. It decides the run's adapter settings."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,14 +18,14 @@ from ..settings import AdapterOptions, RunConfig, spelt
 from .loading import adapter_directory
 
 FREE = ("dropout",)
-"""It changes no parameter, so that a flag may say another one than the adapter."""
+"""Settings that a flag may change, since they change no parameter."""
 
 
 def base_of(directory: Path, adapter: Adapter) -> dict[str, str]:
-    """The base model and the method of an adapter: by its run, or else by its own file."""
+    """The base model and the method of an adapter, from its run's settings or from its own file."""
     run = directory.parent if directory.name == "adapter" else directory
     settings = read_object(run / "config.json") or {}
-    # An adapter that LoftQ started belongs to a base in four bits.
+    # An adapter that started from LoftQ belongs to a base in four bits.
     method = settings.get("method") or ("qlora" if adapter.config.init == "loftq" else "lora")
     if model := settings.get("model"):
         return {"model": restored(str(model), run), "method": str(method)}
@@ -33,26 +33,27 @@ def base_of(directory: Path, adapter: Adapter) -> dict[str, str]:
 
 
 def decided(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the adapter of --adapter decides. The base model may be another one.
+    """The settings that the adapter of --adapter decides. --model may name another base model.
 
     Args:
         given: the flags that were typed.
 
     Raises:
-        UserError: it cannot be found, or a flag says something else.
-        LoRAError: it cannot be read.
+        UserError: the adapter cannot be found or is of a kind that no run starts from, or a flag
+            contradicts it.
+        LoRAError: the adapter cannot be read.
     """
     name = given["adapter"]
     directory = _directory(name)
     adapter = minilora.read_adapter(directory)
     if isinstance(adapter.config, AdaLoRAConfig):  # its budget was for another number of steps
-        raise UserError(f"--adapter {name} is AdaLoRA: minilora.methods.as_lora makes LoRA of it")
+        raise UserError(f"--adapter {name} is AdaLoRA: convert it with minilora.methods.as_lora")
     if adapter.config.beside:
         what = " and ".join(config.folder for config in adapter.config.beside)
         raise UserError(f"--adapter {name} holds a {what}: a run starts from LoRA only")
     base, found = base_of(directory, adapter), _settings(adapter.config)
     if "model" not in base | given:
-        raise UserError(f"--adapter {name} does not name its base model: say --model")
+        raise UserError(f"--adapter {name} does not name its base model: pass --model")
     if given.get("method", "lora") not in ("lora", "qlora"):
         raise UserError(f"--adapter goes with --method lora or qlora, not {given['method']}")
     if found["init"] == "loftq" and given.get("method", "qlora") != "qlora":
@@ -61,7 +62,7 @@ def decided(given: dict[str, Any]) -> dict[str, Any]:
     if other := sorted(n for n in typed if _unordered(given[n]) != _unordered(found[n])):
         what = " and ".join(f"{spelt(n)} {_shown(found[n])}, not {_shown(given[n])}" for n in other)
         raise UserError(f"--adapter {name} has {what}: leave such flags out")
-    if found["init"] == "random":  # no flag has it, and nothing starts anew
+    if found["init"] == "random":  # --init has no such value, and the start is not used
         del found["init"]
     return base | found
 
@@ -75,7 +76,7 @@ def start(run: RunConfig) -> Adapter | None:
 
 
 def apply_start(model: PreTrainedModel, adapter: Adapter, name: str) -> list[str]:
-    """Put the adapter into the model, to train; notices of what it decides."""
+    """Put the adapter into the model, to train it; returns notices of the settings it decides."""
     loaded = apply_adapter(model, adapter)
     plain, config = LoRAConfig(), adapter.config
     named = ("rank", "alpha", "targets")
@@ -91,13 +92,13 @@ def apply_start(model: PreTrainedModel, adapter: Adapter, name: str) -> list[str
 
 
 def _directory(name: str) -> Path:
-    """Of an adapter, or of a run's."""
+    """The directory of an adapter, given itself or by its run."""
     found = adapter_directory(name)
     return inside if (inside := found / "adapter").is_dir() else found
 
 
 def _settings(config: LoRAConfig) -> dict[str, Any]:
-    """The configuration of an adapter as the flags would say it."""
+    """The configuration of an adapter as values of flags."""
     names = {f.name for f in fields(AdapterOptions)} - {"adapter"}
     found = {name: getattr(config, name) for name in names}
     for name in ("targets", "exclude", "also_train"):
@@ -108,7 +109,7 @@ def _settings(config: LoRAConfig) -> dict[str, Any]:
 
 
 def _unordered(value: Any) -> Any:
-    """PEFT writes the targets in any order."""
+    """A value for comparison: PEFT writes lists in any order."""
     return sorted(value) if isinstance(value, list) else value
 
 

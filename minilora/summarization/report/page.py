@@ -91,7 +91,7 @@ def _lead(run: Run) -> str:
 
 
 def _notices(run: Run) -> str:
-    """What the first steps showed; what is missing, and the command that adds it."""
+    """Problems of the first steps; missing parts, each with the command that adds it."""
     found = [escape(problem) for problem in run.problems]
     path = escape(shlex.quote(str(run.path)))
     if run.end is None:

@@ -53,7 +53,7 @@ def _turn(line: str) -> str:
 
 
 def _marked(text: str, references: Sequence[str], tokenizer: str, kind: str) -> str:
-    """Text as HTML, with the words that it shares with the reference of the best ROUGE-1 marked."""
+    """Text as HTML; the words that it shares with its best reference by ROUGE-1 are marked."""
     parts, done = [], 0
 
     def rouge1(reference: str) -> float:

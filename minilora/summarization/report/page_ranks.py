@@ -1,4 +1,4 @@
-"""The ranks that AdaLoRA chose, as a picture: a square for each module, its layers side by side."""
+"""A grid of the ranks that AdaLoRA chose: a row for a kind of module, a column for a layer."""
 
 import re
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ LABELS, WIDTH, ROW = 270, 440, 20  # units of the view box: where the squares be
 
 
 def rank_grid(ranks: Mapping[str, int]) -> str:
-    """A row for the modules that differ in their first number only; "" where there are none.
+    """An SVG figure, or "" without ranks. Names that differ in their first number share a row.
 
     Args:
-        ranks: by dotted name of the module.
+        ranks: dotted name of a module -> rank.
     """
     rows: dict[str, dict[int, int]] = {}
     for name, rank in ranks.items():

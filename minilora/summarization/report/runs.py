@@ -39,16 +39,16 @@ class Run:
     end: Record | None
     """seconds and peak_bytes; None for a run in progress or stopped."""
     problems: tuple[str, ...]
-    """What `verify_training` found in the first steps."""
+    """Problems that `verify_training` found in the first steps."""
     evaluation: Evaluation | None
     ranks: dict[str, int]
-    """Of AdaLoRA, by module, in the saved adapter."""
+    """For AdaLoRA: module -> rank in the saved adapter."""
 
     @property
     def best(self) -> Record | None:
-        """The validation of the saved adapter: the best ROUGE-1; of equal ones the lowest loss.
+        """The validation of the saved adapter: the best ROUGE-1; on a tie, the lowest loss.
 
-        Of AdaLoRA one with the final ranks, once there is one.
+        With AdaLoRA, validations with the final ranks come before all others.
         """
         scored = [record for record in self.validations if record["rouge1"] is not None]
 
@@ -86,7 +86,7 @@ def read_report(directory: Path) -> Run:
 
 
 def _ranks(path: Path) -> dict[str, int]:
-    """How many singular values are left of each module; none before the first adapter is saved."""
+    """The number of nonzero singular values by module; {} before the first adapter is saved."""
     if not path.exists():
         return {}
     adapter = minilora.read_adapter(path)

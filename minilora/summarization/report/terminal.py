@@ -92,7 +92,7 @@ def _wrap(text: str) -> list[str]:
 
 
 def format_summary(row: dict[str, str]) -> str:
-    """The summary of a chat of one's own, with the base's if that is there."""
+    """The summary of a user's chat, and the base's if there is one."""
     said = {name: printable(text).strip() or "(empty)" for name, text in row.items()}
     if "base" not in said:
         return said["summary"]

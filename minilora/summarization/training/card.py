@@ -1,6 +1,6 @@
-"""The model card beside an adapter: README.md, which a hub shows. PEFT and minilora do not read it.
+"""The model card of an adapter: README.md, which the hub shows. PEFT and minilora do not read it.
 
-A local model or data set is named without its folder, which is nobody's business but the owner's.
+A local model or data set is named without its folder: paths are private.
 """
 
 from collections.abc import Mapping
@@ -36,13 +36,13 @@ model = AutoModelForSeq2SeqLM.from_pretrained("{base}")
 minilora.load_adapter(model, "ADAPTER", inference=True)
 ```
 
-To share it, add a licence and what the summaries are for, then: `hf upload USER/NAME ADAPTER`
+To share it, add a licence and the intended use, then: `hf upload USER/NAME ADAPTER`
 {moved}"""
 
 MOVED = """
-`adapter_config.json` names the base by its path on the machine that trained: PEFT's
-`AutoPeftModel` looks there. Before you share it, write a name of the hub into its
-`base_model_name_or_path`; on a machine that has the base elsewhere, say `--model`.
+In `adapter_config.json`, `base_model_name_or_path` is a path on the machine that trained. PEFT's
+`AutoPeftModel` looks there. Before you share the adapter, replace it by the base's name on the
+hub. On a machine with the base in another place, pass `--model`.
 """
 
 PEFT = """from peft import PeftModel  # with PEFT, or else
@@ -67,7 +67,7 @@ def write_card(run: RunConfig, adapter: Path, evaluation: Mapping[str, Any] | No
 
 
 def card(run: RunConfig, evaluation: Mapping[str, Any] | None) -> str:
-    """The text, in Markdown. Its head names for the hub the model and data that come from there."""
+    """The card in Markdown. Its front matter names model and data if they are on the hub."""
     files = filter(None, (getattr(run.data, split) for split in FILES))
     base, *data = map(_shown, (run.model.model, *(list(files) or [run.data.data])))
     hub = [f"base_model: {base}\n", *(f"datasets: {name}\n" for name in data)]
@@ -92,7 +92,7 @@ def card(run: RunConfig, evaluation: Mapping[str, Any] | None) -> str:
 
 
 def _peft_directory(run: RunConfig) -> str | None:
-    """What PEFT loads, if it can: no prefix outside the decoder, and nothing beside LoRA."""
+    """The directory that PEFT can load, or None: for LoRA with more, or a prefix elsewhere."""
     kind, places = run.model.method, set(run.virtual.prefix_places)
     if run.model.with_ != "none" or (kind == "prefix" and places != {"decoder"}):
         return None

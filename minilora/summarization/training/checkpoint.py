@@ -1,11 +1,12 @@
 """Checkpoints: the complete state of a run, in one directory that is written atomically.
 
-    checkpoints/step-00000120/            in mid-epoch, and -validated after an epoch's end
+    checkpoints/step-00000120/            within an epoch; -validated at the end of an epoch
         state.safetensors    trained parameters, the optimizer's state, random states
         state.json           position, best score, GradScaler, fingerprints
         SHA256SUMS           of both: `sha256sum -c SHA256SUMS` checks them
 
-Written beside, flushed, renamed. If the newest one is damaged, the one before is used. No pickle.
+Each is written under a temporary name, flushed and renamed. If the newest one is damaged, the one
+before is used. Nothing is pickled.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ class Progress:
     best: float | None = None
     """Best validation ROUGE-1 so far."""
     best_loss: float | None = None
-    """The validation loss of the best. None: from a run that did not keep it."""
+    """Validation loss at the best ROUGE-1; None: a run of an earlier version did not keep it."""
     best_step: int = 0
     """The step of the best."""
     seconds: float = 0.0
@@ -202,7 +203,7 @@ def _restore(
             parameter.copy_(tensors[f"parameter.{name}"])
     moments = {key.split(".")[1] for key in tensors if key.startswith("optimizer.")}
     for name, parameter in trained.items():
-        for key in moments:  # AdamW's, and the sensitivities of AdaLoRA
+        for key in moments:  # AdamW's moments, and AdaLoRA's sensitivities
             if (value := tensors.get(f"optimizer.{key}.{name}")) is not None:
                 # fused AdamW needs `step` on the parameter's device too
                 optimizer.state[parameter][key] = value.to(parameter.device, copy=True)

@@ -71,10 +71,10 @@ class _SummedLoss(nn.Module):
 
 
 class _ReachAll(torch.autograd.Function):
-    """The loss as it is, from which the backward pass also reaches every parameter that trains.
+    """The identity on the loss, which connects every trainable parameter to the graph.
 
-    DistributedDataParallel waits for the gradient of each. Those of layers that LayerDrop skips in
-    this process, of experts that no token was sent to or of an empty shard come as none at all.
+    DistributedDataParallel waits for each parameter's gradient. Layers that LayerDrop skips in this
+    process, experts without tokens and an empty shard have none; this passes None for them.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What can fail in the middle of a run: memory, numbers that are not finite, decoding."""
+"""Failures in the middle of a run: lack of memory, numbers that are not finite, decoding."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ def require_finite(what: str, value: float, step: int, group: Group) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the GPU's memory, or of the computer's: torch has no class of its own for the latter."""
+    """Whether GPU or main memory ran out; for the latter torch has no class of error."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     signs = ("out of memory", "can't allocate memory", "not enough memory")
@@ -82,10 +82,10 @@ def try_out(
     generation: GenerationOptions,
     autocast_dtype: torch.dtype | None = None,
 ) -> None:
-    """Decode three tokens: what a model cannot do shows before it is trained.
+    """Decode three tokens, so that a model that cannot summarize fails before it is trained.
 
     Raises:
-        UserError: transformers raised an error, which is named; or memory ran out.
+        UserError: transformers raised an error, which the message quotes; or memory ran out.
     """
     short = replace(generation, min_length=0, max_length=min(3, generation.max_length))
     smaller = smaller_evaluation_batch(generation.evaluation_batch_size)
@@ -94,6 +94,6 @@ def try_out(
             summarize(model, tokenizer, [row], short, autocast_dtype)
     except UserError:
         raise
-    except Exception as error:  # each model reports in its own way what it does not support
+    except Exception as error:  # models differ in the error for what they do not support
         kind, why = model.config.model_type, one_line(error, name=True)
         raise UserError(f"this {kind} model cannot write summaries here: {why}") from None

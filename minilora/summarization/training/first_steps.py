@@ -9,16 +9,16 @@ from torch import nn
 from minilora import TrainingReport, verify_training
 from minilora.reports import fold_names
 
-STEPS = 3  # B starts at zero, so that A's gradient is zero in the first
+STEPS = 3  # more than one: B starts at zero, so A's gradient is zero in the first step
 
 
 class FirstSteps:
-    """The check while it runs.
+    """Counts the steps inside `verify_training`, and ends the check after `STEPS` of them.
 
     Args:
         model: with its adapter.
-        optimizer: that of the run.
-        wanted: whether to check.
+        optimizer: the run's optimizer.
+        wanted: False: no check.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, wanted: bool) -> None:
@@ -27,11 +27,11 @@ class FirstSteps:
             self.report = self.block.enter_context(verify_training(model, optimizer))
 
     def after(self, norm: float) -> TrainingReport | None:
-        """The report, once enough steps were taken.
+        """The report after the last step of the check, else None.
 
         Args:
-            norm: of the step's gradient. If fp16 overflowed, it is not finite, and the step was
-                skipped.
+            norm: of the step's gradient. It is not finite if fp16 overflowed; GradScaler then
+                skipped the step.
         """
         if self.left and math.isfinite(norm):
             self.left -= 1
@@ -42,8 +42,8 @@ class FirstSteps:
 
 
 def problems(report: TrainingReport) -> list[str]:
-    """What is wrong, a line for each kind. What got no gradient does not move either."""
-    # In a mixture of experts one may be reached once: B leaves zero, and A follows the next time.
+    """A line for each kind of problem. Tensors without a gradient are not also "not moved"."""
+    # A mixture may use an expert only once in these steps. Then B gets a gradient, A a zero one.
     follow = {f"{name[:-1]}A" for name in report.moved if name not in report.no_gradient}
     found = {
         "not in the optimizer": report.not_in_optimizer,

@@ -44,7 +44,7 @@ from .schedule import last_step
 
 _NAMES = "|".join(name for names in PROJECTIONS for name in names)
 DECODER = rf"(.*\.)?decoder\..*\.({_NAMES})"
-"""What --targets decoder means: an expression, which PEFT reads too."""
+"""The regular expression of --targets decoder; PEFT reads it too."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Split:
     examples: list[Example]
     encoded: list[Encoded]
     states: EncoderStates | None = None
-    """Of the encoder, if they are kept."""
+    """The encoder's states, if they are kept."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -81,7 +81,7 @@ class Session:
         return autocast(self.device, self.autocast_dtype)
 
     def tensors(self, batch: Sequence[Encoded], split: str = "train") -> dict[str, Any]:
-        """A padded batch on the device; see `collate`. The encoder's states, if they are kept."""
+        """A padded batch on the device, see `collate`; kept encoder states replace `input_ids`."""
         pad = cast(int, self.tokenizer.pad_token_id)  # load_tokenizer requires one
         tensors: dict[str, Any] = {key: t.to(self.device) for key, t in collate(batch, pad).items()}
         if states := self.splits[split].states:
@@ -154,7 +154,7 @@ def open_session(run: RunConfig) -> Session:
         notices += requirements.not_adapted(model)
     prepare(model, run, autocast_dtype)
     keep(model, run, splits, autocast_dtype)
-    # A resumed run must not drop out in an encoder that was computed once before, nor the reverse.
+    # The encoder's dropout is off with kept states: a resumed run must be the same in this.
     origin["use of the encoder's states"] = str(splits["train"].states is not None)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     processes.require_same(origin | {"start": of_tensors(trained), "settings": run.to_dict()})
@@ -164,7 +164,7 @@ def open_session(run: RunConfig) -> Session:
 
 
 def _fit(run: RunConfig, lengths: Sequence[int]) -> list[str]:
-    """Adapt to other data what a preset says for its own, in place, or say that it is not."""
+    """Fit the preset's lengths to other data, in place; returns notices, also about the rate."""
     run.generation, notices = fit_lengths(run.generation, lengths, run.typed)
     if run.training.learning_rate and "learning_rate" not in run.typed:
         notices.append(
@@ -190,10 +190,10 @@ def keep(
     splits: Mapping[str, Split],
     autocast_dtype: torch.dtype | None,
 ) -> None:
-    """Compute the encoder's states of what is read more than once, in place; see `keep_states`."""
+    """Keep the encoder's states of splits that are read more than once; see `keep_states`."""
     options, rows = run.training, len(splits["train"])
     epoch = last_step(replace(options, epochs=1, max_steps=0), rows)
-    for name in ("train", "validation"):  # those of test are computed when it is scored
+    for name in ("train", "validation"):  # the test split's are computed when it is scored
         once = name == "train" and last_step(options, rows) <= epoch
         if once and options.cache_encoder == "auto":
             continue
@@ -204,7 +204,7 @@ def keep(
 
 
 def method_configs(run: RunConfig, steps: int = 100) -> list[Any]:
-    """What `minilora.inject` takes: LoRA, a prompt, a prefix, or LoRA and one of these."""
+    """Configurations for `minilora.inject`: LoRA, a prompt, a prefix, or LoRA and one of these."""
     alone = run.model.method in ("prompt", "prefix")
     return [*([] if alone else [adapter_config(run, steps)]), *requirements.virtual_tokens(run)]
 
@@ -212,13 +212,13 @@ def method_configs(run: RunConfig, steps: int = 100) -> list[Any]:
 def adapter_config(run: RunConfig, steps: int = 100) -> LoRAConfig:
     """The library's configuration for a run's settings.
 
-    AdaLoRA begins with one and a half times the ranks, as in the paper (section 3.3), and with the
-    scale that LoRA of the final rank has. The ranks fall after a tenth of the steps, and stay in
-    the last third.
+    AdaLoRA starts with 1.5 times the final rank, as in the paper (section 3.3), and with the scale
+    of LoRA at the final rank. The ranks fall after a tenth of the steps, and are fixed in the last
+    third.
 
     Args:
         run: its settings.
-        steps: how many it takes.
+        steps: optimizer steps of the run.
     """
     settings: dict[str, Any] = asdict(run.adapter) | {"task_type": "SEQ_2_SEQ_LM"}
     del settings["adapter"]
@@ -230,13 +230,13 @@ def adapter_config(run: RunConfig, steps: int = 100) -> LoRAConfig:
     rank = math.ceil(1.5 * run.adapter.rank)
     settings |= {"rank": rank, "alpha": run.adapter.alpha * rank / run.adapter.rank}
     final = steps // 3
-    initial = min(max(STEPS, steps // 10), steps - final - 1)  # the first are checked: all learn
+    initial = min(max(STEPS, steps // 10), steps - final - 1)  # all ranks train while STEPS checks
     settings |= {"initial_steps": initial, "final_steps": final, "total_steps": steps}
     return AdaLoRAConfig(**settings, target_rank=run.adapter.rank)
 
 
 def _ranks(entries: list[str]) -> dict[str, int]:
-    """What --rank-pattern says, NAME=RANK each."""
+    """--rank-pattern, entries NAME=RANK, as a dict."""
     found = dict[str, int]()
     for entry in entries:
         name, _, rank = entry.rpartition("=")

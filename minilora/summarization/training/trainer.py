@@ -108,7 +108,7 @@ class Trainer:
             disable=None,  # no bar when stderr is not a terminal
         )  # fmt: skip
         log = open_log(self.output / "log.jsonl", self.progress.log_bytes)
-        # A resumed run was checked. A full fine-tune is not: the check copies all that trains.
+        # A resumed run was checked before. A full fine-tune is not checked: it copies what trains.
         wanted = self.progress.step == 0 and self.session.run.model.method != "full"
         self.first_steps = FirstSteps(self.session.model, self.optimizer, wanted)
         with log as self.log, bar as self.bar, stop_requests() as self.stop, self.first_steps.block:
@@ -166,7 +166,7 @@ class Trainer:
             settings["lr"] = rate * ratio
 
     def cheap_step(self) -> AbstractContextManager[Any]:
-        """`speed.CheapStep`, on a CPU; not for layers that are compiled or computed twice."""
+        """`speed.CheapStep` on a CPU, unless layers are compiled or recomputed in the backward."""
         options = self.session.run.training
         plain = options.compile or options.checkpoint_activations
         return nullcontext() if self.session.device.type != "cpu" or plain else speed.CheapStep()
@@ -206,7 +206,7 @@ class Trainer:
             self.tell(checked)
 
     def tell(self, checked: TrainingReport) -> None:
-        """What `verify_training` found: a line; or a note for each problem, which is logged too."""
+        """Print the report of `verify_training`, or a note for each problem; log the problems."""
         found = problems(checked)
         for problem in found:
             self.bar.write(f"note: {problem}", file=sys.stderr)
@@ -266,8 +266,8 @@ class Trainer:
         return True
 
     def settled(self, step: int) -> bool:
-        """False as long as AdaLoRA has more ranks than its budget: such an adapter is not kept."""
-        config = config_of(self.session.model)  # that of LoRA, whatever is beside it
+        """False until AdaLoRA has its final ranks: an adapter with these replaces earlier ones."""
+        config = config_of(self.session.model)  # of LoRA; the public function may return a list
         if not isinstance(config, AdaLoRAConfig):
             return True
         return step >= config.total_steps - config.final_steps
