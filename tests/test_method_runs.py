@@ -208,4 +208,4 @@ def test_no_run_starts_from_adalora(
 ) -> None:
     start = ["--adapter", str(runs["adalora"]), "--data", str(folder / "data")]
     assert train_main([*start, "--output", str(tmp_path / "run")]) == 2
-    assert "is AdaLoRA: minilora.methods.as_lora" in capsys.readouterr().err
+    assert "is AdaLoRA: convert it with minilora.methods.as_lora" in capsys.readouterr().err

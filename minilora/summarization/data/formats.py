@@ -158,6 +158,9 @@ def _why(error: ValueError | RecursionError) -> str:
 
 
 def _csv_rows(path: Path, text: str) -> Rows:
+    if "\0" in text:  # Python 3.10 cannot read it, UTF-16 without a mark is full of it
+        number = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{path} line {number} holds a NUL character")
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # 131,072 refuses long dialogues
     delimiter = max(DELIMITERS, key=text.lstrip("\n").partition("\n")[0].count)  # in the header
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)

@@ -36,13 +36,20 @@ def shared_beams(model: PreTrainedModel) -> Iterator[None]:
     if model.config.model_type not in SHARING or model.config._attn_implementation != "sdpa":
         yield
         return
-    model.set_attn_implementation("shared_beams")
+    _set_attention(model, "shared_beams")
     model._expand_inputs_for_generation = _expand_ids  # type: ignore[assignment]
     try:
         yield
     finally:
         del model._expand_inputs_for_generation
-        model.set_attn_implementation("sdpa")
+        _set_attention(model, "sdpa")
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """Also in T5's decoder, which has a configuration of its own."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation(name)
 
 
 def _expand_ids(expand_size: int, input_ids: Tensor, **inputs: Any) -> tuple[Tensor, Any]:

@@ -36,7 +36,7 @@ class FourBits(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.apart = apart
         self.refused: list[str] = []
-        """Why weights could not be quantized."""
+        """Why weights could not be quantized: infinity, NaN, or another shape."""
 
 
 @register_quantizer(METHOD)
@@ -79,8 +79,10 @@ class _Quantize(ConversionOps):
         weight: torch.Tensor = value[0] if isinstance(value, list) else value
         path = name.removesuffix(".weight")
         linear = model.get_submodule(path)
-        if weight.shape != linear.weight.shape:
-            self.quantizer.weights.discard(name)  # check_complete names it
+        if weight.shape != linear.weight.shape:  # transformers before 5.20 does not report it
+            sizes = f"{tuple(weight.shape)} in the weights, but {tuple(linear.weight.shape)}"
+            self.quantizer.refused.append(f"{name} is {sizes} in config.json")
+            self.quantizer.weights.discard(name)
             return input_dict
         try:
             quantized = NF4Linear(linear, weight=weight)

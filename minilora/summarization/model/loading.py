@@ -70,7 +70,7 @@ def load_model(
             output_loading_info=True,
             quantization_config=four_bits,
         )
-    if four_bits and four_bits.refused:  # a weight holds an infinity or NaN
+    if four_bits and four_bits.refused:
         raise UserError(f"model {name}: {four_bits.refused[0]}")
     check_complete(name, model, info)
     assert isinstance(model, PreTrainedModel)
