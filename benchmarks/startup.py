@@ -1,11 +1,12 @@
-"""How long until the command line answers: help, a typo, and Ctrl-C in the first seconds.
+"""How long until the command line answers: help, a typo, a hub name offline, an early Ctrl-C.
 
     python benchmarks/startup.py [--rounds 9]
 
 Each contestant is a process of its own, from its start to its end. They take turns. The base is
 `python -c "import torch"`: no command of minilora can answer before PyTorch is imported. An answer
-may take 0.5 seconds more (`bound`). With Ctrl-C the time until the signal is not counted; a process
-that ends with a traceback, or with another exit code than expected, ends the benchmark.
+may take 0.5 seconds more (`bound`), and 3 seconds in all where a network is looked for. With Ctrl-C
+the time until the signal is not counted; a process that ends with a traceback, or with another exit
+code than expected, ends the benchmark.
 """
 
 import signal
@@ -30,6 +31,7 @@ COMMANDS: dict[str, tuple[list[str], int]] = {
     "evaluate.py --help": ([EVALUATE, "--help"], 0),
     "train.py --rnak 8": ([TRAIN, "--rnak", "8"], 2),
     "train.py --rank eight": ([TRAIN, "--rank", "eight"], 2),
+    "train.py --model nobody/nothing": ([TRAIN, "--model", "nobody/nothing"], 2),
     "minilora --help": ([*MINILORA, "--help"], 0),
     "minilora train --rnak 8": ([*MINILORA, "train", "--rnak", "8"], 2),
     "minilora predict": ([*MINILORA, "predict"], 2),

@@ -224,9 +224,9 @@ def test_bad_models(here: Path, capfd: Any, damage: Any, says: list[str]) -> Non
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "pocket"])
 def test_hub_presets_fail_offline_in_one_line(here: Path, capfd: Any, preset: str) -> None:
     argv = ["--preset", preset]
-    refused(train_main, here, capfd, argv, "knkarthick/samsum", "offline it is not in the")
-    argv += ["--data", "../data"]
     refused(train_main, here, capfd, argv, "facebook/bart", "offline it is not in the")
+    argv += ["--model", "../bart"]
+    refused(train_main, here, capfd, argv, "knkarthick/samsum", "offline it is not in the")
 
 
 def test_an_output_that_holds_a_run_is_never_written_over(here: Path, capfd: Any) -> None:

@@ -230,7 +230,7 @@ def _locate(name: str) -> tuple[str, bool]:
         if (path / "log.jsonl").exists():
             raise UserError(f"model {name}: it is a run, not a model: --adapter goes on from a run")
         return str(path.resolve()), True
-    if path.exists() or not re.fullmatch("[^./~][^/]*(/[^/]+)?", name):
+    if path.exists() or not re.fullmatch(hub.REPOSITORY, name):
         raise UserError(f"model {name}: no such directory; --model says where it is")
     return name, False
 
