@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from . import errors, flags, processes
+from . import errors, flags, hub, processes
+from .settings import RunConfig
 
 
 def train_main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
@@ -45,6 +46,8 @@ def _entry_point(
     def main() -> int:
         with processes.join():
             settings = parse(sys.argv[1:] if argv is None else argv, program)
+            if isinstance(settings, RunConfig):
+                hub.require_model(settings.model.model)
             with _ended_by_ctrl_c():
                 from . import commands  # it imports transformers: --help need not wait for that
 

@@ -11,7 +11,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from . import hub
 from .errors import UserError
 from .files import read_object
 from .presets import LEARNING_RATES, OTHER_RATES, PRESETS, restored
@@ -133,7 +132,6 @@ def parse_run(argv: Sequence[str], program: str = "train.py") -> RunConfig:
     if before:
         _require_same(before, run)
     run.check()
-    hub.require_model(run.model.model)
     if run.training.learning_rate is None:
         rates, method = LEARNING_RATES[run.preset], run.model.method
         usual = OTHER_RATES | {"adalora": rates["lora"]} | rates
