@@ -79,7 +79,7 @@ class _Quantize(ConversionOps):
         weight: torch.Tensor = value[0] if isinstance(value, list) else value
         path = name.removesuffix(".weight")
         linear = model.get_submodule(path)
-        if weight.shape != linear.weight.shape:  # transformers before 5.20 does not report it
+        if weight.shape != linear.weight.shape:  # transformers 5.15 and 5.17 do not report it
             sizes = f"{tuple(weight.shape)} in the weights, but {tuple(linear.weight.shape)}"
             self.quantizer.refused.append(f"{name} is {sizes} in config.json")
             self.quantizer.weights.discard(name)
