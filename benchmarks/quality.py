@@ -27,6 +27,8 @@ from fine_tuning import BUILDERS, CACHED, DTYPES, Setting, fine_tune, with_windo
 from turns import contestants, rounds
 from workplace import pocket_workplace
 
+from minilora.summarization.settings import DataOptions
+
 BASE = "minilora"
 DEFAULT = [
     *(BASE, CACHED, "minilora, decoder only"),
@@ -169,7 +171,7 @@ def main() -> None:
     flags.add_argument("--learning-rate", type=float, default=3e-3, help="as the preset pocket")
     flags.add_argument("--rank", type=int, default=8)
     flags.add_argument("--dropout", type=float, default=0.05)
-    flags.add_argument("--warmup", type=int, default=2, help="steps")
+    flags.add_argument("--warmup", type=int, default=4, help="steps")
     flags.add_argument("--train", type=int, default=700, help="dialogues")
     flags.add_argument("--validation", type=int, default=100, help="dialogues")
     flags.add_argument("--threads", type=int, default=0, help="of each process; 0: torch's choice")
@@ -192,7 +194,7 @@ def main() -> None:
     settings = {
         **{key: value for key, value in vars(options).items() if key != "small"},
         "model": "pocket-bart",
-        "data": {"name": "minichat", **data},
+        "data": {"name": DataOptions().data, **data},
     }
     device = "" if options.device == "cpu" else f"_{torch.device(options.device).type}"
     result = {

@@ -165,7 +165,8 @@ def evaluation(result: dict[str, Any]) -> Rows:
 
 def quality(result: dict[str, Any]) -> Rows:
     """One row a contestant: final loss and time."""
-    head = ["pocket-bart on minichat", "validation loss", "training", "time to an equal loss"]
+    name = result["settings"]["data"]["name"]
+    head = [f"pocket-bart on {name}", "validation loss", "training", "time to an equal loss"]
     rows = [[*head, "relative to the encoder computed once"]]
     for name, row in result["results"].items():
         once = result.get("beside_cached", {}).get(name, {})

@@ -230,7 +230,7 @@ def main() -> None:
     flags.add_argument("--most", type=int, default=0, help="pieces in this call; 0: all")
     flags.add_argument("--validation", type=int, default=128, help="dialogues; 0: all")
     flags.add_argument("--windows", type=int, default=8, help="in each piece")
-    flags.add_argument("--warmup", type=int, default=2, help="steps")
+    flags.add_argument("--warmup", type=int, default=4, help="steps")
     flags.add_argument("--batch-size", type=int, default=8)
     flags.add_argument("--learning-rate", type=float, default=1e-3)
     flags.add_argument("--rank", type=int, default=8)

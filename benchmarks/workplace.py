@@ -188,7 +188,7 @@ def samsum_workplace(
 def pocket_workplace(
     folder: Path, train: int, validation: int, rank: int, dropout: float, seed: int
 ) -> dict[str, Any]:
-    """pocket-bart and minichat, as they ship."""
+    """pocket-bart and the default data, as they ship."""
     options = DataOptions(max_source_length=512, max_target_length=MAX_TARGET)
     data, _ = load(options, ("train", "validation"))
     model = load_model("pocket-bart", torch.device("cpu"))
