@@ -52,7 +52,8 @@ class TrainingReport:
 
     def __str__(self) -> str:
         least = min(self.moved.values(), default=0.0)
-        text = f"{self.steps} steps: {len(self.moved)} tensors train, at least {least:.0%} of each"
+        count = "1 tensor trains" if len(self.moved) == 1 else f"{len(self.moved)} tensors train"
+        text = f"{self.steps} steps: {count}, at least {least:.0%} of each"
         same = "the base changed" if self.base_changed else "the base is bit for bit what it was"
         return "\n  ".join([f"{text} moved; {same}", *self.problems])
 

@@ -3,7 +3,8 @@
 Muon (Jordan 2024) steps along the orthogonal matrix nearest to the momentum, found by Newton and
 Schulz's iteration, with the size of AdamW's step (Liu et al. 2025, section 2.2). `torch.optim.Muon`
 does the same one matrix at a time: 40 small kernels for each of 60 matrices, which on a GPU take
-the host longer than the whole of the model's forward and backward pass.
+the host longer than the whole of the model's forward and backward pass. With several processes
+each does its share of the matrices.
 """
 
 from collections import defaultdict
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -26,6 +27,17 @@ def orthogonalized(updates: Tensor) -> Tensor:
         gram = x @ x.mT  # (n, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def shared(updates: Tensor) -> Tensor:
+    """All directions in float32; each process computes every n-th of them."""
+    if not distributed.is_initialized():
+        return orthogonalized(updates).float()
+    mine = slice(distributed.get_rank(), None, distributed.get_world_size())
+    directions = torch.zeros_like(updates, dtype=torch.float32)
+    directions[mine] = orthogonalized(updates[mine]).float()
+    distributed.all_reduce(directions)
+    return directions
 
 
 class Muon(torch.optim.Optimizer):
@@ -59,7 +71,7 @@ class Muon(torch.optim.Optimizer):
                 alike[min(update.shape), max(update.shape)].append(place)
             for (_, longer), places in alike.items():
                 wide = [u if u.shape[1] == longer else u.mT for u in (updates[p] for p in places)]
-                directions = orthogonalized(torch.stack(wide)).float()
+                directions = shared(torch.stack(wide))
                 chosen = [parameters[p] for p in places]
                 steps = [
                     d if p.shape[1] == longer else d.mT

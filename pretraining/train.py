@@ -5,12 +5,14 @@ learning rate warms up, is constant, and falls linearly to zero over the last pa
 (warm-up, stable, decay; Hu et al. 2024, section 4).
 
     python pretraining/train.py --minutes 9 --device cuda --workers 13
-    python pretraining/train.py --minutes 600 --workers 1          # two CPU cores
+    python pretraining/train.py --minutes 600 --workers 1                  # CPU
+    torchrun --nproc-per-node 2 pretraining/train.py --minutes 600 ...     # a process for each core
 
 It writes `log.jsonl` (held-out losses), `samples.txt`, and the weights in 16 bits in parts of at
 most 15 MiB with the run's settings; `export.py` makes the shipped directory from them. SIGTERM and
 Ctrl-C end the run early and write what there is. `--checkpoint FILE` keeps the whole state every
-few minutes, and the same command goes on from it.
+few minutes, and the same command goes on from it. Several processes read different texts and average
+their gradients.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from checkpoint import read_checkpoint, write_checkpoint
 from model import evaluate, evaluation_batches, loss_of, new_model, new_optimizers, samples
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, IterableDataset
 
 from examples import ANNEAL, PAD, STAGES, Batch, Source
@@ -41,14 +43,16 @@ PART = 15 * 2**20  # bytes of a file of weights
 class Stream(IterableDataset[Batch]):
     """Batches without end, of the stage that the shared number names."""
 
-    def __init__(self, source: Source, stage: Tensor, seed: int, rounds: int, size: float) -> None:
+    def __init__(
+        self, source: Source, stage: Tensor, seed: tuple[int, ...], rounds: int, size: float
+    ) -> None:
         self.source, self.stage, self.seed, self.rounds = source, stage, seed, rounds
         self.size = size
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
         worker = torch.utils.data.get_worker_info()
-        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
+        rng = np.random.default_rng([*self.seed, worker.id if worker else 0])
         while True:
             number = int(self.stage)
             stage = [*STAGES, ANNEAL][number]
@@ -108,25 +112,33 @@ def write_weights(model: torch.nn.Module, out: Path, saved: dict[str, Any]) -> N
         save_file(part, out / name, metadata={"json": json.dumps(saved)})
 
 
+def average(model: torch.nn.Module, counts: list[float]) -> list[float]:
+    """Average the gradients of all processes; the sums of their counts."""
+    if not distributed.is_initialized():
+        return counts
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([*(g.flatten() for g in gradients), torch.tensor(counts)])
+    distributed.all_reduce(flat)
+    *parts, sums = flat.split([*(g.numel() for g in gradients), len(counts)])
+    for gradient, part in zip(gradients, parts, strict=True):
+        torch.div(part.view_as(gradient), distributed.get_world_size(), out=gradient)
+    return sums.tolist()
+
+
 def main() -> None:
     began = time.monotonic()
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
+    if "WORLD_SIZE" in os.environ:
+        distributed.init_process_group("gloo")
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
     torch.set_float32_matmul_precision("high")
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(arguments.tokenizer))
     held = Source(arguments.data, "heldout", tokenizer)
     sets = evaluation_batches(held)
     train = Source(arguments.data, "train", tokenizer)
-    stage = torch.zeros((), dtype=torch.int64).share_memory_()
-    loader = DataLoader(
-        Stream(train, stage, arguments.seed, arguments.rounds, arguments.batch), batch_size=None,
-        num_workers=arguments.workers,
-        prefetch_factor=2 if arguments.workers else None,
-        multiprocessing_context="fork" if arguments.workers else None,
-    )  # fmt: skip
-    drawn = iter(loader)
     model = new_model(arguments).to(arguments.device)
     optimizers = new_optimizers(model, arguments.optimizer, arguments.rate)
     state = {"step": 0, "tokens": 0, "targets": 0, "seconds": 0.0}
@@ -145,6 +157,16 @@ def main() -> None:
         state["tokens"] = int(arguments.seen * 1e6)
     if state["seconds"] >= 60 * arguments.minutes:
         raise SystemExit(f"{state['seconds'] / 60:.1f} minutes are done: give more --minutes")
+    # Other texts for each process and after each interruption.
+    seed = (arguments.seed, state["tokens"], rank)
+    stage = torch.zeros((), dtype=torch.int64).share_memory_()
+    loader = DataLoader(
+        Stream(train, stage, seed, arguments.rounds, arguments.batch), batch_size=None,
+        num_workers=arguments.workers,
+        prefetch_factor=2 if arguments.workers else None,
+        multiprocessing_context="fork" if arguments.workers else None,
+    )  # fmt: skip
+    drawn = iter(loader)
     settings = {
         name: value if isinstance(value, int | float | str) else str(value)
         for name, value in vars(arguments).items()
@@ -153,14 +175,15 @@ def main() -> None:
     if arguments.compile:
         for layer in [*model.model.encoder.layers, *model.model.decoder.layers]:
             layer.compile(dynamic=True)
-    print(f"{model.num_parameters() / 1e6:.2f} M parameters, {state}, "
-          f"{time.monotonic() - began:.0f} s to start", flush=True)  # fmt: skip
+    if rank == 0:
+        print(f"{model.num_parameters() / 1e6:.2f} M parameters, {state}, "
+              f"{time.monotonic() - began:.0f} s to start", flush=True)  # fmt: skip
 
-    stopped = False
+    asked = stopped = False  # by a signal to this process; any process was asked
 
     def stop(*_: object) -> None:
-        nonlocal stopped
-        stopped = True
+        nonlocal asked
+        asked = True
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -195,10 +218,15 @@ def main() -> None:
         rate = arguments.rate * min(1.0, (state["step"] + 1) / arguments.warmup) * left
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = max(rate, 0.0)
-        targets = int((batch["labels"] != PAD).sum())
-        read = int(batch["attention_mask"].sum())
         loss = loss_of(model, batch, arguments.device, arguments.precision)
         loss.backward()
+        now = time.monotonic()
+        own = [(batch["labels"] != PAD).sum(), batch["attention_mask"].sum(), asked]
+        # The first process's clock counts, so that all have the same rate.
+        targets, read, stops, seconds = average(
+            model, [*map(float, own), now - clock if rank == 0 else 0.0]
+        )
+        clock = now
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -206,9 +234,11 @@ def main() -> None:
         losses.append(loss.detach())
         before = state["tokens"]
         state["step"] += 1
-        state["targets"] += targets
-        state["tokens"] += targets + read
-        if state["step"] % 50 == 0:
+        state["targets"] += int(targets)
+        state["tokens"] += int(targets + read)
+        state["seconds"] += seconds
+        stopped = stops > 0
+        if state["step"] % 50 == 0 and rank == 0:
             mean = float(torch.stack(losses).mean())  # waits for the device
             losses.clear()
             if not math.isfinite(mean):
@@ -217,16 +247,17 @@ def main() -> None:
             shown, shown_tokens = time.monotonic(), state["tokens"]
             print(f"{state['step']} {state['tokens'] / 1e6:.1f}M stage {int(stage)} "
                   f"loss {mean:.3f} rate {rate:.1e} {speed:,.0f} tokens/s", flush=True)  # fmt: skip
-        now = time.monotonic()
-        state["seconds"] += now - clock
-        clock = now
         every = arguments.evaluate_every * 1e6
+        if rank > 0:
+            continue  # waits for the first process in the next step
         if state["tokens"] // every > before // every:
             report(rate=rate)
             clock = shown = time.monotonic()
         if arguments.checkpoint and clock - kept > 300:
             write_checkpoint(arguments.checkpoint, model, optimizers, saved)
             kept = clock = time.monotonic()
+    if rank > 0:
+        os._exit(0)
     write_weights(model, arguments.out, saved)
     if arguments.checkpoint:
         write_checkpoint(arguments.checkpoint, model, optimizers, saved)

@@ -1,5 +1,6 @@
 """Memory that runs out, numbers that are none, files and directories that others write to."""
 
+import hashlib
 import json
 import os
 import re
@@ -174,6 +175,28 @@ def test_data_that_changed_since_the_start_is_refused_or_noted(
     assert "changed since the run began: train data; restore what changed, or use --acc" in line
     assert train_main(["--resume", str(run), "--accept-changes"]) == 0
     assert "note: changed since the run began: train data" in capfd.readouterr().err
+
+
+def test_another_version_of_torch_is_noted(folder: Path, tmp_path: Path, capfd: Any) -> None:
+    """Its dropout masks differ, so the run is not the one that was not interrupted."""
+    run = tmp_path / "run"
+    assert train_main(flags(folder, "--output", run, "--epochs", 1)) == 0
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["origin"]["torch"] == torch.__version__
+    state["origin"]["torch"] = "1.0"
+    write(checkpoint / "state.json", json.dumps(state))
+    sums = [
+        f"{hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("state.safetensors", "state.json")
+    ]
+    write(checkpoint / "SHA256SUMS", "".join(sums))
+    capfd.readouterr()
+    assert train_main(["--resume", str(run)]) == 0
+    assert "torch 1.0" not in capfd.readouterr().err  # no step is taken
+    assert train_main(["--resume", str(run), "--epochs", "2", "--accept-changes"]) == 0
+    said = f"note: torch 1.0 began this run, {torch.__version__} continues it"
+    assert said in capfd.readouterr().err
 
 
 def test_another_model_in_the_same_directory_is_noticed(

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -598,6 +599,19 @@ def test_half_of_an_adapter_is_not_read_as_the_other_half(tmp_path: Path) -> Non
     minilora.save_adapter(tuned("bart", [LoRAConfig(rank=2), PROMPT]), tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(LoRAError, match=r"adapter_config\.json: no such file"):
+        minilora.load_adapter(MODELS["bart"](), tmp_path)
+
+
+def test_parts_of_different_models_are_not_read_as_one_adapter(tmp_path: Path) -> None:
+    minilora.save_adapter(tuned("bart", [LoRAConfig(rank=2), PROMPT]), tmp_path)
+    adapter = replace(minilora.read_adapter(tmp_path), base_model="one")
+    minilora.write_adapter(adapter, tmp_path)
+    path = tmp_path / "prompt" / "adapter_config.json"
+    for name in ("one", None):  # one part may leave it out
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+        assert minilora.read_adapter(tmp_path).base_model == "one"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "two"}))
+    with pytest.raises(LoRAError, match=r"its parts name different base models: two .* and one"):
         minilora.load_adapter(MODELS["bart"](), tmp_path)
 
 

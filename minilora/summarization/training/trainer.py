@@ -287,6 +287,12 @@ class Trainer:
         self.progress, origin, notices = load_checkpoint(self.output / "checkpoints", *what)
         processes.require_same({f"a checkpoint in {self.output}": self.progress.step})
         self.began = time.monotonic() - self.progress.seconds
+        began_with = origin.get("torch", torch.__version__)
+        if began_with != torch.__version__ and self.progress.step < self.last:
+            notices.append(
+                f"torch {began_with} began this run, {torch.__version__} continues it: the "
+                "dropout masks are not those of an uninterrupted run"
+            )
         if other := differences(origin, self.session.origin):
             changed = f"changed since the run began: {', '.join(other)}"
             if not self.session.run.output.accept_changes:
@@ -304,7 +310,8 @@ class Trainer:
     def checkpoint(self) -> None:
         progress, session = self.progress, self.session
         progress.seconds, progress.log_bytes = time.monotonic() - self.began, self.log.flush()
-        what = (session.model, self.optimizer, self.scaler, session.origin)
+        origin = session.origin | {"torch": torch.__version__}
+        what = (session.model, self.optimizer, self.scaler, origin)
         path, keep = self.output / "checkpoints", session.run.output.keep_checkpoints
         save_checkpoint(path, progress, *what, keep)
         self.saved = time.monotonic()
