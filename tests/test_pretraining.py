@@ -14,11 +14,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BartForConditionalGeneration
 
 import minilora
 from tests.forks import run_script
+from tests.test_distributed import forked
 
 pytest.importorskip("tokenizers")
 FOLDER = Path(__file__).parent.parent / "pretraining"
@@ -47,6 +48,7 @@ reword = script("reword")
 examples = script("examples")
 muon = script("muon")
 pocket = script("model")
+pretrain_loop = script("train")
 
 
 needs_muon = pytest.mark.skipif(
@@ -272,6 +274,43 @@ def test_batched_muon_is_torchs_muon() -> None:
     for a, b, before in zip(ours, theirs, start, strict=True):
         assert (a - b).abs().max() < 1e-6
         assert (a - before).abs().max() > 1e-2
+
+
+def test_two_processes_average_their_gradients_and_share_the_matrices(tmp_path: Path) -> None:
+    """Both end as one process with the mean gradient; Muon rounds its directions to bf16."""
+    shapes = ((24, 24), (24, 24), (24, 24), (48, 24), (30, 20))
+
+    def parameters() -> list[torch.nn.Parameter]:
+        draw = torch.Generator().manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+
+    def gradients(rank: int) -> list[torch.Tensor]:
+        draw = torch.Generator().manual_seed(rank + 1)
+        return [torch.randn(shape, generator=draw) for shape in shapes]
+
+    def work(rank: int) -> int:
+        torch.distributed.init_process_group("gloo")
+        model = torch.nn.ParameterList(parameters())
+        for parameter, gradient in zip(model, gradients(rank), strict=True):
+            parameter.grad = gradient
+        assert pretrain_loop.average(model, [1.0, 5.0 * rank]) == [2.0, 5.0]
+        muon.Muon(model, lr=1e-2).step()
+        save_file({str(i): p.detach() for i, p in enumerate(model)}, tmp_path / f"{rank}")
+        torch.distributed.destroy_process_group()
+        return 0
+
+    outputs = tmp_path / "printed"
+    assert forked(2, work, outputs) == [0, 0], (outputs / "0.txt").read_text()
+    alone = parameters()
+    for parameter, *both in zip(alone, gradients(0), gradients(1), strict=True):
+        parameter.grad = sum(both, torch.zeros(())) / 2
+    before = parameters()
+    muon.Muon(alone, lr=1e-2).step()
+    ends = [load_file(tmp_path / f"{rank}") for rank in range(2)]
+    for i, (start, wanted) in enumerate(zip(before, alone, strict=True)):
+        assert torch.equal(ends[0][str(i)], ends[1][str(i)])
+        assert (ends[0][str(i)] - wanted).abs().max() < 1e-4
+        assert (wanted - start).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
