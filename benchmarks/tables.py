@@ -125,25 +125,29 @@ def cached(result: dict[str, Any]) -> Rows:
     if not ratios:
         return []
     measures = {
-        "speed": ("after the first epoch", "{:.2f}x as fast"),
-        "speed_of_three_epochs": ("three epochs, the first included", "{:.2f}x as fast"),
-        "memory": ("peak memory", "{:.2f} of its"),
-        "validation_loss": ("validation loss", "{:.3f} of its"),
+        "speed": ("speed after the first epoch", "{:.2f}x"),
+        "speed_of_three_epochs": ("of three epochs", "{:.2f}x"),
+        "memory": ("peak memory", "{:.2f}"),
+        "validation_loss": ("validation loss", "{:.3f}"),
     }
-    what = f"minilora, decoder only, encoder once, {result['settings']['precision']}, relative to"
-    rows = [[what, "whose targets are"]]
-    rows[0] += [title for title, _ in measures.values()]
+    rows = [[f"relative to, {result['settings']['precision']}"]]
+    for title, _ in measures.values():
+        rows[0] += [f"{title}: all q and v", "decoder only"]
     for name in ratios:
-        equal = name.replace("PEFT + ", "PEFT, decoder only + ")
-        equal = "minilora, decoder only" if name == "minilora" else equal
-        if equal == name or equal not in ratios:
-            continue
-        cells = [
-            f"{form.format(ratios[name][key])}; {form.format(ratios[equal][key])}"
-            for key, (_, form) in measures.items()
-        ]
-        rows.append([name, "all q and v; the decoder's", *cells])
+        equal = with_equal_targets(name)
+        if equal != name and equal in ratios:
+            found = [
+                (ratios[n][key], form) for key, (_, form) in measures.items() for n in (name, equal)
+            ]
+            rows.append([name, *(form.format(ratio) for ratio, form in found)])
     return rows
+
+
+def with_equal_targets(name: str) -> str:
+    """The contestant with adapters in the decoder only; a name without one is unchanged."""
+    if name == "minilora":
+        return "minilora, decoder only"
+    return name.replace("PEFT + ", "PEFT, decoder only + ")
 
 
 def evaluation(result: dict[str, Any]) -> Rows:
@@ -260,7 +264,7 @@ def startup(result: dict[str, Any]) -> Rows:
 
 
 def at_its_best(training: dict[str, Any]) -> str:
-    """The faster of the two ways to run PEFT with the Trainer as well as it can be run (all q, v)."""
+    """The faster of the two ways to run PEFT with the Trainer as well as it can be run."""
     rows = training["results"]
     names = [name for name in rows if name.startswith("PEFT + Trainer, best")]
     return max(names, key=lambda name: float(rows[name]["tokens_per_second"]))
@@ -274,7 +278,7 @@ def beside_peft(
     names = ("minilora", "PEFT + Trainer", best)
     trained = [training["results"][name] for name in names]
     decoder = ["minilora, decoder only, cached"]
-    decoder += [name.replace("PEFT + ", "PEFT, decoder only + ") for name in (names[1], best)]
+    decoder += [with_equal_targets(name) for name in (names[1], best)]
     once = [f"{training['results'][name]['tokens_per_second']:,.0f}" for name in decoder]
     summarized = evaluation["results"]["pocket"]["fp32"]
     rates = {name: row["dialogues_per_second"] for name, row in summarized.items()}
@@ -336,11 +340,13 @@ TABLES: dict[str, Callable[..., Rows]] = {
 }
 
 
-def beside_the_trainer(key: str, form: str) -> str:
+def beside_the_trainer(
+    key: str, form: str, ours: str = "minilora", theirs: Callable[[str], str] = str
+) -> str:
     """A ratio to PEFT with the Trainer: as people run it, and at its best."""
     training = load("training_base")
-    ratios = training["minilora_to_others"]
-    found = sorted(ratios[name][key] for name in ("PEFT + Trainer", at_its_best(training)))
+    ratios, names = training[f"{ours}_to_others"], ("PEFT + Trainer", at_its_best(training))
+    found = sorted(ratios[theirs(name)][key] for name in names)
     return " to ".join(f"{ratio:{form}}" for ratio in found)
 
 
@@ -365,6 +371,8 @@ def kills() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "speed": lambda: beside_the_trainer("speed", ".1f"),
+    "speed_cached": lambda: beside_the_trainer("speed", ".1f", "cached"),
+    "speed_cached_equal": lambda: beside_the_trainer("speed", ".1f", "cached", with_equal_targets),
     "memory": lambda: beside_the_trainer("memory", ".0%"),
     "drift": drift,
     "kills": kills,
@@ -430,10 +438,10 @@ def render(text: str, folder: Path = ROOT) -> str:
         if not rows:  # a result of an earlier version, without these contestants
             return waiting(names[0])
         text = f"{markdown(rows)}\n\n"
-        if name in READS:
+        if len(names) > 1:
             links = ", ".join(f"[{name}]({path}/{name}.json)" for name in names)
             return f"{text}From {links}; [all tables](docs/benchmarks.md) with dates and machines."
-        text += source(name, results[0], path)
+        text += source(names[0], results[0], path)
         if (RESULTS / f"{name}.svg").exists():
             text += f"\n\n![The same as curves]({path}/{name}.svg)"
         return text

@@ -114,7 +114,7 @@ def new_model(arguments: argparse.Namespace) -> BartForConditionalGeneration:
 
 
 def new_optimizers(
-    model: BartForConditionalGeneration, kind: str, rate: float
+    model: BartForConditionalGeneration, kind: str, rate: float, precision: str = "bf16"
 ) -> list[torch.optim.Optimizer]:
     """AdamW, and for the layers' matrices Muon if `kind` says so.
 
@@ -134,5 +134,6 @@ def new_optimizers(
     )  # fmt: skip
     if not hidden:
         return [adamw]
-    muon = Muon(hidden.values(), lr=rate, weight_decay=0.01)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    muon = Muon(hidden.values(), lr=rate, weight_decay=0.01, dtype=dtype)
     return [adamw, muon]

@@ -11,8 +11,8 @@ learning rate warms up, is constant, and falls linearly to zero over the last pa
 It writes `log.jsonl` (held-out losses), `samples.txt`, and the weights in 16 bits in parts of at
 most 15 MiB with the run's settings; `export.py` makes the shipped directory from them. SIGTERM and
 Ctrl-C end the run early and write what there is. `--checkpoint FILE` keeps the whole state every
-few minutes, and the same command goes on from it. Several processes read different texts and average
-their gradients.
+few minutes, and the same command goes on from it. Several processes read different texts and
+average their gradients.
 """
 
 import argparse
@@ -140,7 +140,7 @@ def main() -> None:
     sets = evaluation_batches(held)
     train = Source(arguments.data, "train", tokenizer)
     model = new_model(arguments).to(arguments.device)
-    optimizers = new_optimizers(model, arguments.optimizer, arguments.rate)
+    optimizers = new_optimizers(model, arguments.optimizer, arguments.rate, arguments.precision)
     state = {"step": 0, "tokens": 0, "targets": 0, "seconds": 0.0}
     if arguments.checkpoint and arguments.checkpoint.exists():
         weights, moments, saved = read_checkpoint(arguments.checkpoint)

@@ -185,12 +185,12 @@ def test_another_version_of_torch_is_noted(folder: Path, tmp_path: Path, capfd: 
     state = json.loads((checkpoint / "state.json").read_text())
     assert state["origin"]["torch"] == torch.__version__
     state["origin"]["torch"] = "1.0"
-    write(checkpoint / "state.json", json.dumps(state))
+    write(checkpoint / "state.json", json.dumps(state).encode())
     sums = [
         f"{hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()}  {name}\n"
         for name in ("state.safetensors", "state.json")
     ]
-    write(checkpoint / "SHA256SUMS", "".join(sums))
+    write(checkpoint / "SHA256SUMS", "".join(sums).encode())
     capfd.readouterr()
     assert train_main(["--resume", str(run)]) == 0
     assert "torch 1.0" not in capfd.readouterr().err  # no step is taken

@@ -310,7 +310,7 @@ def test_two_processes_average_their_gradients_and_share_the_matrices(tmp_path: 
     for i, (start, wanted) in enumerate(zip(before, alone, strict=True)):
         assert torch.equal(ends[0][str(i)], ends[1][str(i)])
         assert (ends[0][str(i)] - wanted).abs().max() < 1e-4
-        assert (wanted - start).abs().max() > 1e-2
+        assert (wanted - start).abs().max() > 4e-3
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -608,7 +608,9 @@ def test_parts_of_different_models_are_not_read_as_one_adapter(tmp_path: Path) -
     minilora.write_adapter(adapter, tmp_path)
     path = tmp_path / "prompt" / "adapter_config.json"
     for name in ("one", None):  # one part may leave it out
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name})
+        )
         assert minilora.read_adapter(tmp_path).base_model == "one"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "two"}))
     with pytest.raises(LoRAError, match=r"its parts name different base models: two .* and one"):
