@@ -613,7 +613,7 @@ def test_parts_of_different_models_are_not_read_as_one_adapter(tmp_path: Path) -
         )
         assert minilora.read_adapter(tmp_path).base_model == "one"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "two"}))
-    with pytest.raises(LoRAError, match=r"its parts name different base models: two .* and one"):
+    with pytest.raises(LoRAError, match=r"its parts name different base models: \['one', 'two'\]"):
         minilora.load_adapter(MODELS["bart"](), tmp_path)
 
 

@@ -143,7 +143,7 @@ def read_adapter(directory: str | Path) -> Adapter:
     """
     directory = _adapter_directory(Path(directory))
     folders = [directory / name for name in (*keys.FOLDERS, "")]
-    configs, held, bases = list[Any](), dict[str, Tensor](), dict[str, Path]()
+    configs, held, bases = list[Any](), dict[str, Tensor](), set[str | None]()
     for folder in [p for p in folders if (p / WEIGHTS_FILE).exists()] or [directory]:
         entries = _read_json(folder / CONFIG_FILE)
         with naming(folder):
@@ -156,8 +156,7 @@ def read_adapter(directory: str | Path) -> Adapter:
             base_model = entries.get("base_model_name_or_path")
             if not isinstance(base_model, str | None):
                 raise LoRAError(f"{CONFIG_FILE}: base_model_name_or_path is not a string or null")
-            if base_model:
-                bases[base_model] = folder
+            bases |= {base_model} - {None, ""}
             if _read_json(folder / CONFIG_FILE) != entries:
                 raise LoRAError("the adapter changed while it was being read: try again")
         configs.append(config)
@@ -167,10 +166,8 @@ def read_adapter(directory: str | Path) -> Adapter:
     config = lora[0] if lora else LoRAConfig(targets=(), beside=beside)
     with naming(directory):
         if len(bases) > 1:
-            named = " and ".join(f"{base} ({folder})" for base, folder in bases.items())
-            raise LoRAError(f"its parts name different base models: {named}")
-        base_model = next(iter(bases), None)
-        return Adapter(config, held, base_model, entries.get("fan_in_fan_out") is True)
+            raise LoRAError(f"its parts name different base models: {sorted(map(str, bases))}")
+        return Adapter(config, held, next(iter(bases), None), entries.get("fan_in_fan_out") is True)
 
 
 def write_adapter(adapter: Adapter, directory: str | Path) -> None:
