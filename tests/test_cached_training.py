@@ -33,6 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cached")
     save_bart(folder / "bart")
     save_bart(folder / "calm", **NO_DROPOUT)
+    save_bart(folder / "deep", encoder_layers=2, decoder_layers=2, dropout=0.3)
+    save_bart(folder / "deep calm", encoder_layers=2, decoder_layers=2, **NO_DROPOUT)
     save_data(folder / "data")
     save_data(folder / "more", train=60)
     return folder
@@ -57,11 +59,20 @@ def losses(run: Path) -> list[float]:
 # Training -----------------------------------------------------------------------------------------
 
 
-def test_losses_of_50_steps_are_those_without_it(folder: Path, tmp_path: Path) -> None:
-    """float32 sums over other padding: within 1e-5, while the loss falls by more than 0.5."""
-    more = ("--dropout", "0", "--epochs", 5, "--no-evaluate", "--cache-encoder")
+UPPER = ("--targets", "q_proj", "v_proj", "--layers", "1")
+
+
+@pytest.mark.parametrize(("model", "targets"), [("calm", ()), ("deep calm", UPPER)])
+def test_losses_of_50_steps_are_those_without_it(
+    folder: Path, tmp_path: Path, model: str, targets: tuple[str, ...]
+) -> None:
+    """float32 sums over other padding: within 1e-5, while the loss falls by more than 0.5.
+
+    Of the second case's encoder only the second layer is adapted, and the first is computed once.
+    """
+    more = (*targets, "--dropout", "0", "--epochs", 5, "--no-evaluate", "--cache-encoder")
     for choice in ("on", "off"):
-        run = flags(folder, *more, choice, "--output", tmp_path / choice, model="calm", data="more")
+        run = flags(folder, *more, choice, "--output", tmp_path / choice, model=model, data="more")
         assert train_main(run) == 0
     with_it, without = losses(tmp_path / "on"), losses(tmp_path / "off")
     assert len(with_it) == len(without) == 50
@@ -175,6 +186,29 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(
         shutil.rmtree(place)
     assert train_main(["--resume", str(run)]) == 0
     check_same(run, whole)
+
+
+def test_with_the_first_layer_computed_once_a_run_resumes_and_is_scored_as_without(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = flags(folder, *UPPER, model="deep")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train_main([*argv, "--output", str(whole)]) == 0
+    assert "encoder, layers below 1: computed once for each dialogue" in capsys.readouterr().out
+    at_step(monkeypatch, 6, lambda: interrupt(signal.SIGINT))
+    assert train_main([*argv, "--output", str(run)]) == 130
+    assert train_main(["--resume", str(run)]) == 0
+    check_same(run, whole)
+    found = []
+    for choice in ("on", "off"):
+        output = tmp_path / choice
+        assert evaluate_main([str(whole), "--output", str(output), "--cache-encoder", choice]) == 0
+        found.append(json.loads(output.read_bytes())["examples"])
+    assert found[0] == found[1]
+    assert any(row["base"] != row["finetuned"] for row in found[0])
 
 
 def test_a_resumed_run_does_not_begin_to_drop_out_in_the_encoder(

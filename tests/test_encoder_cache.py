@@ -95,7 +95,7 @@ def test_the_states_are_what_the_encoder_returns_for_each_dialogue(name: str) ->
 @pytest.mark.parametrize("name", MODELS)
 def test_a_batch_of_states_gives_the_logits_and_gradients_of_its_dialogues(name: str) -> None:
     model = frozen(MODELS[name])
-    states = kept(model).batch(SOURCES, CPU)
+    states = kept(model).batch(model, SOURCES)
     longest = max(map(len, SOURCES))
     ids = torch.tensor([row + [1] * (longest - len(row)) for row in SOURCES])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in SOURCES])
@@ -115,6 +115,80 @@ def test_a_batch_of_states_gives_the_logits_and_gradients_of_its_dialogues(name:
         assert other.abs().max() > 0
 
 
+UPPER = r"model\.encoder\.layers\.1\..*_proj|" + DECODER
+
+
+def upper(**changes: Any) -> PreTrainedModel:
+    """A tiny BART with a random adapter in its decoder and in the encoder's second layer."""
+    model = tiny_bart(**changes)
+    minilora.inject(model, minilora.LoRAConfig(rank=3, alpha=7.0, targets=UPPER))
+    randomize_adapter(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_below_the_lowest_adapted_layer_the_states_are_kept_too(dtype: Any) -> None:
+    """Logits and gradients are those of the whole model; nothing below is computed again."""
+    model = upper()
+    states = keep_states(model, SOURCES, dtype)
+    assert states is not None
+    assert states.k == 1
+    assert {row.dtype for row in states.rows.values()} == {torch.float32}
+    called: list[str] = []
+    for name in ("layers.0", "layers.1"):
+        layer = model.get_encoder().get_submodule(name)
+        layer.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+    longest = max(map(len, SOURCES))
+    ids = torch.tensor([row + [1] * (longest - len(row)) for row in SOURCES])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in SOURCES])
+    more = {"attention_mask": mask, "decoder_input_ids": torch.tensor([[2, 5, 9]] * len(SOURCES))}
+    results = []
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        for whole in (True, False):
+            called.clear()
+            inputs: Any = {"input_ids": ids}
+            if not whole:
+                inputs = {"encoder_outputs": states.batch(model, SOURCES)}
+            logits = model(**inputs, **more).logits.float()
+            assert called == (["layers.0"] * whole + ["layers.1"])
+            model.zero_grad()
+            logits.square().sum().backward()
+            named = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            results.append((logits.detach(), named))
+    (wanted, wanted_gradients), (logits, gradients) = results
+    # bf16 has 8 bits; the batches are padded to other lengths
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype is None else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(logits, wanted, **close)
+    assert gradients.keys() == wanted_gradients.keys()
+    assert any("encoder.layers.1" in name for name in gradients)
+    if dtype is None:
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, wanted_gradients[name], **close)
+
+
+def test_states_below_a_layer_belong_to_the_layers_below() -> None:
+    model = upper()
+    states = kept(model)
+    encoder = model.get_encoder()
+    with torch.no_grad(), minilora.disabled(model):
+        assert states.belong_to(model)
+        encoder.layers[1].fc1.weight += 1
+        assert states.belong_to(model)
+        encoder.layers[0].fc1.weight += 1
+        assert not states.belong_to(model)
+
+
+@pytest.mark.parametrize("what", ["T5", "LayerDrop", "the first layer"])
+def test_where_the_states_below_a_layer_are_not_enough(what: str) -> None:
+    """T5's first layer hands on its position bias; LayerDrop could drop the kept states."""
+    targets = {"T5": r".*encoder\.block\.1\..*\.q", "the first layer": ".*q_proj"}
+    model = tiny_t5() if what == "T5" else tiny_bart(encoder_layerdrop=0.5 * (what == "LayerDrop"))
+    minilora.inject(model, minilora.LoRAConfig(rank=3, targets=targets.get(what, UPPER)))
+    words = "hand on more than their states" if what == "T5" else "not of the decoder only"
+    with pytest.raises(UserError, match=words):
+        keep_states(model, SOURCES, None, "on")
+
+
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_rounded_to_autocast_the_decoder_reads_the_same_bits(name: str, dora: bool) -> None:
@@ -127,7 +201,7 @@ def test_rounded_to_autocast_the_decoder_reads_the_same_bits(name: str, dora: bo
     ids, start = torch.tensor([[5, 6, 7]]), torch.tensor([[2, 5]])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         wanted = model(input_ids=ids, decoder_input_ids=start).logits
-        outputs = states.batch([[5, 6, 7]], CPU)
+        outputs = states.batch(model, [[5, 6, 7]])
         logits = model(encoder_outputs=outputs, decoder_input_ids=start).logits
     assert torch.equal(logits, wanted)
 
@@ -207,7 +281,7 @@ def test_a_prefix_in_the_decoder_leaves_the_states_as_they_are(
         minilora.save_adapter(model, tmp_path)
         minilora.load_adapter(model := MODELS[name](), tmp_path, inference=True)
     states = kept(model, None, "on", sources=[[5, 6, 7], [9, 8, 7, 6]])
-    outputs = states.batch([[5, 6, 7], [9, 8, 7, 6]], CPU)
+    outputs = states.batch(model, [[5, 6, 7], [9, 8, 7, 6]])
     with torch.no_grad():
         wanted = model(input_ids=ids, **more, **start).logits
         logits = model(encoder_outputs=outputs, **more, **start).logits

@@ -102,7 +102,8 @@ def summarize(
                 batch: dict[str, Any] = {k: t.to(device) for k, t in collate(rows, pad).items()}
                 del batch["labels"]
                 if states:
-                    batch["encoder_outputs"] = states.batch([r.source for r in rows], device)
+                    with torch.no_grad():
+                        batch["encoder_outputs"] = states.batch(model, [r.source for r in rows])
                 output = cast(Any, model).generate(  # `generate` computes no gradients
                     **batch,
                     past_key_values=BeamCache(DynamicCache(), DynamicCache()),

@@ -10,6 +10,9 @@ mapped into memory:
 
     runs/.encoder-cache/FINGERPRINT.safetensors    {"states": (tokens of all dialogues, d)}
 
+If only the layers from k on train, H is the output of layer k - 1, and the steps compute the rest
+(`lower_layers.py`).
+
 The fingerprint covers all that H depends on, so a file is never stale, and the runs of a sweep
 share it. Order and batches depend on the dialogues only, so H is the same when it is computed
 again, bit for bit. The encoder is in evaluation mode: its dropout is off.
@@ -46,6 +49,7 @@ from ..errors import UserError, counted, one_line
 from ..files import sweep
 from .device import autocast
 from .digest import of_tensors
+from .lower_layers import from_states, layers_of, lower_states
 from .speed import uncompiled
 
 ROWS = 8  # dialogues in a batch, fastest on a CPU; another size changes the last bits of the states
@@ -68,16 +72,20 @@ class EncoderStates:
     """Digest of the encoder that computed them."""
     path: Path | None
     """The file from which they are mapped; None: they are in memory."""
+    k: int | None = None
+    """The layers of the encoder that computed them; None: all."""
 
-    def batch(self, sources: Iterable[Sequence[int]], device: torch.device) -> BaseModelOutput:
-        """The encoder's output for a batch: (b, s, d), 0 at padding."""
+    def batch(self, model: PreTrainedModel, sources: Sequence[Sequence[int]]) -> BaseModelOutput:
+        """The encoder's output for a batch: (b, s, d); 0 at padding if no layer is computed."""
         rows = [self.rows[tuple(source)] for source in sources]
-        padded: Any = pad_sequence(rows, batch_first=True).to(device)
+        padded: Any = pad_sequence(rows, batch_first=True).to(model.device)
+        if self.k is not None:
+            padded = from_states(model, self.k, padded, **_padded(model, sources))
         return BaseModelOutput(last_hidden_state=padded)
 
     def belong_to(self, model: PreTrainedModel) -> bool:
         """Whether this model's encoder computes the same states."""
-        return self.encoder == of_encoder(model)
+        return self.encoder == of_encoder(model, self.k)
 
     def __str__(self) -> str:
         size = sum(row.nbytes for row in self.rows.values())
@@ -133,12 +141,33 @@ def obstacle(model: PreTrainedModel) -> str | None:
     later = [model.get_decoder(), model.get_output_embeddings()]
     allowed = {id(p) for module in later if module is not None for p in module.parameters()}
     allowed -= {id(p) for p in model.get_encoder().parameters()}
+    k = kept_layers(model)
+    if k and not getattr(model.config, "encoder_layerdrop", 0) and processes.world_size() == 1:
+        allowed |= {id(p) for layer in layers_of(model)[k:] for p in layer.parameters()}
+    for name, parameter in _trained(model):
+        if id(parameter) not in allowed:
+            return f"{name} is not of the decoder only: {DECODER_ONLY}"
+    return None
+
+
+def kept_layers(model: PreTrainedModel) -> int | None:
+    """k, the number of the encoder's layers below the lowest that trains; None: no layer trains."""
+    trained = {id(parameter) for _, parameter in _trained(model)}
+    holders = (
+        number
+        for number, layer in enumerate(layers_of(model))
+        if any(id(parameter) in trained for parameter in layer.parameters())
+    )
+    return next(holders, None)
+
+
+def _trained(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that train, or have trained in a loaded adapter."""
     injection = injection_of(model)
     for name, parameter in model.named_parameters():
         new = injection is not None and plain_name(name) not in injection.required_grad
-        if (new or parameter.requires_grad) and id(parameter) not in allowed:
-            return f"{plain_name(name)} is not of the decoder only: {DECODER_ONLY}"
-    return None
+        if new or parameter.requires_grad:
+            yield plain_name(name), parameter
 
 
 def _keep(
@@ -146,13 +175,17 @@ def _keep(
 ) -> EncoderStates:
     # Equal dialogues have one entry. The longest come first, so a lack of memory shows at once.
     order = sorted({tuple(source) for source in sources}, key=lambda row: (-len(row), row))
-    width = processes.run_on_all(lambda: _probe(model, order[-1], dtype))[0]
-    kept, encoder = dtype or model.dtype, of_encoder(model)
+    k = kept_layers(model)
+    width = processes.run_on_all(lambda: _probe(model, order[-1], dtype, k))[0]
+    # Under autocast the decoder's linears would round the states to this dtype anyway. Layers of
+    # the encoder add to them in the weights' dtype.
+    kept = model.dtype if k is not None or dtype is None else dtype
+    encoder = of_encoder(model, k)
     shape = (sum(map(len, order)), width)
     size = shape[0] * shape[1] * kept.itemsize
     if size <= IN_MEMORY and processes.world_size() == 1:
-        rows = map(torch.clone, _computed(model, order, dtype))
-        return EncoderStates(dict(zip(order, rows, strict=True)), encoder, None)
+        rows = map(torch.clone, _computed(model, order, dtype, kept, k))
+        return EncoderStates(dict(zip(order, rows, strict=True)), encoder, None, k)
     path = place / f"{fingerprint(encoder, order, kept, model.device)}.safetensors"
 
     def write() -> None:
@@ -165,7 +198,7 @@ def _keep(
                 what = f"the encoder's states of {count}, {size / 1e9:.1f} GB"
                 advice = "--cache-directory moves it, --cache-encoder off does without"
                 print(f"note: writing {what}, to {path} ({advice})", file=sys.stderr)
-                write_states(path, _computed(model, order, dtype), shape, kept)
+                write_states(path, _computed(model, order, dtype, kept, k), shape, kept)
 
     processes.on_rank0(write)
     if not all(processes.gather(path.exists())):
@@ -175,19 +208,22 @@ def _keep(
         rows = states.split([len(source) for source in order])
     except (safetensors.SafetensorError, KeyError, RuntimeError):
         raise UserError(f"{path} is damaged: remove it") from None
-    return EncoderStates(dict(zip(order, rows, strict=True)), encoder, path)
+    return EncoderStates(dict(zip(order, rows, strict=True)), encoder, path, k)
 
 
 # Fingerprints -------------------------------------------------------------------------------------
 
 
-def of_encoder(model: PreTrainedModel) -> str:
-    """A digest of the encoder: its class, settings and tensors."""
+def of_encoder(model: PreTrainedModel, k: int | None = None) -> str:
+    """A digest of the encoder: its class, settings and tensors. Of layers[k:] only the class."""
     encoder: nn.Module = model.get_encoder()
     settings = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
     described = [repr(encoder), settings, model.config._attn_implementation]
     tensors = dict(encoder.named_parameters()) | dict(encoder.named_buffers())
-    content = json.dumps([*described, of_tensors(tensors)], default=str)
+    upper = nn.ModuleList([] if k is None else layers_of(model)[k:])
+    others = {id(tensor) for tensor in (*upper.parameters(), *upper.buffers())}
+    tensors = {name: tensor for name, tensor in tensors.items() if id(tensor) not in others}
+    content = json.dumps([*described, k, of_tensors(tensors)], default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -202,49 +238,67 @@ def fingerprint(encoder: str, order: Sequence[Source], dtype: Any, device: torch
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, source: Source, dtype: torch.dtype | None) -> int:
-    """The width d, after a check on one dialogue that the decoder needs the last states only.
+def _probe(model: PreTrainedModel, source: Source, dtype: torch.dtype | None, k: int | None) -> int:
+    """The width d, after a check on one dialogue that the rest of the model needs the states only.
 
     Raises:
         UserError: the logits from the kept states differ.
     """
-    (states,) = _encoded(model, [source], dtype)
+    (states,) = _encoded(model, [source], dtype, dtype if k is None else None, k)
     ids = torch.tensor([source], device=model.device)
     start = torch.full((1, 1), model.config.decoder_start_token_id or 0, device=model.device)
     how: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "decoder_input_ids": start}
     how["use_cache"] = False
-    kept = BaseModelOutput(last_hidden_state=states[None].to(model.device))
     with uncompiled(model), autocast(model.device, dtype):
+        kept = EncoderStates({source: states}, "", None, k).batch(model, [source])
         wanted = model(input_ids=ids, **how).logits  # (1, 1, v)
         logits = model(encoder_outputs=kept, **how).logits
     if not torch.equal(wanted, logits):
         kind = model.config.model_type
-        raise UserError(f"the decoder of {kind} needs more than the encoder's last states")
+        more = "decoder of {} needs more than the encoder's last states"
+        if k is not None:
+            more = "encoder of {} hands on more than states between its layers"
+        raise UserError(f"the {more.format(kind)}")
     return states.shape[-1]
 
 
 @torch.no_grad()
 def _encoded(
-    model: PreTrainedModel, batch: Sequence[Source], dtype: torch.dtype | None
+    model: PreTrainedModel,
+    batch: Sequence[Source],
+    dtype: torch.dtype | None,
+    kept: torch.dtype | None,
+    k: int | None,
 ) -> list[Tensor]:
-    """(s, d) for each dialogue of a batch, on the CPU."""
-    ids = pad_sequence([torch.tensor(row) for row in batch], True, model.config.pad_token_id or 0)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in batch], True)  # (b, s)
+    """(s, d) for each dialogue of a batch, on the CPU, in the dtype in which they are kept."""
     with uncompiled(model), autocast(model.device, dtype):
-        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-        states: Tensor = model.get_encoder()(**inputs).last_hidden_state  # (b, s, d)
-    # Under autocast the decoder's linears would round the states to this dtype anyway.
-    rounded = states.to(dtype or states.dtype).cpu()
+        inputs = _padded(model, batch)
+        if k is None:
+            states: Tensor = model.get_encoder()(**inputs).last_hidden_state  # (b, s, d)
+        else:
+            states = lower_states(model, k, **inputs)
+    rounded = states.to(kept or states.dtype).cpu()
     return [row[: len(source)] for row, source in zip(rounded, batch, strict=True)]
 
 
+def _padded(model: PreTrainedModel, batch: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """The encoder's inputs (b, s)."""
+    ids = pad_sequence([torch.tensor(row) for row in batch], True, model.config.pad_token_id or 0)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in batch], True)
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
 def _computed(
-    model: PreTrainedModel, order: Sequence[Source], dtype: torch.dtype | None
+    model: PreTrainedModel,
+    order: Sequence[Source],
+    dtype: torch.dtype | None,
+    kept: torch.dtype,
+    k: int | None,
 ) -> Iterator[Tensor]:
     with tqdm(order, "encoder", unit="dialogue", disable=None, leave=False) as bar:
         for start in range(0, len(order), ROWS):
             batch = order[start : start + ROWS]
-            yield from _encoded(model, batch, dtype)
+            yield from _encoded(model, batch, dtype, kept, k)
             bar.update(len(batch))
 
 

@@ -126,8 +126,10 @@ def header(session: Session, output: Path) -> str:
     if run.model.method == "qlora":
         lines.append(str(quantize_report(session.model)))
     if train.states:
+        k = train.states.k
+        layers = "encoder" if k is None else f"encoder, layers below {k}"
         lines.append(
-            f"encoder: computed once for each dialogue ({train.states}), its dropout is off"
+            f"{layers}: computed once for each dialogue ({train.states}), its dropout is off"
         )
     return "\n".join([*lines, f"run: {output}"])
 

@@ -86,7 +86,7 @@ class Session:
         tensors: dict[str, Any] = {key: t.to(self.device) for key, t in collate(batch, pad).items()}
         if states := self.splits[split].states:
             del tensors["input_ids"]
-            tensors["encoder_outputs"] = states.batch([row.source for row in batch], self.device)
+            tensors["encoder_outputs"] = states.batch(self.model, [r.source for r in batch])
         return tensors
 
 
