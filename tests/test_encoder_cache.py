@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from minilora.summarization.data.reading import Example
 from minilora.summarization.errors import UserError
 from minilora.summarization.model import encoder_cache, speed
 from minilora.summarization.model.encoder_cache import EncoderStates, keep_states, write_states
+from minilora.summarization.model.lower_layers import layers_of
 from minilora.summarization.settings import DataOptions
 from tests.conftest import randomize_adapter, tiny_bart, tiny_t5
 from tests.helpers import byte_level_bpe, small_bart
+from tests.test_models import ENCODER_DECODERS, IDS, LABELS
 
 CPU = torch.device("cpu")
 SOURCES = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 30], [4], [20, 21, 22], [5, 6, 7]]  # one comes twice
@@ -164,6 +167,39 @@ def test_below_the_lowest_adapted_layer_the_states_are_kept_too(dtype: Any) -> N
     if dtype is None:
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, wanted_gradients[name], **close)
+
+
+# Their layers return more than one tensor, or are not recognized (FSMT).
+HANDS_ON = {"T5", "mT5", "LongT5", "LongT5, global", "Pegasus-X", "LED", "ProphetNet", "MVP",
+            "FSMT"}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["decoder", "upper layers"])
+@pytest.mark.parametrize("name", [n for n, toy in ENCODER_DECODERS.items() if toy.inputs is None])
+def test_any_encoder_decoder_is_computed_from_its_states_or_refused(name: str, where: str) -> None:
+    """Full rows have no padding: the same products, in batches of another size at most."""
+    model = ENCODER_DECODERS[name].build().requires_grad_(False)
+    places = [model.get_decoder()] if where == "decoder" else layers_of(model)[1:]
+    parts = {id(m) for place in places for m in place.modules() if type(m) is nn.Linear}
+    linears = [n for n, m in model.named_modules() if id(m) in parts and "predictions" not in n]
+    assert linears or (name, where) == ("FSMT", "upper layers")  # its layers are no modules of v5
+    minilora.inject(model, minilora.LoRAConfig(rank=2, targets=tuple(linears) or ".*q_proj"))
+    randomize_adapter(model)
+    rows, states = IDS.tolist(), None
+    with suppress(UserError):
+        states = keep_states(model, rows, None, "on")
+    refused = {"NLLB-MoE", "Switch"} | (HANDS_ON if where == "upper layers" else set())
+    assert (states is None) == (name in refused)
+    if states is None:
+        return
+    assert (states.k is None) == (where == "decoder")
+    more = {"attention_mask": torch.ones_like(IDS), "decoder_input_ids": LABELS}
+    with torch.no_grad():
+        wanted = model(input_ids=IDS, **more).logits
+        logits = model(encoder_outputs=states.batch(model, rows), **more).logits
+        with minilora.disabled(model):
+            assert (model(input_ids=IDS, **more).logits - wanted).abs().max() > 1e-3
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_states_below_a_layer_belong_to_the_layers_below() -> None:

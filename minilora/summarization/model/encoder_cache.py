@@ -246,13 +246,17 @@ def _probe(model: PreTrainedModel, source: Source, dtype: torch.dtype | None, k:
     """
     (states,) = _encoded(model, [source], dtype, dtype if k is None else None, k)
     ids = torch.tensor([source], device=model.device)
-    start = torch.full((1, 1), model.config.decoder_start_token_id or 0, device=model.device)
+    first = getattr(model.config, "decoder_start_token_id", None) or 0
+    start = torch.full((1, 1), first, device=model.device)
     how: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "decoder_input_ids": start}
     how["use_cache"] = False
     with uncompiled(model), autocast(model.device, dtype):
         kept = EncoderStates({source: states}, "", None, k).batch(model, [source])
         wanted = model(input_ids=ids, **how).logits  # (1, 1, v)
-        logits = model(encoder_outputs=kept, **how).logits
+        try:
+            logits = model(encoder_outputs=kept, **how).logits
+        except (AttributeError, TypeError, IndexError):  # such as router logits
+            logits = torch.empty(0)
     if not torch.equal(wanted, logits):
         kind = model.config.model_type
         more = "decoder of {} needs more than the encoder's last states"
