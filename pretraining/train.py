@@ -52,6 +52,9 @@ class Stream(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
         worker = torch.utils.data.get_worker_info()
+        if worker:  # a signal to all processes of the run is the loop's to answer
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         rng = np.random.default_rng([*self.seed, worker.id if worker else 0])
         while True:
             number = int(self.stage)
