@@ -134,6 +134,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     if "WORLD_SIZE" in os.environ:
+        if arguments.device != "cpu":
+            raise SystemExit("several processes need --device cpu: start one for a GPU")
         distributed.init_process_group("gloo")
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     torch.set_float32_matmul_precision("high")

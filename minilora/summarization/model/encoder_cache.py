@@ -73,7 +73,7 @@ class EncoderStates:
     path: Path | None
     """The file from which they are mapped; None: they are in memory."""
     k: int | None = None
-    """The layers of the encoder that computed them; None: all."""
+    """How many of the encoder's layers computed them; None: all."""
 
     def batch(self, model: PreTrainedModel, sources: Sequence[Sequence[int]]) -> BaseModelOutput:
         """The encoder's output for a batch: (b, s, d); 0 at padding if no layer is computed."""
