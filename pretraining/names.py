@@ -81,6 +81,16 @@ def invent(gender: str, count: int, rng: np.random.Generator) -> list[str]:
     return found
 
 
+def blend(known: list[str], count: int, rng: np.random.Generator) -> list[str]:
+    """Names that begin as known ones do, so that a name's first token does not tell the others."""
+    found: list[str] = []
+    for _ in range(count):
+        name = str(rng.choice(known))
+        stem = name[: int(rng.integers(2, len(name) + 1))]
+        found.append(stem + "".join(str(rng.choice(p)) for p in (ONSETS, CORES, CODAS)))
+    return found
+
+
 def slot(gender: str, person: int) -> str:
     """The placeholder of one person."""
     return chr(FIRST_SLOT + GENDERS.index(gender) * SLOTS + person)

@@ -139,6 +139,17 @@ def test_a_learning_rate_of_a_preset_is_said_to_be_that_of_its_own_model() -> No
     assert not any(said in notice for notice in _fit(run, [20] * 50))
 
 
+@pytest.mark.parametrize("data", ["bookings", "minichat", "minichat-hard"])
+def test_no_minimum_is_forced_on_summaries_of_the_embedded_data(data: str) -> None:
+    run = RunConfig()
+    run.data.data = data
+    _fit(run, [30] * 50)
+    assert run.generation == RunConfig().generation
+    run.data.train_file = "mine.jsonl"
+    _fit(run, [30] * 50)
+    assert run.generation.min_length == 29
+
+
 # Numbers that are none ----------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import BartForConditionalGeneration
 
 import minilora
@@ -176,6 +177,17 @@ def test_invented_names_are_pronounceable_words() -> None:
     found = names.invent("f", 50, generator(0))
     assert all(name.isalpha() and name.istitle() for name in found)
     assert len(set(found)) > 40
+
+
+def test_blended_names_begin_as_known_ones_do() -> None:
+    found = names.blend(["Stephen", "Kim"], 50, generator(0))
+    assert all(name.isalpha() and name.startswith(("St", "Ki")) for name in found)
+    assert len(set(found)) > 40
+    assert not {"Stephen", "Kim"} & set(found)
+    plain, blended = (examples.Names(blended=on).pool for on in (False, True))
+    for gender in names.GENDERS:  # what is held out stays as it was
+        assert blended[gender][: len(plain[gender])] == plain[gender]
+        assert len(blended[gender]) > len(plain[gender])
 
 
 def test_batches_are_shifted_and_padded_as_bart_does() -> None:
@@ -399,6 +411,20 @@ def pretrain(data: Path, out: Path, *flags: str) -> "CompletedProcess[str]":
         "--layers 1 --decoder-layers 1 --width 16 --heads 2 --threads 1 --batch 0.02 --workers 0"
     )
     return run_script(FOLDER / "train.py", *fixed.split(), *flags)
+
+
+def test_some_service_chats_are_retold_without_a_manner_but_no_held_out_one(
+    tiny_data: Path,
+) -> None:
+    tokenizer = Tokenizer.from_file(str(ASSETS / "tokenizer.json"))
+    manner = tokenizer.encode("Service:\n", add_special_tokens=False).ids
+    plain = {}
+    for split in ("train", "heldout"):
+        source, rng = examples.Source(tiny_data, split, tokenizer), generator(0)
+        drawn = [source.example("service", examples.STAGES[-1], rng)[0] for _ in range(200)]
+        plain[split] = sum(row[1 : 1 + len(manner)] != manner for row in drawn)
+    assert plain["heldout"] == 0
+    assert 35 < plain["train"] < 85  # three in ten of 200: within four standard deviations
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from ..model.four_bits import FourBits
 from ..model.loading import check_vocabulary, load_model, load_tokenizer, save_model
 from ..model.requirements import limit_lengths
 from ..model.start import apply_start, start
-from ..presets import stored
+from ..presets import EMBEDDED, stored
 from ..settings import FILES, PATHS, SPLITS, RunConfig, spelt
 from .card import write_card
 from .failures import out_of_memory, try_out
@@ -165,7 +165,9 @@ def open_session(run: RunConfig) -> Session:
 
 def _fit(run: RunConfig, lengths: Sequence[int]) -> list[str]:
     """Fit the preset's lengths to other data, in place; returns notices, also about the rate."""
-    run.generation, notices = fit_lengths(run.generation, lengths, run.typed)
+    notices: list[str] = []
+    if run.data.data not in EMBEDDED or not run.of_preset(*FILES):  # these fit the preset
+        run.generation, notices = fit_lengths(run.generation, lengths, run.typed)
     if run.training.learning_rate and "learning_rate" not in run.typed:
         notices.append(
             f"--learning-rate {run.training.learning_rate:g} is that of the preset {run.preset}, "
