@@ -258,6 +258,7 @@ def main() -> None:
         if state["tokens"] // every > before // every:
             report(rate=rate)
             clock = shown = time.monotonic()
+            shown_tokens = state["tokens"]
         if arguments.checkpoint and clock - kept > 300:
             write_checkpoint(arguments.checkpoint, model, optimizers, saved)
             kept = clock = time.monotonic()
