@@ -18,7 +18,7 @@ from transformers.models.bart.modeling_bart import BartEncoder
 import minilora
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.flags import parse_run
-from minilora.summarization.model import encoder_cache
+from minilora.summarization.model import encoder_cache, state_files
 from minilora.summarization.training.session import DECODER, open_session
 from minilora.summarization.training.trainer import fit
 from tests.conftest import tiny_bart, tiny_t5
@@ -222,7 +222,7 @@ def test_a_resumed_run_does_not_begin_to_drop_out_in_the_encoder(
     run, place = tmp_path / "run", tmp_path / "states"
     assert train_main(flags(folder, "--output", run, "--cache-directory", place)) == 130
     capsys.readouterr()
-    monkeypatch.setattr(encoder_cache, "ON_DISK", 1)  # no room any more
+    monkeypatch.setattr(state_files, "ON_DISK", 1)  # no room any more
     assert train_main(["--resume", str(run), "--cache-directory", str(tmp_path / "other")]) == 2
     said = "changed since the run began: use of the encoder's states; restore what changed, or"
     assert said in capsys.readouterr().err

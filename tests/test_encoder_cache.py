@@ -22,9 +22,10 @@ from minilora.methods import PrefixConfig, PromptConfig
 from minilora.summarization.data.batches import encode
 from minilora.summarization.data.reading import Example
 from minilora.summarization.errors import UserError
-from minilora.summarization.model import encoder_cache, speed
-from minilora.summarization.model.encoder_cache import EncoderStates, keep_states, write_states
+from minilora.summarization.model import encoder_cache, speed, state_files
+from minilora.summarization.model.encoder_cache import EncoderStates, keep_states
 from minilora.summarization.model.lower_layers import layers_of
+from minilora.summarization.model.state_files import write_states
 from minilora.summarization.settings import DataOptions
 from tests.conftest import randomize_adapter, tiny_bart, tiny_t5
 from tests.helpers import byte_level_bpe, small_bart
@@ -403,7 +404,7 @@ def test_beyond_the_budget_the_same_bits_are_mapped_from_a_file_and_it_is_said(
     assert f"0.0 MB in {states.path}" == str(states)
 
 
-@pytest.mark.parametrize("dtype", encoder_cache.NAMES)
+@pytest.mark.parametrize("dtype", state_files.NAMES)
 def test_the_file_is_the_one_that_safetensors_writes(tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = torch.randn(7, 5).to(dtype)
     save_file({"states": tensor}, tmp_path / "theirs", {"format": "pt"})
@@ -508,7 +509,7 @@ def test_the_oldest_files_go_first_and_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     size = 14 * 16 * 4  # of this test's states
-    monkeypatch.setattr(encoder_cache, "ON_DISK", 250 + size)
+    monkeypatch.setattr(state_files, "ON_DISK", 250 + size)
     oldest, newest = put(tmp_path, "a", 200, 9), put(tmp_path, "c", 100, 1)
     middle = put(tmp_path, "b", 150, 5)
     kept(frozen(), None, "on", tmp_path)
@@ -536,7 +537,7 @@ def test_without_room_it_is_refused_with_the_reason(
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
         reason = f"its states take 0.0 GB, and {tmp_path} has 0.0 GB left"
     else:
-        monkeypatch.setattr(encoder_cache, "ON_DISK", 5)
+        monkeypatch.setattr(state_files, "ON_DISK", 5)
         reason = "its states take 0.0 GB, at most 0 GB are kept"
     reason += ": use --cache-directory for another disk, or --cache-encoder off"
     model = frozen()

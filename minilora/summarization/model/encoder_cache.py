@@ -5,10 +5,8 @@
 
 If nothing in the encoder trains, H is the same in every epoch. It is computed before the first
 step, and the steps compute the decoder only. H is kept without padding, in the dtype in which the
-decoder's linears read it. If it is larger than `IN_MEMORY`, it is written to a file, which is
-mapped into memory:
-
-    runs/.encoder-cache/FINGERPRINT.safetensors    {"states": (tokens of all dialogues, d)}
+decoder's linears read it. If it is larger than `IN_MEMORY`, it is written to a file
+(`state_files.py`), which is mapped into memory.
 
 If only the layers from k on train, H is the output of layer k - 1, and the steps compute the rest
 (`lower_layers.py`).
@@ -21,42 +19,34 @@ again, bit for bit. The encoder is in evaluation mode: its dropout is off.
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import transformers
-from filelock import FileLock, Timeout
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from minilora.files import PARTIAL, sync
 from minilora.inject import injection_of
 from minilora.modules import plain_name
 
 from .. import processes
 from ..errors import UserError, counted, one_line
-from ..files import sweep
 from .device import autocast
 from .digest import of_tensors
 from .lower_layers import from_states, layers_of, lower_states
 from .speed import uncompiled
+from .state_files import make_room, only_one, read_states, write_states
 
 ROWS = 8  # dialogues in a batch, fastest on a CPU; another size changes the last bits of the states
 IN_MEMORY = 2**30  # bytes
-ON_DISK = 10 * 10**9  # bytes of all files together
 DECODER_ONLY = "name targets, and places of a prefix, in the decoder"
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors
 
 Source = tuple[int, ...]
 """A dialogue's token ids, after prompt and truncation."""
@@ -184,12 +174,12 @@ def _keep(
     shape = (sum(map(len, order)), width)
     size = shape[0] * shape[1] * kept.itemsize
     if size <= IN_MEMORY and processes.world_size() == 1:
-        rows = map(torch.clone, _computed(model, order, dtype, kept, k))
-        return EncoderStates(dict(zip(order, rows, strict=True)), encoder, None, k)
+        copies = map(torch.clone, _computed(model, order, dtype, kept, k))
+        return EncoderStates(dict(zip(order, copies, strict=True)), encoder, None, k)
     path = place / f"{fingerprint(encoder, order, kept, model.device)}.safetensors"
 
     def write() -> None:
-        with _only_one(place):
+        with only_one(place):
             if path.exists():
                 os.utime(path)  # `make_room` removes the least recently used file first
             else:
@@ -203,11 +193,7 @@ def _keep(
     processes.on_rank0(write)
     if not all(processes.gather(path.exists())):
         raise UserError(f"{place} must be on a file system that the machines share")
-    try:
-        states = load_file(path)["states"]  # mapped: read from the disk on use
-        rows = states.split([len(source) for source in order])
-    except (safetensors.SafetensorError, KeyError, RuntimeError):
-        raise UserError(f"{path} is damaged: remove it") from None
+    rows = read_states(path, [len(source) for source in order])
     return EncoderStates(dict(zip(order, rows, strict=True)), encoder, path, k)
 
 
@@ -304,74 +290,3 @@ def _computed(
             batch = order[start : start + ROWS]
             yield from _encoded(model, batch, dtype, kept, k)
             bar.update(len(batch))
-
-
-# The files ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _only_one(place: Path) -> Iterator[None]:
-    """Inside the block this process alone writes into a directory of states; others wait.
-
-    The kernel holds the lock (flock) and releases it when the process ends.
-    """
-    place.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(place / ".lock")
-    try:
-        held = lock.acquire(blocking=False)
-    except Timeout:
-        print(f"note: waiting for the process that writes to {place}", file=sys.stderr)
-        held = lock.acquire()
-    with held:
-        yield
-
-
-def make_room(place: Path, size: int) -> None:
-    """Remove unfinished files of killed processes, and the oldest files if the limit is exceeded.
-
-    Args:
-        place: the directory.
-        size: of the new file, in bytes.
-
-    Raises:
-        UserError: `size` is above the limit, or above the free space of the disk.
-    """
-    sweep(place)
-    instead = "use --cache-directory for another disk, or --cache-encoder off"
-    if size > ON_DISK:
-        limit = f"at most {ON_DISK / 1e9:.0f} GB"
-        raise UserError(f"its states take {size / 1e9:.1f} GB, {limit} are kept: {instead}")
-    files = sorted(place.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
-    total = sum(path.stat().st_size for path in files)
-    for path in files:
-        if total + size > ON_DISK:
-            total -= path.stat().st_size
-            path.unlink()
-            print(f"note: {path} was removed: the oldest of the encoder's states", file=sys.stderr)
-    if size > (free := shutil.disk_usage(place).free):
-        lack = f"its states take {size / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB left"
-        raise UserError(f"{lack}: {instead}")
-
-
-def write_states(path: Path, rows: Iterable[Tensor], shape: Sequence[int], dtype: Any) -> None:
-    """Write a safetensors file row by row, (s, d) each, so that memory holds one batch.
-
-    Atomic: after an error, Ctrl-C or a crash no file has this name.
-    """
-    size = shape[0] * shape[1] * dtype.itemsize
-    entry = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}
-    content = {"__metadata__": {"format": "pt"}, "states": entry}
-    header = json.dumps(content, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the tensor begins at a multiple of 8 bytes
-    partial = path.with_name(f".{path.name}{PARTIAL}")
-    try:
-        with partial.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for row in rows:
-                file.write(row.contiguous().view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
