@@ -45,7 +45,7 @@ api: .venv/development  ## the API reference from the docstrings: build/api/inde
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[api]"
 	$(BIN)/python -m pdoc --docformat google --math -o build/api minilora '!minilora[.](inject|merge|quantize)'
 
-bench: .venv/development  ## every benchmark at a small size: benchmarks/results/small/
+bench: .venv/development  ## ten benchmarks at a small size: benchmarks/results/small/
 	for name in merge_latency exactness layer training evaluation quality qlora conformance startup \
 		predict; do \
 		$(BIN)/python benchmarks/$$name.py --small || exit 1; done

@@ -39,7 +39,8 @@ torch.manual_seed(0)
 # ## A real update
 #
 # Fine-tune all of pocket-bart for a few steps on short dialogues, and decompose the update of every
-# linear layer. This run is short, to be quick; the plot below also shows a long one.
+# linear layer. This run is short. The plot below also shows a whole run, of pocket-bart's earlier
+# weights (8 M).
 
 # %%
 base, tokenizer = workshop.pocket()

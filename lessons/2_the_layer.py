@@ -189,10 +189,10 @@ workshop.must_fail(lambda: claim(without_s, "A random, B = 0 (LoRA)"), "dL/dB wi
 # %% [markdown]
 # ## Your own layer, checked by one line
 #
-# Write a layer as you like. `conformance.check` builds it around linear layers of its own and asks what
-# every LoRA layer must answer: the start, what trains, the gradients against finite differences, the
-# scale, the rank, dropout, merging ([all of it](../docs/conformance.md)). What the layer does not do, such
-# as merging, is not applicable.
+# Write a layer as you like. `conformance.check` wraps its own linear layers with it and checks what
+# every LoRA layer must satisfy: the start, what trains, the gradients against finite differences,
+# the scale, the rank, dropout, merging ([all of it](../docs/conformance.md)). What the layer does
+# not do, such as merging, is not applicable.
 
 
 # %%

@@ -13,8 +13,8 @@
 #    \Delta W_1 = s B_1 A = -\eta\, s^2\, M A^\top A $$
 #
 # The entries of $A$ are uniform in $\pm 1/\sqrt{\text{in}}$, with variance $1/(3\,\text{in})$, so
-# $\mathbb{E}[A^\top A] = \frac{r}{3\,\text{in}} I$. How far does the step go downhill? Project it onto
-# the direction of steepest descent, in units of the full gradient:
+# $\mathbb{E}[A^\top A] = \frac{r}{3\,\text{in}} I$. How much of the step follows the gradient?
+# Project it onto the direction of steepest descent, in units of the full gradient:
 #
 # $$ p = -\frac{\langle \Delta W_1, M \rangle}{\lVert M \rVert^2}
 #      = \eta\, s^2\, \frac{\lVert M A^\top \rVert^2}{\lVert M \rVert^2}
@@ -52,7 +52,7 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## The first step, measured
 #
-# One linear layer and a regression. Take a step, and measure how far downhill it went.
+# One linear layer and a regression. Take a step, and measure p.
 
 # %%
 x, target = torch.randn(16, 256), torch.randn(16, 128)  # (n, in), (n, out)
@@ -157,7 +157,7 @@ for (optimizer, rule), values in progress.items():
     style = "o-" if rule == "alpha / r" else "s--"
     axes[0].plot(RANKS, values / values[0], style, color=color, label=f"{optimizer}, {rule}")
 axes[0].set(
-    xscale="log", yscale="log", xlabel="rank r", ylabel="way downhill, p (r = 1 is 1)",
+    xscale="log", yscale="log", xlabel="rank r", ylabel="p, relative to r = 1",
     title="One step",
 )  # fmt: skip
 axes[0].set_xticks(RANKS, map(str, RANKS))
@@ -184,8 +184,8 @@ plt.show()
 # optimizer; each makes one optimizer independent of the rank. Middle: over several steps of Adam,
 # and in norm (which also counts what does not go downhill), rank 64 is below rank 4 with $\alpha/r$
 # (solid) and above it with $\alpha/\sqrt r$ (dashed): here neither rule is neutral. Right: LoRA's
-# best learning rate is higher than that of full fine-tuning, and much too high for it. So a comparison
-# of the two at one common rate says nothing.
+# best learning rate is higher than that of full fine-tuning, and would be much too high for full
+# fine-tuning. So a comparison of the two at one common rate says nothing.
 #
 # ## The claim
 #

@@ -10,10 +10,10 @@
 #
 # $$ x W^\top + s\,(x A^\top) B^\top = x\,(W + s B A)^\top $$
 #
-# With exact numbers this would be all. But $W$ is stored in bfloat16, with 8 significant bits, and
-# the sum has to be rounded to them. Neighbouring bfloat16 numbers around $w$ are one *ulp* (unit in
-# the last place) apart: $\mathrm{ulp}(w) = 2^{\lfloor \log_2 |w| \rfloor - 7}$. Rounding once, to the
-# nearest, has an error of at most half an ulp. Two questions follow:
+# In exact arithmetic the two sides are equal. But $W$ is stored in bfloat16, with 8 significant
+# bits, and the sum has to be rounded to them. Neighbouring bfloat16 numbers around $w$ are one
+# *ulp* (unit in the last place) apart: $\mathrm{ulp}(w) = 2^{\lfloor \log_2 |w| \rfloor - 7}$.
+# Rounding once, to the nearest, has an error of at most half an ulp. Two questions follow:
 #
 # - How much of a small $\Delta W$ does rounding remove?
 # - Can the base be restored? Subtracting does not restore it: with $\mathrm{fl}$ for rounding,

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 6 · Four bits
 #
-# **Question.** The base is frozen, so its precision needs to suffice for reading, not for training.
-# Are four bits enough, and which sixteen numbers should they represent?
+# **Question.** The base is frozen, so it must be precise enough to compute with, but not to be
+# updated. Are four bits enough, and which sixteen numbers should they represent?
 #
 # ## The math
 #
@@ -208,12 +208,12 @@ plt.show()
 
 # %% [markdown]
 # **What to see.** Left: NF4's levels are dense where most weights are; int4's are not. Middle: on a
-# trained weight NF4 (blue) has a smaller error than int4 (orange). The gap widens with the block size,
-# because the largest value of a block widens all steps of int4. On uniform numbers (dotted) the order
-# is reversed: NF4 is better *for normal weights*, not in general. Smaller blocks are more exact, but
-# each halving doubles the memory of the scales. Right: LoftQ removes little of the error at the usual
-# ranks. Rounding errors are nearly noise, noise has no low rank (the dashed line of lesson 1), and so
-# an adapter of rank 8 can represent only a small part of them.
+# trained weight NF4 (blue) has a smaller error than int4 (orange). The gap widens with the block
+# size, because the largest value of a block widens all steps of int4. On uniform numbers (dotted)
+# the order is reversed: NF4 is better *for normal weights*, not in general. Smaller blocks are more
+# accurate, but each halving doubles the memory of the scales. Right: LoftQ removes little of the
+# error at the usual ranks. Rounding errors are nearly noise, noise is not low-rank (the dashed line
+# of lesson 1), so an adapter of rank 8 can represent only a small part of them.
 #
 # ## The claim
 #

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 7 · Which layers, which rank
 #
-# **Question.** The number of trainable parameters is given. Should they adapt few matrices at a high
-# rank, or many at a low rank? And how much better is full fine-tuning?
+# **Question.** The number of trainable parameters is fixed. Should they adapt few matrices at a
+# high rank, or many at a low rank? And how much better is full fine-tuning?
 #
 # ## The math
 #
@@ -146,13 +146,15 @@ right.set(
 plt.show()
 
 # %% [markdown]
-# **What to see.** Left: every method gains. The bands (three seeds) are narrow compared with the gain,
-# but not compared with the differences between methods. At the same number of trained parameters no
-# choice of layers is clearly better than another. (On large models with long training, more matrices
-# are better than a higher rank of few: Dettmers et al. 2023, figure 2. Five steps of a small model do
-# not show this.) Full fine-tuning, at the far right, trains tens of times as many parameters. All LoRA
-# runs use $\alpha = 32$; with Adam and $s = \alpha / r$ one learning rate then suits every rank (lesson
-# 3). Right: compare intervals, not points. A better loss is not always a better ROUGE.
+# **What to see.** Left: every method gains. The bands (three seeds) are narrow compared with the
+# gain, but not compared with the differences between methods. At the same number of trained
+# parameters no choice of layers is clearly better than another. (On large models with long
+# training, adapting more matrices is better than a higher rank on a few: Dettmers et al. 2023,
+# figure 2. Five steps of a small model do not show this.) Full fine-tuning, at the far right,
+# trains at least 38 times as many parameters and is not better after five steps. All LoRA runs use
+# $\alpha = 32$; with Adam and $s = \alpha / r$ the first step then has the same size at every rank
+# (lesson 3), so one learning rate is used for all. Right: compare intervals, not points. A better
+# loss is not always a better ROUGE.
 #
 # ## The claim
 #

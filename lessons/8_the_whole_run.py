@@ -176,13 +176,12 @@ if per_summary:
 plt.show()
 
 # %% [markdown]
-# **What to see.** Left: a point below the dotted line is a dialogue whose reference became more likely.
-# Nearly all are. The summaries need not be better yet: see the printed interval of ROUGE after so
-# short a run. Middle: the mean gain (line, with its 95% interval in grey) is small compared with the
-# spread. Many summaries got *worse* (red): a mean gain promises nothing for a single dialogue. Right:
-# invented names are rarer after fine-tuning, but they still occur. They are only the errors that are
-# easy to count. Read the summaries above: some give one person's actions to another, and some contain
-# words that do not exist. ROUGE ignores such errors.
+# **What to see.** Left: a point below the dotted line is a dialogue whose reference became more
+# likely. Nearly all are. The printed interval of ROUGE says whether the summaries are better.
+# Middle: the mean gain (line, with its 95% interval in grey) is small compared with the spread.
+# Many summaries got *worse* (red): a mean gain promises nothing for a single dialogue. Right:
+# invented names are rarer after fine-tuning, but they still occur. They are only the errors that
+# are easy to count. Read the summaries above, too: a summary with a wrong name can have a high score.
 #
 # ## The claim
 #

@@ -1,4 +1,4 @@
-"""Is this LoRA right? Nineteen invariants, checked on anybody's layer or model.
+"""Is this LoRA right? Nineteen invariants, checked on any layer or model.
 
     from minilora import conformance
     print(conformance.check(make))  # make(linear, rank, alpha, dropout) -> your layer

@@ -1,4 +1,4 @@
-"""`low_rank` with a backward of its own: training takes less time and less memory by it."""
+"""`low_rank` with its own backward pass, which saves time and memory in training."""
 
 from typing import Any
 

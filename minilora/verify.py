@@ -53,9 +53,11 @@ class TrainingReport:
     def __str__(self) -> str:
         least = min(self.moved.values(), default=0.0)
         count = "1 tensor trains" if len(self.moved) == 1 else f"{len(self.moved)} tensors train"
-        text = f"{self.steps} steps: {count}, at least {least:.0%} of each"
+        share = "all" if least == 1 else f"at least {least:.0%}"
         same = "the base changed" if self.base_changed else "the base is bit for bit what it was"
-        return "\n  ".join([f"{text} moved; {same}", *self.problems])
+        return "\n  ".join(
+            [f"{self.steps} steps: {count}, {share} of each moved; {same}", *self.problems]
+        )
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def test_without_a_network_it_takes_no_minute(
     monkeypatch.setattr(hub, "getproxies", dict)
     name = DataOptions(data="nobody/nothing") if read is find else "nobody/nothing"
     started = time.monotonic()
-    with pytest.raises(UserError, match="offline it is not in the hub's cache: name a path"):
+    with pytest.raises(UserError, match="offline it is not in the hub's cache: give a path"):
         read(*([name] if read is not load_model else [name, torch.device("cpu")]))
     assert time.monotonic() - started < 3
     assert constants.HF_HUB_OFFLINE

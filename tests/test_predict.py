@@ -160,9 +160,9 @@ def test_a_kill_at_any_byte_changes_nothing_in_the_end(tmp_path: Path, whole: by
 def test_what_another_call_began_is_not_mixed_with_this_one(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     run(output, Model(1))
-    with pytest.raises(UserError, match="was begun with other decoding: remove it, or give --out"):
+    with pytest.raises(UserError, match="was started with other decoding: remove it, or give --o"):
         run(output, Model(), SETTINGS | {"decoding": {"beams": 1}})
-    with pytest.raises(UserError, match="was begun with other chats"):
+    with pytest.raises(UserError, match="was started with other chats"):
         predict.write_summaries(output, CHATS[:5], ENCODED[:5], SETTINGS, 3, Model())
     partial = tmp_path / "out.jsonl.partial"
     for damage in (b"[]\n", b"1\n", b"{broken\n"):

@@ -1,4 +1,4 @@
-"""What goes beyond plain LoRA, one file a method. A method is one or more of these parts:
+"""Methods beyond plain LoRA, one file each. A method is one or more of these parts:
 
     part     what it provides                                           its table
     layer    a subclass of LoRALinear: `add_parameters`, and `factors`  LAYERS, in inject.py

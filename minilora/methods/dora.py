@@ -1,4 +1,4 @@
-"""DoRALinear: the length of each row of the weight trains apart from its direction."""
+"""DoRALinear: the length and the direction of each row of the weight train separately."""
 
 from typing import Any
 

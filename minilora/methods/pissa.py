@@ -1,4 +1,4 @@
-"""PiSSALinear: A and B start from the largest singular values of W, which leave the frozen base.
+"""PiSSALinear: A and B start from the largest singular values of W; the base keeps the rest.
 
 Meng et al. 2024, https://arxiv.org/abs/2404.02948.
 """

@@ -6,7 +6,7 @@ attention reads m more keys and values,
     softmax(Q [P_K; K]^T / sqrt(d)) [P_V; V]    with P_K, P_V (m, d) of each layer
 
 in the encoder's self-attention, the decoder's, and cross-attention. Section 4.3 trains them through
-an MLP with a hidden layer, because that is steadier:
+an MLP with a hidden layer, because that is more stable:
 
     P = tanh(P' W1^T + b1) W2^T + b2            P' (m, d)
 

@@ -1,4 +1,4 @@
-"""An adapter and a model: save the one a model carries, load one into a model."""
+"""Save the adapter of a model, or load an adapter into a model."""
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json, to and from LoRAConfig. What it asks for and minilora lacks is named.
+"""PEFT's adapter_config.json, to and from LoRAConfig. What minilora lacks is an error.
 
 The rules were read in PEFT 0.21.2; the file has been the same since its first versions.
 """

@@ -84,7 +84,7 @@ def _add_settings(parser: Parser, kind: Any, show_defaults: bool = True) -> None
     for setting in fields(kind):
         default, text = defaults[setting.name], setting.metadata["help"]
         shown = " ".join(default) if isinstance(default, list) else default
-        if show_defaults and shown not in (None, "", True, False):
+        if show_defaults and shown not in (None, "") and not isinstance(shown, bool):
             text += f" (default: {shown})"
         takes = _takes(types[setting.name], setting.name)
         takes |= {"help": text, "default": argparse.SUPPRESS, "dest": setting.name}
@@ -228,9 +228,10 @@ def evaluation_parser(program: str = "evaluate.py") -> Parser:
     add("--limit", type=int, default=0, help="only the first N dialogues; 0: all (default: 0)")
     chats = parser.add_mutually_exclusive_group()
     chats.add_argument(
-        "--text", action="append", help="summarize this file; - is standard input; may be repeated"
-    )
-    chats.add_argument("--predict", metavar="FILE", help="summarize its chats, into --output")
+        "--text", action="append", metavar="FILE",
+        help="summarize this file; - is standard input; may be repeated",
+    )  # fmt: skip
+    chats.add_argument("--predict", metavar="FILE", help="summarize its chats; writes --output")
     add("--base", action="store_true", help="also summarize the chats with the base model")
     add("--output", metavar="FILE", help="write all scores and texts (JSON), or the summaries")
     add("--device", default=argparse.SUPPRESS, help="auto, cpu, cuda, ...")
@@ -242,7 +243,8 @@ def evaluation_parser(program: str = "evaluate.py") -> Parser:
         help="auto: "
         "the base and the fine-tuned model share the encoder's states, if the encoder is frozen",
     )
-    add("--cache-directory", default=argparse.SUPPRESS, metavar="DIRECTORY", help="of the states")
+    add("--cache-directory", default=argparse.SUPPRESS, metavar="DIRECTORY",
+        help="directory of the encoder's states")  # fmt: skip
     _add_preset(parser, "settings for an adapter directory (default: pocket)")
     for kind in (DataOptions, GenerationOptions):
         _add_settings(parser, kind, show_defaults=False)

@@ -51,4 +51,4 @@ def not_found() -> str:
     """The part of a message that says where a name was not found, and what to do."""
     if not constants.HF_HUB_OFFLINE:
         return "the hub does not have it"
-    return "offline it is not in the hub's cache: name a path, or go online once"
+    return "offline it is not in the hub's cache: give a path, or connect to the network once"

@@ -97,11 +97,11 @@ def _begun(partial: Path, settings: Mapping[str, Any]) -> dict[int, Row]:
         changed = [name for name in settings if first.get(name) != settings[name]]
         found: dict[int, Row] = dict(rows)
     except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{partial} is damaged: remove it to begin anew") from None
+        raise UserError(f"{partial} is damaged: remove it to start again") from None
     if changed:
         names = " and ".join(changed)
         raise UserError(
-            f"{partial} was begun with other {names}: remove it, or give --output another name"
+            f"{partial} was started with other {names}: remove it, or give --output another name"
         )
     return found
 

@@ -46,7 +46,9 @@ class ModelOptions:
     )
     with_: Literal["none", "prompt", "prefix"] = _flag("none", "what trains together with LoRA")
     device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag("auto", "auto: the fastest here")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag(
+        "auto", "auto: the fastest on this device"
+    )
     seed: int = _flag(0, "random seed of the adapter's initialization, batch order and dropout")
 
 
@@ -64,7 +66,7 @@ class DataOptions:
     test_file: str | None = _flag(None, "file of the test split, instead of --data")
     dialogue_column: str = _flag("dialogue", "column with the text to summarize, or its turns")
     summary_column: str = _flag(
-        "summary", "column with the reference summary; several are numbered"
+        "summary", "column with the reference summary (several: summary1, summary2, ...)"
     )
     prompt_before: str = _flag("", "text put before every dialogue (\\n is a line break)")
     prompt_after: str = _flag("", "text put after every dialogue")

@@ -1,4 +1,4 @@
-"""Train, validation and test: what the data brings, and what is held out where it brings less."""
+"""Train, validation and test: those of the data, and those held out from its training split."""
 
 import hashlib
 import json

@@ -2,7 +2,7 @@
 
 Every score has a 95% bootstrap interval. The difference of the two models is paired by dialogue: it
 is the number to look at. Both models find the same dialogues hard, so the intervals of the two
-scores overlap more often than the difference is uncertain.
+scores can overlap although the difference is certain.
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,8 +7,8 @@ Four shares of the summaries, each with its bootstrap interval:
 - foreign numbers: a number or time that is not in the dialogue as digits, word or clock form
   (4, four, 4 pm, 16:00; half past four, 4:30). The word "one" is left out: it is a pronoun.
 - non-words: neither in the dialogue nor in `assets/words.txt`, a list of common English words.
-  What is a name by the first rule is not looked up. So an invented word, or a foreign name at a
-  sentence's start.
+  What is a name by the first rule is not looked up. This finds invented words, and names that
+  are not in the dialogue at a sentence's start.
 - repeats: a phrase said twice in a row ("the the", "a cake and a cake", "Tom and Tom"), or the same
   three words twice in a sentence, capitalised ones left out; not what the dialogue says so.
 

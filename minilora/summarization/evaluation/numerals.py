@@ -1,4 +1,4 @@
-"""The numbers of an English text, each with all that it can be called: 4, four, 4 pm, 16:00."""
+"""The numbers of an English text, each with every form it can take: 4, four, 4 pm, 16:00."""
 
 import re
 import unicodedata

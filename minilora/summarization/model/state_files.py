@@ -2,8 +2,8 @@
 
     runs/.encoder-cache/FINGERPRINT.safetensors    {"states": (tokens of all dialogues, d)}
 
-Several processes may use the directory: one writes at a time. The files that were not used for the
-longest time are removed first.
+Several processes may use the directory: one writes at a time. The least recently used files are
+removed first.
 """
 
 import json

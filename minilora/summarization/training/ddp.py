@@ -1,4 +1,4 @@
-"""Data-parallel gradients: each process computes its shard, and the gradients are averaged."""
+"""Data-parallel gradients: each process computes its shard, and the gradients are summed."""
 
 import inspect
 from collections.abc import Mapping

@@ -1,10 +1,9 @@
 """The training loop: from a base model and dialogues to the best adapter.
 
 output/
-    config.json      every setting, the learning rate resolved
-    log.jsonl        one record a line: start, step, validation, end
-    adapter/         the best by validation ROUGE-1, then by the loss (model/ after --method full)
-    checkpoints/     for --resume
+    config.json      every setting, the learning rate resolved log.jsonl        one record a line:
+    start, step, check, validation, end adapter/         the best by validation ROUGE-1, then by the
+    loss (model/ after --method full) checkpoints/     for --resume
 """
 
 import math
