@@ -55,9 +55,8 @@ class TrainingReport:
         count = "1 tensor trains" if len(self.moved) == 1 else f"{len(self.moved)} tensors train"
         share = "all" if least == 1 else f"at least {least:.0%}"
         same = "the base changed" if self.base_changed else "the base is bit for bit what it was"
-        return "\n  ".join(
-            [f"{self.steps} steps: {count}, {share} of each moved; {same}", *self.problems]
-        )
+        text = f"{self.steps} steps: {count}, {share} of each moved; {same}"
+        return "\n  ".join([text, *self.problems])
 
 
 @contextmanager
