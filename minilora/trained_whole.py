@@ -70,7 +70,7 @@ class TrainedWhole(Extra):
         """The tensors that train, by name on disk."""
         names = self.names(model)
         state = tensors(model) if names else {}
-        return {name: state[key] for name, key in names.items()}
+        return {name: state[key] for name, key in names.items() if key in state}
 
     def start(self, model: nn.Module) -> None:
         """Let the tensors train, and keep the base's values."""
@@ -91,20 +91,25 @@ class TrainedWhole(Extra):
 
 
 class Embeddings(TrainedWhole):
-    """Embeddings in a file of PEFT whose configuration does not name them: PEFT adds resized ones.
+    """Embeddings in a file of PEFT whose configuration does not name them. They stay frozen.
 
-    They are loaded into the weight itself. If it is tied, this changes all modules that share it.
+    PEFT adds them if they were resized, and the base's weight of an adapted output head. They are
+    loaded into the weight itself. If it is tied, this changes all modules that share it.
 
     Args:
-        names: of the embedding modules; the same on disk and in the model.
+        keys: names of the tensors on disk, such as "lm_head.weight" or "lm_head.base_layer.weight".
     """
 
-    def __init__(self, names: Collection[str]) -> None:
-        self.unnamed, self.values = tuple(f"{name}.weight" for name in names), {}
+    def __init__(self, keys: Collection[str]) -> None:
+        self.keys, self.values = tuple(keys), {}
 
     def names(self, model: nn.Module) -> dict[str, str]:
-        """Each name stands for itself, in any model."""
-        return {name: name for name in self.unnamed}
+        """Each name without PEFT's part for the base; with minilora's, if the model has it."""
+        layers, found = lora_layers(model), {}
+        for key in self.keys:
+            module, _, end = key.replace(".base_layer", "").rpartition(".")
+            found[key] = f"{module}.base.{end}" if module in layers else f"{module}.{end}"
+        return found
 
 
 def require_grad(tensor: Tensor, trains: bool = True) -> None:

@@ -17,7 +17,6 @@ from minilora.peft_format import keys
 from minilora.peft_format.directory import Adapter, read_adapter, write_adapter
 from minilora.reports import LoadReport
 from minilora.targets import check_modules, is_target
-from minilora.targets import trained_whole as is_trained_whole
 
 CONVERSIONS: dict[str, Callable[[Adapter, dict[str, LoRALinear]], Adapter]] = {}
 """`init` -> converts an adapter that started from the base's weights to what is saved."""
@@ -151,14 +150,15 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     for method in adapter.config.beside:
         adapter = replace(adapter, tensors=method.fitted(model, adapter.tensors))
     config = _as_read(adapter, named)
-    unnamed = trained_whole.Embeddings(names := _embeddings(model, adapter, config))
-    selected = _check_fit(model, adapter, config, named, unnamed)
+    selected, unnamed = _check_fit(model, adapter, config, named)
     if not inference:
-        refuse_half(model, replace(config, also_train=(*config.also_train, *names)))
+        refuse_half(model, config)
     # The output of a prefix's MLP is no leaf: it cannot be filled in place.
     held = {key: tensor.shape for key, tensor in _held(model).items() if tensor.is_leaf}
-    # PiSSA's A0 and B0 depend on the scale, which the new adapter may change.
-    swapped = held == {k: t.shape for k, t in adapter.tensors.items()} and config.init not in LAYERS
+    # Shapes do not say which rows. PiSSA's A0 and B0 depend on the scale, which may change.
+    old = injection.config if injection is not None else config
+    alike = old.token_rows == config.token_rows and not {old.init, config.init} & LAYERS.keys()
+    swapped = alike and held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
     if not swapped:
         refuse_wrapped(wrapped)  # data-parallel copies would never learn of the new parameters
         unload(model)
@@ -168,20 +168,25 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     injection = injection_of(model)
     assert injection is not None
     injection.extras += [] if swapped else [unnamed]
-    _fill(model, adapter, config, inference)
+    _fill(model, adapter, config, inference, unnamed.keys)
     injection.config = config
     notice = _compare_base(adapter.base_model, _base_model_name(model))
     return LoadReport(report(model).modules, swapped, adapter.base_model, notice)
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, adapter: Adapter, config: LoRAConfig, inference: bool) -> None:
+def _fill(
+    model: nn.Module, adapter: Adapter, config: LoRAConfig, inference: bool, frozen: Collection[str]
+) -> None:
     """Copy the adapter's values into an injected model of the same shapes."""
+    for key, tensor in _held(model).items():
+        trains = not inference and key.removeprefix(keys.PREFIX) not in frozen
+        trained_whole.require_grad(tensor.copy_(adapter.tensors[key]), trains)
     for module, layer in lora_layers(model).items():
         layer.alpha, layer.dropout = config.alpha_of(module), config.dropout
         layer.scale = adapter.scale_of(module)
-    for key, tensor in _held(model).items():
-        trained_whole.require_grad(tensor.copy_(adapter.tensors[key]), not inference)
+        if f"{module}.base_layer.weight" in frozen:
+            layer.load_state_dict({}, strict=False)  # DoRA keeps the squares of W
 
 
 def _held(model: nn.Module) -> dict[str, Tensor]:
@@ -200,14 +205,18 @@ def _extra_tensors(model: nn.Module, extras: Iterable[Extra]) -> dict[str, Tenso
 
 
 def _check_fit(
-    model: nn.Module, adapter: Adapter, config: LoRAConfig, named: dict[str, nn.Module],
-    unnamed: Extra,
-) -> dict[str, nn.Module]:  # fmt: skip
-    """The modules that the adapter's keys name, once its keys are those that the model expects."""
+    model: nn.Module, adapter: Adapter, config: LoRAConfig, named: dict[str, nn.Module]
+) -> tuple[dict[str, nn.Module], trained_whole.Embeddings]:
+    """The modules that the adapter's keys name, once its keys are those that the model expects.
+
+    Also the embeddings that the file contains although no field asks for them.
+    """
     known = [name for name, module in named.items() if linears.is_linear(module)]
     every = config.targets == ALL_LINEAR  # which head was left out, only the file can say
     targeted = [n for n in known if (n in adapter.modules if every else is_target(config, n))]
     extras = _extra_tensors(model, [extra(model, config, adapter.modules) for extra in EXTRAS])
+    more = [name for name in adapter.extras if keys.PREFIX + name not in extras]
+    unnamed = trained_whole.Embeddings(_embeddings(model, more, config))
     extras |= _extra_tensors(model, [unnamed])
     expected = {key: (tuple(t.shape), t.is_floating_point()) for key, t in extras.items()}
     for name in targeted:
@@ -229,14 +238,17 @@ def _check_fit(
     keys.refuse("the adapter does not fit the model", problems)
     selected = {name: named[name] for name in adapter.modules}
     check_modules(model, selected)
-    return selected
+    return selected, unnamed
 
 
-def _embeddings(model: nn.Module, adapter: Adapter, config: LoRAConfig) -> list[str]:
-    """The embeddings, by name, that the file contains although also_train does not list them."""
-    ends, extras = embeddings(model), adapter.extras
-    named = [n for n, module in model.named_modules() if module in ends and f"{n}.weight" in extras]
-    return [name for name in named if not is_trained_whole(config, name)]
+def _embeddings(model: nn.Module, extras: Iterable[str], config: LoRAConfig) -> list[str]:
+    """Those of the tensors, by name on disk, that are of the embeddings or of the output head.
+
+    With PEFT's PiSSA the base's weight is what is left of W. The layer here keeps W, and refuses.
+    """
+    ends, base = embeddings(model), "" if config.init in LAYERS else ".base_layer"
+    modules = {plain_name(name) for name, module in model.named_modules() if module in ends}
+    return [name for name in extras if name.replace(base, "").rpartition(".")[0] in modules]
 
 
 def _base_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, nn.Module]:

@@ -71,7 +71,7 @@ class Adapter:
         held, config = self.own, self.config
         some = config.bias != "none" or config.also_train or config.token_rows
         for name in self.extras:  # whether these names are right, only a model can tell
-            if some or (name.endswith(".weight") and ".lora_" not in name):  # PEFT's embeddings
+            if some or (name.endswith((".weight", ".bias")) and ".lora_" not in name):  # PEFT's own
                 held.pop(keys.PREFIX + name, None)
         problems = keys.compare(expected, held, self._explain)
         for key, tensor in self.tensors.items():
