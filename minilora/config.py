@@ -12,7 +12,7 @@ How the fields enter the equation y = x W^T + b + s (dropout(x) A^T) B^T of `fun
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -109,6 +109,8 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         for name in RULES:
+            if hasattr(value := getattr(self, name), "tolist"):  # a number or array of NumPy's
+                self._set(name, value.tolist())
             check(name, getattr(self, name))
         for name in ("targets", "exclude", "layers", "layers_pattern", "also_train", "token_rows"):
             self._set(name, _as_tuple(name, getattr(self, name)))
@@ -206,7 +208,7 @@ def _is(type_: Any, value: Any) -> bool:
 
 
 def _all_are(type_: Any, value: Any) -> bool:
-    return isinstance(value, Iterable) and all(_is(type_, item) for item in value)
+    return isinstance(value, Collection) and all(_is(type_, item) for item in value)
 
 
 Rule = tuple[Callable[[Any], bool], str]

@@ -3,6 +3,7 @@
 Only torch is imported. The others' classes are recognized by names and attributes.
 """
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,13 @@ from torch import nn
 from minilora.config import ATTENTION, LoRAConfig, LoRAError, matches
 from minilora.modules import path, plain_model
 
-BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""Modules that read the weights of their linears without calling them: an adapter inside gets no
-gradient and has no effect."""
+BYPASSING = re.compile(
+    r"torch\.nn\..*\.(MultiheadAttention|TransformerEncoderLayer)\..*"
+    r"|transformers\..*\.(WavLMAttention\.(q|k|v|out)_proj|(Falcon|Jamba|)MambaMixer\.dt_proj)"
+    r"|transformers\..*\.((Falcon)?Mamba|\w*Mamba2|FalconH1|Bamba)Mixer\.out_proj"
+)
+"""Class and linear where the class reads the weight without calling the linear, always or on a GPU:
+an adapter on it gets no gradient and has no effect."""
 
 PROJECTIONS = (
     ("q_proj", "v_proj"), ("q", "v"), ("query", "value"), ("query_proj", "value_proj"),
@@ -31,6 +36,12 @@ HEADS = {
 pre_classifier), and of BART's head, which PEFT leaves out."""
 
 
+def bypasses(module: nn.Module | None, linear: str) -> bool:
+    """Whether the module reads the weight of a linear inside it, of this name, without a call."""
+    classes = (f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__)
+    return any(BYPASSING.fullmatch(f"{kind}.{linear.rpartition('.')[2]}") for kind in classes)
+
+
 def embeddings(model: nn.Module) -> list[Any]:
     """The input embeddings and the output head of a model; None for each that it does not name."""
     try:
@@ -44,12 +55,18 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
-def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse a model whose modules may no longer be replaced.
+def refuse_wrapped(model: nn.Module, needs_values: bool = False) -> None:
+    """Refuse a model whose modules may no longer be replaced, or take no values.
 
     Raises:
-        LoRAError: the model is wrapped or sharded, or carries an adapter of PEFT.
+        LoRAError: the model is wrapped or sharded, its weights are offloaded (with `needs_values`,
+            or only shapes), or it carries an adapter of PEFT.
     """
+    # accelerate's hooks copy offloaded weights into place for each call
+    away = [m for m in model.modules() if needs_values or hasattr(m, "_hf_hook")]
+    if any(parameter.is_meta for module in away for parameter in module.parameters()):
+        what = "weights are on the meta device, where accelerate's offloading leaves them too"
+        raise LoRAError(f"{what}: load the model onto one device first, without offloading")
     if is_sharded(model) or plain_model(model) is not model:
         raise LoRAError("inject before torch.compile, DistributedDataParallel or fully_shard")
     if any(k.__module__.startswith("peft.") for m in model.modules() for k in type(m).__mro__):
@@ -82,8 +99,8 @@ def refuse_half(model: nn.Module, config: LoRAConfig) -> None:
     for name, p in model.named_parameters():
         whole = any(matches(config.also_train, part) for part in path(name))
         if p.dtype.itemsize < 4 and (whole or (config.bias != "none" and name.endswith("bias"))):
-            what = f"{name} cannot train: in {p.dtype} small steps are lost"
-            raise LoRAError(f"{what}: call .float() on the module, and train under torch.autocast")
+            what = f"{name} cannot train: in {p.dtype} small steps are lost: call .float() on its"
+            raise LoRAError(f"{what} module and use torch.autocast, or load with inference=True")
 
 
 def projections(model: nn.Module) -> tuple[str, ...]:

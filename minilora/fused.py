@@ -5,17 +5,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.weak import TensorWeakRef
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-CHANGED = "An adapted layer's input changed in place. With dropout, set LoRALinear.fused = False"
+CASTS = WeakTensorKeyDictionary()
+"""x -> its state, and a weak reference to its cast: `_cast_once`."""
+CHANGED = "\nAn adapted layer's input changed in place. With dropout, set LoRALinear.fused = False"
 
 
 def can_fuse(y: Tensor, x: Tensor) -> bool:
     """Whether `fused_low_rank` applies: y has the dtype that the branch computes in.
 
-    It does not on the meta device, which has no autocast, and where torch needs plain operations.
+    It does not on the meta device, which has no autocast, where torch needs plain operations, and
+    for nested and sparse tensors.
     """
-    return not (x.is_meta or is_transformed()) and y.dtype == _compute_dtype(x)
+    plain = x.is_meta or is_transformed() or x.is_nested or x.layout != torch.strided
+    return not plain and y.dtype == _compute_dtype(x)
 
 
 def is_transformed() -> bool:
@@ -81,7 +85,7 @@ class LowRank(torch.autograd.Function):
         try:
             x, m, h, a, tb, A, B = ctx.saved_tensors
         except RuntimeError as error:  # with dropout the plain line keeps a copy of its own
-            raise RuntimeError(f"{error}\n{CHANGED}") from None
+            raise RuntimeError(str(error) + CHANGED * ("inplace" in str(error))) from None
         dx = dA = dB = None
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():  # a second derivative will be taken: of x, A and B
@@ -110,7 +114,7 @@ def keep_mask(x: Tensor, p: float) -> Tensor:
     On a CPU `bernoulli_` costs more than the layer's product. There 16 random bits decide, four
     elements share a draw of the generator, and p is met to 1 / 65,536.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or p * 65536 > 65535:
         return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # each of 65,536 values alike
@@ -134,15 +138,17 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast x, once for all layers that read it: q and v of an attention save the same cast.
 
-    It is cached on x while a backward pass needs it. Without the cache
+    It is cached while a backward pass needs it, and x is what it was; autograd cannot see, nor can
+    this, what changes the values by `x.data`. Without the cache
     `test_q_and_v_save_at_most_two_fifths_of_what_peft_saves` fails.
     """
     if torch.compiler.is_compiling() or x.is_inference():
         return x.to(dtype)  # a compiler finds the common cast by itself
-    version, reference = getattr(x, "_minilora_cast", (0, lambda: None))
-    cast: Tensor | None = reference()
     asked = x.requires_grad and torch.is_grad_enabled()
-    if cast is None or (version, dtype, asked) != (x._version, cast.dtype, cast.requires_grad):
+    state = x._version, x.data_ptr(), dtype, asked
+    known, reference = CASTS.get(x, (None, lambda: None))
+    cast: Tensor | None = reference() if known == state else None
+    if cast is None:
         cast = x.to(dtype)
-        x._minilora_cast = (x._version, TensorWeakRef(cast))  # type: ignore[attr-defined]
+        CASTS[x] = state, TensorWeakRef(cast)
     return cast

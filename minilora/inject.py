@@ -60,6 +60,8 @@ def wrap(model: nn.Module, selected: dict[str, nn.Module], config: LoRAConfig) -
     extras = [extra(model, config, selected) for extra in EXTRAS]
     layer_class, layers = layer_for(config), {}
     more: Any = {"dropout": config.dropout, "rslora": config.rslora, "init": config.init}
+    hook = model.register_load_state_dict_pre_hook(refuse_merged)
+    model._minilora = Injection(config, required_grad, extras, hook)  # type: ignore[assignment]
     try:
         for name, module in selected.items():
             rank, alpha = config.rank_of(name), config.alpha_of(name)
@@ -71,11 +73,9 @@ def wrap(model: nn.Module, selected: dict[str, nn.Module], config: LoRAConfig) -
             extra.start(model)
     except BaseException:  # Ctrl-C too: the model is left as it was
         replace_modules(model, {layer: module for module, layer in layers.items()})
-        require_grad(model, required_grad)
+        _put_back(model)
         raise
     model.zero_grad()  # an optimizer skips a parameter only if its gradient is None
-    hook = model.register_load_state_dict_pre_hook(refuse_merged)
-    model._minilora = Injection(config, required_grad, extras, hook)  # type: ignore[assignment]
 
 
 def layer_for(config: LoRAConfig) -> type[LoRALinear]:
@@ -171,6 +171,8 @@ def merge_layers(layers: dict[str, LoRALinear]) -> None:
     try:
         for name, layer in unmerged.items():
             with naming(name):
+                if layer.lora_A.is_meta or not layer.enabled:
+                    raise LoRAError("cannot merge on the meta device, or inside minilora.disabled")
                 layer.merge()
     except BaseException:  # also when there is no memory for the original weights
         for layer in unmerged.values():

@@ -77,6 +77,6 @@ def adapter_placement(base: nn.Module) -> tuple[torch.device, torch.dtype]:
         raise LoRAError(f"{cannot}: {what}; remove the parametrization first")
     weight = dense_weight(base)
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        what = "it is quantized by another library; dequantize it or use minilora.quantize"
+        what = "they must be real and of 16 bits or more; dequantize them or use minilora.quantize"
         raise LoRAError(f"{cannot} with {weight.dtype} weights: {what}")
     return weight.device, torch.promote_types(weight.dtype, torch.float32)

@@ -90,7 +90,7 @@ def check_modules(model: nn.Module, selected: dict[str, nn.Module]) -> None:
         with modules.naming(f"targets: {name}"):
             linears.adapter_placement(module)
         for around in ["", *modules.path(name)[:-1]]:
-            if isinstance(named.get(around), conventions.BYPASSING):
+            if conventions.bypasses(named.get(around), name):
                 kind = type(named[around]).__name__
                 what = f"lies in a {kind}, which reads the weight without calling the layer"
                 raise LoRAError(f"targets: {name} {what}: the adapter would be ignored; exclude it")

@@ -16,7 +16,7 @@ from minilora.peft_format.keys import PREFIX, SUFFIXES, is_beside
 
 def read(entries: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     """PEFT's file with the keys and shapes of LoRA's; ranks that it leaves out return as zeros."""
-    r, masks = entries.get("init_r", 12), entries.get("rank_pattern") or {}
+    r, masks = entries.get("init_r") or 12, entries.get("rank_pattern") or {}
     check("init_r", r, "rank")
     if not isinstance(masks, dict):
         raise LoRAError(f"rank_pattern must name the ranks kept, not {masks!r}")
@@ -28,8 +28,10 @@ def read(entries: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
             if (mask := masks.get(f"{module}.lora_E")) is not None:
                 tensor = put_in(tensor, mask, r, int(end == "lora_B"))
         found[key] = tensor
-    check("lora_alpha", alpha := entries.get("lora_alpha", 8), "alpha")
+    check("lora_alpha", alpha := entries.get("lora_alpha") or 8, "alpha")
     said = {"rank_pattern": None, "lora_alpha": round(alpha * r / (r + EPSILON), 9)}
+    if isinstance(target := entries.get("target_r") or 8, int):
+        said["target_r"] = min(target, r)  # PEFT's default is 8, whatever init_r is
     return entries | said, found
 
 
@@ -80,6 +82,9 @@ def as_lora(adapter: Adapter) -> Adapter:
     Args:
         adapter: as `read_adapter` reads it. An adapter of another method is returned unchanged.
 
+    Raises:
+        LoRAError: every lambda is zero, as before training, and no rank is left.
+
     Example:
         >>> config = AdaLoRAConfig(rank=3, target_rank=1, total_steps=9, alpha=6, targets=("fc",))
         >>> tensors = {"lora_A": torch.ones(3, 4), "lora_B": torch.ones(2, 3)}
@@ -102,6 +107,8 @@ def as_lora(adapter: Adapter) -> Adapter:
             ranks[module] = len(kept)
             tensors[PREFIX + module + SUFFIXES["lora_A"]] = (lambda_ * Q)[kept]
             tensors[PREFIX + module + SUFFIXES["lora_B"]] = P[:, kept]
+    if not ranks and not config.beside:
+        raise LoRAError("every lambda of the adapter is zero, as before training: train it first")
     values = {field.name: getattr(config, field.name) for field in fields(LoRAConfig)}
     if len(ranks) < len(adapter.modules):
         values |= {"targets": tuple(ranks), "exclude": (), "layers": None, "layers_pattern": ()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from minilora import linears, trained_whole
 from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches
-from minilora.conventions import embeddings, is_sharded, refuse_half, refuse_wrapped
+from minilora.conventions import HEADS, embeddings, is_sharded, refuse_half, refuse_wrapped
 from minilora.inject import EXTRAS, LAYERS, Extra, injection_of, lora_layers, report, unload, wrap
 from minilora.layer import LoRALinear
 from minilora.modules import naming, nearest, plain_model, plain_name
@@ -39,6 +39,8 @@ def adapter_of(model: nn.Module) -> Adapter:
     copies = {k: getattr(t, "full_tensor", t.clone)().cpu() for k, t in held.items()}
     transposed = any(linears.is_conv1d(layer.base) for layer in layers.values())
     config = _as_written(injection.config, _base_modules(model, layers))
+    if not all(is_target(config, name) for name in layers):  # by another name of the same module
+        config = replace(config, targets=tuple(layers), exclude=(), layers=None, layers_pattern=())
     adapter = Adapter(config, copies, _base_model_name(model), transposed)
     convert = CONVERSIONS.get(config.init)
     return convert(adapter, layers) if convert is not None else adapter
@@ -141,7 +143,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     """What `load_adapter` does, with an adapter that was read, combined or extracted already."""
     wrapped, model = model, plain_model(model)
     layers, injection = lora_layers(model), injection_of(model)
-    refuse_wrapped(model if injection else wrapped)
+    refuse_wrapped(model if injection else wrapped, needs_values=True)
     if any(layer.merged for layer in layers.values()):
         raise LoRAError("cannot load an adapter while merged: call minilora.unmerge(model) first")
     if injection is not None and not injection.enabled:
@@ -168,25 +170,24 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     injection = injection_of(model)
     assert injection is not None
     injection.extras += [] if swapped else [unnamed]
-    _fill(model, adapter, config, inference, unnamed.keys)
+    _fill(model, adapter, config, inference)
+    for tensor in unnamed.find(model).values():
+        tensor.requires_grad_(False)  # they are the base's
     injection.config = config
     notice = _compare_base(adapter.base_model, _base_model_name(model))
     return LoadReport(report(model).modules, swapped, adapter.base_model, notice)
 
 
 @torch.no_grad()
-def _fill(
-    model: nn.Module, adapter: Adapter, config: LoRAConfig, inference: bool, frozen: Collection[str]
-) -> None:
+def _fill(model: nn.Module, adapter: Adapter, config: LoRAConfig, inference: bool) -> None:
     """Copy the adapter's values into an injected model of the same shapes."""
     for key, tensor in _held(model).items():
-        trains = not inference and key.removeprefix(keys.PREFIX) not in frozen
-        trained_whole.require_grad(tensor.copy_(adapter.tensors[key]), trains)
+        trained_whole.require_grad(tensor.copy_(adapter.tensors[key]), not inference)
     for module, layer in lora_layers(model).items():
         layer.alpha, layer.dropout = config.alpha_of(module), config.dropout
         layer.scale = adapter.scale_of(module)
-        if f"{module}.base_layer.weight" in frozen:
-            layer.load_state_dict({}, strict=False)  # DoRA keeps the squares of W
+        if f"{module}.base_layer.weight" in adapter.extras:
+            layer.load_state_dict({}, strict=False)  # DoRA counts the squares of another W
 
 
 def _held(model: nn.Module) -> dict[str, Tensor]:
@@ -225,11 +226,13 @@ def _check_fit(
     def explain(key: str) -> str:
         for name in keys.modules_of([key]):  # one, or none
             if name not in named:
-                return f": no such module{nearest(name, known, 1)}"
+                older = "; load and save it with PEFT, which knows names of older versions"
+                older *= "language_model" in " ".join([name, *known])
+                return f": no such module{nearest(name, known, 1)}{older}"
             if name not in known:
                 return f": a {type(named[name]).__name__}, not a linear layer"
             return ": target_modules does not ask for it"
-        return ""
+        return ": only rows of the input embeddings train here" if key.endswith("_delta") else ""
 
     problems = keys.compare(expected, adapter.tensors, explain)
     for name in targeted if config.init == "loftq" else ():
@@ -261,11 +264,12 @@ def _base_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, 
 def _as_read(adapter: Adapter, named: Collection[str]) -> LoRAConfig:
     """The configuration with also_train as PEFT reads it: any end of a module's name counts.
 
-    Where no dot stands before the end, the file must hold the module: PEFT leaves a module without
-    tensors as the base's.
+    So does the head of the task. Where no dot stands before the end, and for a head, the file must
+    hold the module: PEFT leaves a module without tensors as the base's.
     """
     also, extras = adapter.config.also_train, adapter.extras
-    loose = [n for n in named if n.endswith(also) and any(k.startswith(f"{n}.") for k in extras)]
+    ends = (*also, *HEADS.get(adapter.config.task_type or "", ()))
+    loose = [n for n in named if n.endswith(ends) and any(k.startswith(f"{n}.") for k in extras)]
     whole = tuple(name for name in named if matches(also, name) or name in loose)
     same = all(matches(also, name) for name in whole)
     return adapter.config if same else replace(adapter.config, also_train=whole)

@@ -14,7 +14,7 @@ from minilora.peft_format.keys import CONFIG_FILE
 
 Pattern = dict[str, Any]
 
-# LoRAConfig's field -> PEFT's. A file without an entry means PEFT's default, given here.
+# LoRAConfig's field -> PEFT's. No entry, or null, means PEFT's default, given here.
 FIELDS: dict[str, tuple[str, Any]] = {
     "rank": ("r", 8), "alpha": ("lora_alpha", 8), "dropout": ("lora_dropout", 0.0),
     "targets": ("target_modules", None), "exclude": ("exclude_modules", None),
@@ -31,7 +31,7 @@ INITS = {"kaiming": True, "random": False} | {n: n for n in ("gaussian", "loftq"
 # PEFT quantizes the base again when it loads such a file. After one step it is NF4 of the weight.
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
 # By JSON text. The named ones leave the base alone: once trained, nothing tells them apart.
-OTHER_INITS = {"null": "random"} | dict.fromkeys(('"eva"', '"orthogonal"', '"mica"'), "kaiming")
+OTHER_INITS = dict.fromkeys(('"eva"', '"orthogonal"', '"mica"'), "kaiming")
 
 # Entries that change nothing about the weights.
 IGNORED = {
@@ -89,11 +89,13 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
             raise LoRAError(f"{key} is {value!r}: minilora does not do this: {ADVICE}")
     values = {}
     for ours, (peft, default) in kind.fields.items():
-        value = entries.get(peft, default)
+        value = default if entries.get(peft) is None else entries[peft]
         if default not in (None, {}) or value not in (None, [], {}, ""):  # PEFT writes these alike
             values[ours] = value
     values["targets"] = values.get("targets") or modules
-    if isinstance(rows := values.get("token_rows"), Mapping) and len(rows) == 1:
+    if isinstance(rows := values.get("token_rows"), Mapping):
+        if len(rows) > 1:
+            raise LoRAError(f"trainable_token_indices: {', '.join(rows)} are not one: {ADVICE}")
         (values["token_rows"],) = rows.values()  # the tensor's name identifies the embedding
     values["init"] = _init_from_peft(values["init"])
     if values["init"] == "loftq" and (entries.get("loftq_config") or LOFTQ) != LOFTQ:

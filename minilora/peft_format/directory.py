@@ -23,9 +23,13 @@ from minilora.files import write_directory
 from minilora.functional import scale
 from minilora.modules import naming
 from minilora.peft_format import keys
-from minilora.peft_format.config import KINDS, config_from_peft, config_to_peft, kind_of
+from minilora.peft_format.config import ADVICE, KINDS, config_from_peft, config_to_peft, kind_of
 from minilora.peft_format.keys import CONFIG_FILE, WEIGHTS_FILE
 
+NAMED = re.compile(r"(\.(?:lora_\w+|\w+_delta|modules_to_save))\.(?!(?:weight|bias)$)[^.]+(?=\.|$)")
+"""The adapter's name in a key, ".default" in most; PEFT takes it out when it saves."""
+REPEATED = re.compile(r"\.(original_module|modules_to_save)(?=\..*bias$)")
+"""With bias="all" PEFT writes the biases of whole modules thrice; the plain name is trained."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -118,7 +122,7 @@ class Adapter:
         for suffix, _, field in keys.PARAMETERS.values():
             if field is not None and key.endswith(suffix):
                 return f": the configuration asks for no {field}"
-        return ""
+        return f": embeddings are not adapted here: {ADVICE}" if ".lora_embedding_" in key else ""
 
 
 def read_adapter(directory: str | Path) -> Adapter:
@@ -151,8 +155,6 @@ def read_adapter(directory: str | Path) -> Adapter:
             config, tensors = kind.read(entries, _read_tensors(folder))
             if issubclass(kind.config, LoRAConfig):
                 config = config_from_peft(config, keys.modules_of(tensors))
-                if config.bias == "all" and config.also_train:
-                    tensors = _without_repeats(tensors)
             base_model = entries.get("base_model_name_or_path")
             if not isinstance(base_model, str | None):
                 raise LoRAError(f"{CONFIG_FILE}: base_model_name_or_path is not a string or null")
@@ -242,7 +244,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
     try:
-        return dict(safetensors.torch.load_file(directory / WEIGHTS_FILE))
+        held = safetensors.torch.load_file(directory / WEIGHTS_FILE)
     except FileNotFoundError:
         raise LoRAError(
             f"{WEIGHTS_FILE}: no such file. An adapter_model.bin is a pickle, which can run any "
@@ -250,10 +252,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         ) from None
     except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise LoRAError(f"{WEIGHTS_FILE} is damaged: {error}") from None
-
-
-def _without_repeats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With bias="all" PEFT writes the biases of whole modules thrice; the plain name is trained."""
-    inner = re.compile(r"\.(original_module|modules_to_save)(?=\..*bias$)")
-    repeated = {key for key in tensors if inner.search(key) and inner.sub("", key) in tensors}
-    return {key: tensor for key, tensor in tensors.items() if key not in repeated}
+    found = {NAMED.sub(r"\1", k).replace("_vector.weight", "_vector"): t for k, t in held.items()}
+    if len(found) < len(held):
+        raise LoRAError(f"{WEIGHTS_FILE}: holds several adapters: leave the keys of one in it")
+    return {k: t for k, t in found.items() if (p := REPEATED.sub("", k)) == k or p not in found}
