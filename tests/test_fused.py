@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import minilora
 from minilora import LoRALinear
 from minilora.functional import low_rank
-from minilora.fused import CHANGED, fused_low_rank, keep_mask
+from minilora.fused import CASTS, CHANGED, fused_low_rank, keep_mask
 from minilora.methods.dora import DoRALinear
 from tests.marks import slow_but
 from tests.test_functional import SCALE, operands
@@ -333,7 +333,7 @@ def test_readers_of_one_input_share_its_cast_until_it_changes() -> None:
     x.add_(1)
     assert torch.equal(cast(v), x.bfloat16())
     del one, other
-    assert x._minilora_cast[1]() is None  # kept for no longer than a backward needs it
+    assert CASTS[x][1]() is None  # kept for no longer than a backward needs it
 
 
 # What models do to a layer's input and output -----------------------------------------------------

@@ -228,7 +228,7 @@ def configs() -> Iterator[Mutation]:
         "alpha_pattern": ({"(": 2}, {"q_proj": 0}, {"q_proj": []}, 5, [["q_proj", 2]]),
         "use_rslora": ("yes", 1, None),
         "use_dora": (False, "true", 1, None),
-        "bias": ("none", "lora_only", "some", None, True, ["all"]),
+        "bias": ("none", "lora_only", "some", True, ["all"]),
         "lora_bias": (True, "true", 1),
         "modules_to_save": (None, [], ["("], [5], ["lm_head"], [""], {"a": 1}, ["q_proj"]),
         "init_lora_weights": ("pissa", "olora", "corda", "loftq", "pissa_niter_4", 5, [], {}),
@@ -453,7 +453,8 @@ def refusal(model: torch.nn.Module, directory: Path) -> str | None:
 
 def check_exact(model: torch.nn.Module, directory: Path) -> None:
     """What was loaded is what the file holds, to the last bit."""
-    held, in_memory = load_file(directory / WEIGHTS_FILE), adapter_of(model).tensors
+    written, in_memory = load_file(directory / WEIGHTS_FILE), adapter_of(model).tensors
+    held = {key.replace(".default", ""): tensor for key, tensor in written.items()}  # PEFT's name
     assert held.keys() == in_memory.keys()
     for key, tensor in held.items():
         assert torch.equal(tensor.to(in_memory[key].dtype), in_memory[key]), key

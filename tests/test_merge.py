@@ -1,13 +1,15 @@
 """Merging a whole model: exact, all or nothing, reported; `disabled` puts the state back."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import minilora
-from minilora import LoRAError
+from minilora import LoRAConfig, LoRAError
 from minilora.inject import lora_layers
 from tests.conftest import ARCHITECTURES, State, adapted, equal, inputs, logits, tiny_bart, weights
 from tests.marks import slow_but
@@ -200,16 +202,31 @@ def test_disabled_puts_a_mixed_state_back_when_nested_and_on_exceptions() -> Non
     assert torch.equal(logits(model), active)
 
 
-def test_a_model_merged_inside_disabled_is_merged_as_asked() -> None:
+@pytest.mark.parametrize("function", [minilora.merge, minilora.unwrap])
+@pytest.mark.parametrize("merged", [False, True])
+def test_merging_inside_disabled_is_refused_and_the_base_stays(
+    merged: bool, function: Callable[[nn.Module], object]
+) -> None:
     model, base = adapted(), logits(tiny_bart())
-    minilora.merge(model)
-    merged = logits(model)
-    with minilora.disabled(model):
+    if merged:
         minilora.merge(model)
-        assert torch.equal(logits(model), merged)
-        minilora.unmerge(model)
+    before = logits(model)
+    with minilora.disabled(model):
+        with pytest.raises(LoRAError, match=r"cannot merge .* inside minilora\.disabled"):
+            function(model)
         assert torch.equal(logits(model), base)
-    assert torch.equal(logits(model), merged)
+    assert torch.equal(logits(model), before)
+    assert all(layer.merged == merged for layer in lora_layers(model).values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"dora": True}, {"init": "pissa"}, {"lora_bias": True}])
+def test_a_model_of_shapes_only_is_injected_and_not_merged(changes: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = nn.ModuleDict({"q_proj": nn.Linear(8, 6)})
+    minilora.inject(model, LoRAConfig(rank=2, targets=("q_proj",), **changes))
+    assert model["q_proj"](torch.empty(3, 8, device="meta")).shape == (3, 6)
+    with pytest.raises(LoRAError, match="q_proj: cannot merge on the meta device"):
+        minilora.merge(model)
 
 
 def test_a_state_dict_of_a_merged_model_is_that_of_the_unmerged() -> None:

@@ -283,7 +283,7 @@ A, B = f"{FC1}.lora_A.weight", f"{FC1}.lora_B.weight"
             r"self_attn\.lora_A\.weight: a BartAttention, not",
         ),
         (rename("base_model.model.", "module."), r"unexpected key module\.model\.decoder"),
-        (rename(".lora_A.weight", ".lora_A.default.weight"), "unexpected key .*default"),
+        (rename(".lora_A.weight", ".lora_A.weight.weight"), r"unexpected key .*weight\.weight"),
         (lambda tensors: tensors.clear(), "it holds no"),
     ],
 )

@@ -16,7 +16,8 @@ from minilora.peft_format.keys import PREFIX, SUFFIXES, is_beside
 
 def read(entries: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     """PEFT's file with the keys and shapes of LoRA's; ranks that it leaves out return as zeros."""
-    r, masks = entries.get("init_r") or 12, entries.get("rank_pattern") or {}
+    entries = {key: value for key, value in entries.items() if value is not None}
+    r, masks = entries.get("init_r", 12), entries.get("rank_pattern", {})
     check("init_r", r, "rank")
     if not isinstance(masks, dict):
         raise LoRAError(f"rank_pattern must name the ranks kept, not {masks!r}")
@@ -28,10 +29,10 @@ def read(entries: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
             if (mask := masks.get(f"{module}.lora_E")) is not None:
                 tensor = put_in(tensor, mask, r, int(end == "lora_B"))
         found[key] = tensor
-    check("lora_alpha", alpha := entries.get("lora_alpha") or 8, "alpha")
+    check("lora_alpha", alpha := entries.get("lora_alpha", 8), "alpha")
     said = {"rank_pattern": None, "lora_alpha": round(alpha * r / (r + EPSILON), 9)}
-    if isinstance(target := entries.get("target_r") or 8, int):
-        said["target_r"] = min(target, r)  # PEFT's default is 8, whatever init_r is
+    if entries.get("target_r", 8) == 8:
+        said["target_r"] = min(8, r)  # PEFT's default is 8, whatever init_r is
     return entries | said, found
 
 
