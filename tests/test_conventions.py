@@ -1,11 +1,13 @@
 """Conventions of PEFT and transformers: heads, embeddings, token rows, targets, wrappers."""
 
+import json
 import re
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -150,6 +152,27 @@ def test_bart_s_classification_head_which_peft_leaves_frozen_trains(tmp_path: Pa
     torch.testing.assert_close(theirs, after, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", HEADED)
+def test_a_head_in_the_file_is_loaded_though_modules_to_save_is_null(
+    name: str, tmp_path: Path
+) -> None:
+    task_type, build, targets, _ = HEADED[name]
+    torch.manual_seed(0)
+    base = build().eval()
+    settings = peft.LoraConfig(r=2, target_modules=list(targets), task_type=task_type)
+    theirs = peft.get_peft_model(deepcopy(base), settings)
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": None}))
+    loaded = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path)
+    assert torch.equal(outputs(loaded), outputs(theirs))
+    model = deepcopy(base)
+    minilora.load_adapter(model, tmp_path)
+    torch.testing.assert_close(outputs(model), outputs(theirs), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(outputs(model), outputs(base), atol=1e-2)
+
+
 def test_a_task_without_a_new_head_trains_the_adapter_alone() -> None:
     for task_type in ("SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION", None):
         model = bart()
@@ -194,6 +217,66 @@ def test_embeddings_that_peft_saved_after_new_tokens_are_loaded(name: str, tmp_p
     torch.testing.assert_close(
         outputs(minilora.unwrap(model)), outputs(theirs), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"modules_to_save": ["embed_tokens"]}])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_base_of_an_adapted_head_is_loaded_as_peft_does(
+    bias: bool, more: dict[str, Any], tmp_path: Path
+) -> None:
+    """PEFT saves it beside A and B. After new tokens it differs from the base that is loaded."""
+
+    def build() -> Any:
+        model = two_more_tokens(llama)
+        if bias:
+            model.lm_head.bias = nn.Parameter(torch.ones(62))
+        return model
+
+    settings = peft.LoraConfig(
+        r=2, lora_alpha=7, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", **more
+    )
+    theirs = peft.get_peft_model(build(), settings)
+    with torch.no_grad():
+        for parameter in theirs.lm_head.base_layer.parameters():
+            parameter.normal_()
+        for name, parameter in theirs.named_parameters():
+            if "lora_magnitude" in name:  # what PEFT gives it for this base
+                parameter.copy_(theirs.lm_head.base_layer.weight.norm(dim=1)[: len(parameter)])
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    held = minilora.read_adapter(tmp_path / "theirs").extras
+    ends = {"weight", "bias"} if bias else {"weight"}
+    assert {f"lm_head.base_layer.{end}" for end in ends} <= held.keys()
+    base = build()
+    before, model = outputs(base), deepcopy(base)
+    assert not minilora.load_adapter(model, tmp_path / "theirs").swapped
+    torch.testing.assert_close(outputs(model), outputs(theirs), rtol=1e-5, atol=1e-5)
+    loaded = peft.PeftModel.from_pretrained(build(), tmp_path / "theirs", is_trainable=True)
+    assert not loaded.lm_head.base_layer.weight.requires_grad
+    assert not any(p.requires_grad for p in model.lm_head.base.parameters())
+    assert minilora.load_adapter(model, tmp_path / "theirs").swapped
+    minilora.save_adapter(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(build(), tmp_path / "ours")
+    torch.testing.assert_close(outputs(again), outputs(theirs), rtol=1e-5, atol=1e-5)
+    minilora.merge(model)
+    torch.testing.assert_close(outputs(model), outputs(theirs), rtol=1e-4, atol=1e-4)
+    with minilora.disabled(model):
+        assert torch.equal(outputs(model), before)
+    torch.testing.assert_close(outputs(model), outputs(theirs), rtol=1e-4, atol=1e-4)
+    assert torch.equal(outputs(minilora.unload(deepcopy(model))), before)
+    plain = minilora.unwrap(model)
+    torch.testing.assert_close(outputs(plain), outputs(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_of_a_file_stay_frozen_as_in_peft(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    model = llama()
+    minilora.load_adapter(model, tmp_path)
+    count = sum(p.numel() for p in minilora.trainable_parameters(model))
+    assert count == loaded.get_nb_trainable_parameters()[0]
+    minilora.load_adapter(model.bfloat16(), tmp_path)  # nor does half precision matter
 
 
 def test_a_whole_weight_that_is_no_embedding_and_is_not_named_is_refused(tmp_path: Path) -> None:
@@ -245,6 +328,42 @@ def test_token_rows_go_both_ways_between_peft_and_minilora(name: str, tmp_path: 
     minilora.load_adapter(fresh, tmp_path / "theirs")
     torch.testing.assert_close(outputs(fresh), outputs(theirs), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(outputs(fresh), outputs(ours), atol=1e-2)
+
+
+def test_rows_of_other_tokens_replace_those_that_were_there(tmp_path: Path) -> None:
+    files = {}
+    for rows in ((3, 5), (7, 9), (9, 7)):
+        model = llama()
+        minilora.inject(model, LoRAConfig(rank=2, token_rows=rows))
+        randomize(model)
+        minilora.save_adapter(model, files.setdefault(rows, tmp_path / str(rows)))
+    model = llama()
+    for rows, folder in files.items():
+        assert not minilora.load_adapter(model, folder).swapped
+        loaded = peft.PeftModel.from_pretrained(llama(), folder)
+        torch.testing.assert_close(outputs(model), outputs(loaded), rtol=1e-5, atol=1e-5)
+        config = minilora.config_of(model)
+        assert config is not None
+        assert config.token_rows == rows
+    assert minilora.load_adapter(model, files[9, 7]).swapped
+
+
+def test_rows_of_another_embedding_are_refused_with_advice(tmp_path: Path) -> None:
+    for rows, message in (
+        ({"lm_head": [1]}, "only rows of the input embeddings train here"),
+        ({"embed_tokens": [1], "lm_head": [1]}, "embed_tokens, lm_head are not one: merge it into"),
+    ):
+        settings = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=rows)
+        peft.get_peft_model(llama(), settings).save_pretrained(tmp_path)
+        with pytest.raises(LoRAError, match=message):
+            minilora.load_adapter(llama(), tmp_path)
+
+
+def test_an_adapted_embedding_is_refused_with_advice(tmp_path: Path) -> None:
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
+    peft.get_peft_model(llama(), settings).save_pretrained(tmp_path)
+    with pytest.raises(LoRAError, match="lora_embedding_A: embeddings are not adapted here: merge"):
+        minilora.load_adapter(llama(), tmp_path)
 
 
 def test_the_frozen_embeddings_beside_token_rows_are_refused_by_name(tmp_path: Path) -> None:
@@ -382,6 +501,47 @@ def test_a_model_with_peft_s_prompt_is_refused_too() -> None:
 def test_a_module_of_one_s_own_called_base_layer_is_no_adapter_of_peft_s() -> None:
     model = nn.ModuleDict({"base_layer": nn.Linear(8, 8)})
     assert minilora.inject(model, LoRAConfig(rank=2, targets=("base_layer",))).modules
+
+
+def offloaded(folder: Path) -> Any:
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict.fromkeys(names, "cpu") | {"model.layers": "disk"}
+    return accelerate.dispatch_model(
+        llama(), places, main_device="cpu", offload_dir=folder, force_hooks=True
+    )
+
+
+def test_offloaded_weights_are_refused_in_one_line_and_shapes_can_be_injected(
+    tmp_path: Path,
+) -> None:
+    donor = llama()
+    minilora.inject(donor, LoRAConfig(rank=2))
+    minilora.save_adapter(donor, tmp_path / "adapter")
+    model = offloaded(tmp_path / "weights")
+    before = outputs(model)
+    assert torch.equal(before, outputs(llama()))
+    with torch.device("meta"):
+        shapes = llama()
+    for build in (lambda: minilora.inject(model, LoRAConfig(rank=2)),
+                  lambda: minilora.load_adapter(model, tmp_path / "adapter", inference=True),
+                  lambda: minilora.load_adapter(shapes, tmp_path / "adapter")):  # fmt: skip
+        with pytest.raises(LoRAError, match=r"on the meta device, .* load the model onto one") as e:
+            build()
+        assert "\n" not in str(e.value)
+    assert torch.equal(outputs(model), before)
+    assert len(minilora.inject(shapes, LoRAConfig(rank=2, dora=True)).modules) == 2
+
+
+def test_keys_from_before_transformers_4_52_are_refused_with_advice(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"language_model": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})})
+    minilora.inject(model, LoRAConfig(rank=2, targets=("q_proj",)))
+    minilora.save_adapter(model, tmp_path)
+    adapter = minilora.read_adapter(tmp_path)
+    moved = {k.replace("language_model", "language_model.model"): t for k, t in
+             adapter.tensors.items()}  # fmt: skip
+    minilora.write_adapter(minilora.Adapter(adapter.config, moved), tmp_path)
+    with pytest.raises(LoRAError, match=r"no such module; nearest: .*; load and save it with PEFT"):
+        minilora.load_adapter(model, tmp_path)
 
 
 # Default targets ---------------------------------------------------------------------------------

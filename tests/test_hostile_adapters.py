@@ -420,7 +420,7 @@ def test_the_limit_of_memory_is_felt() -> None:
 
 PLAIN = {
     "modules_to_save": (["("], [5], "(", [None]),
-    "bias": ("some", None, True),
+    "bias": ("some", True),
     "lora_bias": (True, 1),
     "use_dora": (True, "yes"),
 }
