@@ -525,6 +525,31 @@ def test_the_export_is_plain_lora_with_the_same_logits(tmp_path: Path) -> None:
     assert as_lora(plain) is plain
 
 
+def test_an_untrained_adapter_has_no_ranks_to_export(tmp_path: Path) -> None:
+    model = tiny_bart()
+    minilora.inject(model, AdaLoRAConfig(**STEPS, targets=("q_proj",)))
+    minilora.save_adapter(model, tmp_path)
+    with pytest.raises(LoRAError, match="every lambda of the adapter is zero"):
+        as_lora(minilora.read_adapter(tmp_path))
+
+
+@pytest.mark.parametrize("nulls", [{}, {"lora_alpha": None, "beta1": None, "target_r": None}])
+def test_peft_s_default_target_may_be_above_the_ranks(
+    nulls: dict[str, None], tmp_path: Path
+) -> None:
+    settings = peft.AdaLoraConfig(init_r=4, total_step=10, target_modules=["q_proj"])
+    theirs = peft.get_peft_model(tiny_bart(), settings)
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    entries = json.loads(path.read_text())
+    assert entries["target_r"] == 8
+    path.write_text(json.dumps(entries | nulls))
+    ours = tiny_bart()
+    minilora.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs.eval()), rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_is_merged_unwrapped_and_disabled_as_with_lora(tmp_path: Path) -> None:
     ours, base = adapted(), logits(tiny_bart())
     expected = logits(ours)

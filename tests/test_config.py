@@ -5,7 +5,9 @@ import sys
 from dataclasses import FrozenInstanceError
 from fractions import Fraction
 
+import numpy
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,6 +44,27 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_the_field(
     with pytest.raises(LoRAError, match=field) as caught:
         LoRAConfig(**{field: value})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["targets", "exclude", "also_train", "layers_pattern", "layers"])
+def test_an_iterator_is_refused_since_checking_would_empty_it(field: str) -> None:
+    values = [0] if field == "layers" else ["q_proj"]
+    with pytest.raises(LoRAError, match=f"{field} must be .*, not <list_iterator"):
+        LoRAConfig(**{"targets": ["q_proj"], field: iter(values)})
+    assert LoRAConfig(**{"targets": ["q_proj"], "layers": [0], field: dict.fromkeys(values)})
+
+
+def test_numbers_of_numpy_and_torch_become_python_s() -> None:
+    config = LoRAConfig(
+        rank=numpy.int64(4), alpha=torch.tensor(7), dropout=numpy.float32(0.5),
+        layers=numpy.array([1, 2]), token_rows=torch.tensor([3, 5]), targets=["q_proj"],
+    )  # fmt: skip
+    assert config == LoRAConfig(
+        rank=4, alpha=7, dropout=0.5, layers=[1, 2], token_rows=[3, 5], targets=["q_proj"]
+    )
+    assert type(config.rank) is int
+    with pytest.raises(LoRAError, match="rank must be a whole number"):
+        LoRAConfig(rank=numpy.float64(4))
 
 
 def test_the_error_is_a_value_error() -> None:

@@ -1,5 +1,7 @@
 """The hand-written backward against finite differences, the eager line, and PEFT's saved bytes."""
 
+import copy
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -334,6 +336,54 @@ def test_readers_of_one_input_share_its_cast_until_it_changes() -> None:
     assert torch.equal(cast(v), x.bfloat16())
     del one, other
     assert CASTS[x][1]() is None  # kept for no longer than a backward needs it
+
+
+def test_a_cast_is_not_taken_for_that_of_a_copy_or_of_new_data() -> None:
+    layer, x = grown(), torch.randn(4, 6)
+    x.add_(1).mul_(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)  # its cast stays
+        copied = copy.deepcopy(x).mul_(7)  # at the version that x has had
+        assert torch.equal(layer(copied), layer(copied.clone()))
+        torch.save(x, io.BytesIO())  # x is as it was, and can be pickled
+        x.data = x.data * 5
+        assert torch.equal(layer(x), layer(x.clone()))
+    assert not torch.equal(layer(x), output)
+
+
+@pytest.mark.parametrize("kind", ["nested", "sparse"])
+def test_nested_and_sparse_inputs_train_by_the_plain_line(kind: str) -> None:
+    found = []
+    for fused in (True, False):
+        layer = grown()
+        layer.fused = fused
+        rows = torch.randn(5, 6, generator=torch.manual_seed(1))
+        if kind == "sparse":
+            y = layer(rows.to_sparse())
+        else:
+            y = layer(torch.nested.nested_tensor([rows[:2], rows[2:]], layout=torch.jagged))
+            y = y.values()
+        y.square().sum().backward()
+        found.append((y.detach(), layer.lora_A.grad, layer.lora_B.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.any()
+
+
+def test_the_hint_belongs_to_inputs_changed_in_place_only() -> None:
+    y = grown()(torch.randn(4, 6)).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="second time") as error:
+        y.backward()
+    assert CHANGED not in str(error.value)
+
+
+@pytest.mark.parametrize("p", [1 - 2**-10, 1 - 2**-16, 1 - 2**-17, 1 - 2**-20])
+def test_dropout_near_one_drops(p: float) -> None:
+    """Of 2^20 elements 2^20 (1 - p) are kept on average, here within six standard deviations."""
+    torch.manual_seed(0)
+    kept, mean = int(keep_mask(torch.empty(1024, 1024), p).sum()), 2**20 * (1 - p)
+    assert abs(kept - mean) <= 6 * mean**0.5
 
 
 # What models do to a layer's input and output -----------------------------------------------------

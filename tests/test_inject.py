@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import minilora
 from minilora import LoRAConfig, LoRAError, LoRALinear
 from minilora.inject import lora_layers
+from minilora.methods import AdaLoRAConfig, PromptConfig, adalora
 from minilora.reports import fold_names
 from tests.conftest import (
     ARCHITECTURES,
@@ -374,3 +381,23 @@ def test_an_extra_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
         minilora.inject(model, config_for())
     before.check(model)
     assert minilora.config_of(model) is None
+
+
+def test_an_extra_that_started_is_stopped_if_a_later_one_fails() -> None:
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    before = State.of(model)
+    lora = AdaLoRAConfig(rank=2, target_rank=1, total_steps=3, targets=["q_proj"], token_rows=[3])
+    hooks = set(adalora.FOLLOWING)
+    with pytest.raises(LoRAError, match="must lie in the vocabulary"):
+        minilora.inject(model, [lora, PromptConfig(length=2, tokens=[9999])])
+    before.check(model)
+    assert set(model.state_dict()) == set(LlamaForCausalLM(config).state_dict())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not model._load_state_dict_pre_hooks
+    assert "save_pretrained" not in vars(model)
+    assert set(adalora.FOLLOWING) == hooks
+    assert minilora.inject(model, lora).modules  # and nothing hinders the next

@@ -1,5 +1,6 @@
 """An adapter directory: read strictly, applied whole or not at all, written reproducibly."""
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -452,3 +453,30 @@ def test_a_full_disk_leaves_the_old_adapter_whole(
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == old
     minilora.save_adapter(model, saved)
     assert minilora.read_adapter(saved).config.rank == 5
+
+
+class Twice(nn.Module):
+    """One linear under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_module_with_two_names_is_saved_so_that_its_file_can_be_read(
+    name: str, tmp_path: Path
+) -> None:
+    base, x = Twice(), torch.ones(2, 8)
+    model = copy.deepcopy(base)
+    minilora.inject(model, LoRAConfig(rank=2, targets=(name,), init="random"))
+    minilora.save_adapter(model, tmp_path)
+    fresh = copy.deepcopy(base)
+    minilora.load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(x), model(x))
+    assert not torch.equal(fresh(x), base(x))
+    assert minilora.load_adapter(model, tmp_path).swapped

@@ -17,7 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import minilora
 from minilora import linears
@@ -354,6 +360,54 @@ def test_all_biases_with_whole_modules_reads_past_pefts_repeats(tmp_path: Path) 
     check_close(exact_logits(ours), exact_logits(theirs), logits(case.build()))
 
 
+def tiny_roberta() -> RobertaForSequenceClassification:
+    torch.manual_seed(0)
+    config = RobertaConfig(  # type: ignore[call-arg]
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, initializer_range=0.5, num_labels=5,
+    )  # fmt: skip
+    return RobertaForSequenceClassification(config).eval()
+
+
+def test_all_biases_with_a_head_of_several_layers(tmp_path: Path) -> None:
+    """PEFT's keys of the repeats hold the adapter's name: `modules_to_save.default.dense.bias`."""
+    settings = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", bias="all")
+    theirs = peft.get_peft_model(tiny_roberta(), settings)
+    perturb(theirs)
+    theirs.save_pretrained(tmp_path)
+    assert any(".default." in key for key in load_file(tmp_path / WEIGHTS_FILE))
+    ours = tiny_roberta()
+    minilora.load_adapter(ours, tmp_path)
+    check_close(exact_logits(ours), exact_logits(theirs), logits(tiny_roberta()))
+
+
+@pytest.mark.parametrize("name", ["list", "DoRA"])
+def test_keys_may_contain_the_adapter_s_name(name: str, tmp_path: Path) -> None:
+    """As in a raw state_dict, `lora_A.default.weight`; of one adapter only."""
+    case = CASES["list"] if name == "list" else Case(tiny_bart, {"targets": QV, "dora": True})
+    theirs = with_peft(case)
+    theirs.save_pretrained(tmp_path)
+    raw = {key: t.clone() for key, t in theirs.state_dict().items() if ".lora_" in key}
+    assert all(".default" in key for key in raw)
+    save_file(raw, tmp_path / WEIGHTS_FILE, {"format": "pt"})
+    ours = load_in_ours(case, tmp_path)
+    check_close(exact_logits(ours), exact_logits(theirs), logits(case.build()))
+    raw |= {key.replace("default", "other"): tensor + 1 for key, tensor in raw.items()}
+    save_file(raw, tmp_path / WEIGHTS_FILE, {"format": "pt"})
+    with pytest.raises(minilora.LoRAError, match="holds several adapters: leave the keys of one"):
+        load_in_ours(case, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["lora_bias", "use_rslora", "use_dora", "bias", "rank_pattern"])
+def test_null_is_no_entry(key: str, tmp_path: Path) -> None:
+    case = CASES["list"]
+    directory = peft_directory(case, tmp_path)
+    expected = logits(load_in_ours(case, directory))
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: None}))
+    assert torch.equal(logits(load_in_ours(case, directory)), expected)
+
+
 def test_a_rank_above_the_side_and_an_entry_that_matches_nothing_are_accepted(
     tmp_path: Path,
 ) -> None:
@@ -532,7 +586,8 @@ def test_tied_heads_are_refused_in_a_file_too(
         warnings.simplefilter("ignore")
         settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=[head])
         model = peft.get_peft_model(build(), settings)
-        model.save_pretrained(tmp_path, save_embedding_layers=False)
+        model.save_pretrained(tmp_path)  # with the base's weight of the head
+        assert f"{head}.base_layer.weight" in read_adapter(tmp_path).extras
     with pytest.raises(minilora.LoRAError, match=f"{head} shares its weight with .*{source}"):
         minilora.load_adapter(build(), tmp_path)
     untied = build()

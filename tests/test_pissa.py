@@ -355,3 +355,12 @@ def test_it_goes_with_no_other_layer(changes: dict[str, Any]) -> None:
 def test_a_plain_layer_refuses_the_start() -> None:
     with pytest.raises(LoRAError, match="PiSSALinear"):
         LoRALinear(nn.Linear(8, 8), 2, init="pissa")
+
+
+def test_plain_lora_of_the_same_shapes_replaces_the_layers(tmp_path: Path) -> None:
+    donor = tiny_bart()
+    minilora.inject(donor, config_for(init="random"))
+    minilora.save_adapter(donor, tmp_path)
+    model = adapted()
+    assert not minilora.load_adapter(model, tmp_path).swapped
+    assert torch.equal(logits(model), logits(donor))

@@ -1,6 +1,7 @@
 """Which modules: PEFT's rules to the letter, and an error for every name that means nothing."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import MambaConfig, MambaModel, WavLMConfig, WavLMModel
 
 import minilora
 from minilora import LoRAConfig, LoRAError
@@ -212,6 +214,29 @@ def test_what_cannot_be_meant_is_refused_by_name_and_the_model_is_untouched(
 def test_a_transformer_layer_as_the_whole_model_is_refused_too() -> None:
     with pytest.raises(LoRAError, match=r"linear2.*TransformerEncoderLayer"):
         select(nn.TransformerEncoderLayer(8, 2, 16), LoRAConfig(targets=("linear2",)))
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "WavLM"])
+def test_classes_of_transformers_that_bypass_their_linears_are_refused(kind: str) -> None:
+    """A target that is accepted has an effect."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1}
+    if kind == "Mamba":
+        model = MambaModel(MambaConfig(vocab_size=40, state_size=4, use_cache=False, **sizes))
+        x, bypassed, called = torch.tensor([[4, 5, 6]]), ("dt_proj", "out_proj"), "in_proj"
+    else:
+        sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+        sizes |= {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,)}
+        model = WavLMModel(WavLMConfig(num_attention_heads=2, intermediate_size=24,
+                                       num_feat_extract_layers=1, **sizes))  # fmt: skip
+        x, bypassed, called = torch.ones(1, 800), ("q_proj", "v_proj", "out_proj"), "output_dense"
+    for name in bypassed:
+        with pytest.raises(LoRAError, match=rf"{name} lies in a \w+, .* ignored; exclude it"):
+            minilora.inject(model, LoRAConfig(rank=2, targets=(name,)))
+    with pytest.raises(LoRAError, match="ignored; exclude it"):
+        minilora.inject(model, LoRAConfig(rank=2, targets="all-linear"))
+    before = model.eval()(x)[0]
+    minilora.inject(model, LoRAConfig(rank=2, targets=(called,), init="random"))
+    assert not torch.equal(model(x)[0], before)
 
 
 def test_excluding_what_is_bypassed_or_tied_lets_the_rest_be_adapted() -> None:
