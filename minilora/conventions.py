@@ -62,11 +62,10 @@ def refuse_wrapped(model: nn.Module, needs_values: bool = False) -> None:
         LoRAError: the model is wrapped or sharded, its weights are offloaded (with `needs_values`,
             or only shapes), or it carries an adapter of PEFT.
     """
-    # accelerate's hooks copy offloaded weights into place for each call
+    # accelerate leaves offloaded weights on the meta device; its hooks copy them for each call.
     away = [m for m in model.modules() if needs_values or hasattr(m, "_hf_hook")]
     if any(parameter.is_meta for module in away for parameter in module.parameters()):
-        what = "weights are on the meta device, where accelerate's offloading leaves them too"
-        raise LoRAError(f"{what}: load the model onto one device first, without offloading")
+        raise LoRAError("weights are offloaded or on the meta device: load all onto one device")
     if is_sharded(model) or plain_model(model) is not model:
         raise LoRAError("inject before torch.compile, DistributedDataParallel or fully_shard")
     if any(k.__module__.startswith("peft.") for m in model.modules() for k in type(m).__mro__):

@@ -7,7 +7,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import peft
 import pytest
 import torch
@@ -504,6 +503,8 @@ def test_a_module_of_one_s_own_called_base_layer_is_no_adapter_of_peft_s() -> No
 
 
 def offloaded(folder: Path) -> Any:
+    import accelerate  # type: ignore[import-untyped]
+
     names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
     places = dict.fromkeys(names, "cpu") | {"model.layers": "disk"}
     return accelerate.dispatch_model(
@@ -524,8 +525,9 @@ def test_offloaded_weights_are_refused_in_one_line_and_shapes_can_be_injected(
         shapes = llama()
     for build in (lambda: minilora.inject(model, LoRAConfig(rank=2)),
                   lambda: minilora.load_adapter(model, tmp_path / "adapter", inference=True),
+                  lambda: minilora.quantize(model),
                   lambda: minilora.load_adapter(shapes, tmp_path / "adapter")):  # fmt: skip
-        with pytest.raises(LoRAError, match=r"on the meta device, .* load the model onto one") as e:
+        with pytest.raises(LoRAError, match=r"is offloaded|on the meta device: load") as e:
             build()
         assert "\n" not in str(e.value)
     assert torch.equal(outputs(model), before)
@@ -540,7 +542,7 @@ def test_keys_from_before_transformers_4_52_are_refused_with_advice(tmp_path: Pa
     moved = {k.replace("language_model", "language_model.model"): t for k, t in
              adapter.tensors.items()}  # fmt: skip
     minilora.write_adapter(minilora.Adapter(adapter.config, moved), tmp_path)
-    with pytest.raises(LoRAError, match=r"no such module; nearest: .*; load and save it with PEFT"):
+    with pytest.raises(LoRAError, match=r"no such module; nearest: .*; PEFT knows older names"):
         minilora.load_adapter(model, tmp_path)
 
 

@@ -226,8 +226,7 @@ def test_classes_of_transformers_that_bypass_their_linears_are_refused(kind: str
     else:
         sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
         sizes |= {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,)}
-        model = WavLMModel(WavLMConfig(num_attention_heads=2, intermediate_size=24,
-                                       num_feat_extract_layers=1, **sizes))  # fmt: skip
+        model = WavLMModel(WavLMConfig(num_attention_heads=2, intermediate_size=24, **sizes))
         x, bypassed, called = torch.ones(1, 800), ("q_proj", "v_proj", "out_proj"), "output_dense"
     for name in bypassed:
         with pytest.raises(LoRAError, match=rf"{name} lies in a \w+, .* ignored; exclude it"):

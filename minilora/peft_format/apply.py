@@ -226,8 +226,7 @@ def _check_fit(
     def explain(key: str) -> str:
         for name in keys.modules_of([key]):  # one, or none
             if name not in named:
-                older = "; load and save it with PEFT, which knows names of older versions"
-                older *= "language_model" in " ".join([name, *known])
+                older = "; PEFT knows older names: save it there" * ("language_model" in str(known))
                 return f": no such module{nearest(name, known, 1)}{older}"
             if name not in known:
                 return f": a {type(named[name]).__name__}, not a linear layer"

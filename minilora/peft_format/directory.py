@@ -26,7 +26,9 @@ from minilora.peft_format import keys
 from minilora.peft_format.config import ADVICE, KINDS, config_from_peft, config_to_peft, kind_of
 from minilora.peft_format.keys import CONFIG_FILE, WEIGHTS_FILE
 
-NAMED = re.compile(r"(\.(?:lora_\w+|\w+_delta|modules_to_save))\.(?!weight\b|bias\b)[^.]+")
+NAMED = re.compile(
+    r"(\.lora_[ABE]|\.lora_magnitude_vector|_tokens_delta|\.modules_to_save)\.(?!weight|bias)[^.]+"
+)
 """The adapter's name in a key, ".default" in most; PEFT takes it out when it saves."""
 REPEATED = re.compile(r"\.(original_module|modules_to_save)(?=\..*bias$)")
 """With bias="all" PEFT writes the biases of whole modules thrice; the plain name is trained."""
