@@ -480,3 +480,11 @@ def test_a_module_with_two_names_is_saved_so_that_its_file_can_be_read(
     assert torch.equal(fresh(x), model(x))
     assert not torch.equal(fresh(x), base(x))
     assert minilora.load_adapter(model, tmp_path).swapped
+
+
+def test_a_module_called_like_an_adapter_s_part_keeps_its_name(tmp_path: Path) -> None:
+    """What stands after `.lora_A` in a key may be an adapter's name; after `lora_block` it is not."""
+    model = nn.ModuleDict({"lora_block": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})})
+    minilora.inject(model, LoRAConfig(rank=2, targets=("q_proj",)))
+    minilora.save_adapter(model, tmp_path)
+    assert minilora.load_adapter(model, tmp_path).modules == ("lora_block.q_proj",)
