@@ -483,7 +483,7 @@ def test_a_module_with_two_names_is_saved_so_that_its_file_can_be_read(
 
 
 def test_a_module_called_like_an_adapter_s_part_keeps_its_name(tmp_path: Path) -> None:
-    """What stands after `.lora_A` in a key may be an adapter's name; after `lora_block` it is not."""
+    """After `.lora_A` a key may have the adapter's name. `lora_block` has no such thing."""
     model = nn.ModuleDict({"lora_block": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})})
     minilora.inject(model, LoRAConfig(rank=2, targets=("q_proj",)))
     minilora.save_adapter(model, tmp_path)
