@@ -18,7 +18,6 @@ on two cores.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import statistics
@@ -31,9 +30,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, write_result
+from common import ROOT, WEIGHTS, digest, write_result
 
-WEIGHTS = ROOT / "minilora" / "summarization" / "assets" / "pocket-bart" / "model.safetensors"
 # Train as many numbers as LoRA of rank 8 on query and value, 135,168, where they can.
 QV, ALL = ["--targets", "q_proj", "v_proj"], ["--targets", "all-linear"]
 METHODS: dict[str, tuple[list[str], float]] = {
@@ -242,14 +240,6 @@ def collected(plan: Plan, done: dict[Job, dict[str, Any]]) -> list[dict[str, Any
         runs = [{"rate": j.rate, "seed": j.seed, **done[j]} for j in jobs if j in done]
         rows.append({"name": method, "flags": METHODS[method][0], "search": tried, "runs": runs})
     return rows
-
-
-def digest(paths: Sequence[Path]) -> str:
-    """Of the files' content."""
-    found = hashlib.sha256()
-    for path in paths:
-        found.update(path.read_bytes())
-    return found.hexdigest()
 
 
 def main() -> None:
