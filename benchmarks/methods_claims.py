@@ -11,7 +11,7 @@ count, so the larger one decides at either end:
 
     better        A - B < 0       holds if the whole interval is below 0, does not if it is above
     no worse      A - B < margin  holds if it is below the margin, does not if it is above
-    alike         |A - B| < margin
+    alike         |A - B| < margin; none is better if A - B > -margin
     best rates    of a seed: the vertex of the parabola through the validation losses at its best
                   rate and the two beside it, over the logarithm of the rate; the ratio of two
                   methods' best rates seed by seed, with Student's interval of its logarithm
@@ -178,13 +178,18 @@ def no_worse(a: Row, b: Row) -> tuple[str, str] | None:
     return d and (below(d, MARGIN), loss("loss", d))
 
 
-def alike(base: Row, *others: Row) -> tuple[str, str] | None:
-    found = [(other["name"].split(" ")[0], difference(other, base)) for other in others]
-    known = [(name, d) for name, d in found if d is not None]
-    if len(known) < len(found):
-        return None
-    verdicts = [within(d, -MARGIN, MARGIN) for _, d in known]
-    return together(verdicts), "; ".join(loss(name, d) for name, d in known)
+def each_between(low: float, high: float) -> Callable[..., tuple[str, str] | None]:
+    """Every other method's loss minus the first one's lies between the bounds."""
+
+    def rule(base: Row, *others: Row) -> tuple[str, str] | None:
+        found = [(other["name"].split(" ")[0], difference(other, base)) for other in others]
+        known = [(name, d) for name, d in found if d is not None]
+        if len(known) < len(found):
+            return None
+        verdicts = [within(d, low, high) for _, d in known]
+        return together(verdicts), "; ".join(loss(name, d) for name, d in known)
+
+    return rule
 
 
 def rate_between(low: float, high: float) -> Callable[..., tuple[str, str] | None]:
@@ -227,15 +232,18 @@ def arxiv(name: str, number: str) -> str:
 
 HU = arxiv("Hu et al. 2021", "2106.09685")
 SCHULMAN = "[Schulman et al. 2025](https://thinkingmachines.ai/blog/lora/)"
-TUNED = arxiv("arXiv 2602.04998", "2602.04998")
+TUNED = arxiv("Lee et al. 2026", "2602.04998")
 CLAIMS = [
     Claim("LoRA is no worse than full fine-tuning", HU, (QV, FULL), no_worse),
     Claim("LoRA's best rate is about ten times full fine-tuning's (5 to 20), in all layers",
           SCHULMAN, (ALL, FULL), rate_between(5, 20)),
     Claim("LoRA in all layers is better than in attention (q and v), at equal parameters",
           SCHULMAN, (ALL, QV), better),
-    Claim("DoRA, PiSSA and LoRA+ tie with LoRA, each at its own rate",
-          f"{TUNED}, {arxiv('2601.22708', '2601.22708')}", (QV, DORA, PISSA, PLUS), alike),
+    Claim("DoRA, PiSSA and LoRA+ tie with LoRA, each at its own rate", TUNED,
+          (QV, DORA, PISSA, PLUS), each_between(-MARGIN, MARGIN)),
+    Claim("None of DoRA, PiSSA and LoRA+ is better than LoRA, each at its own rate",
+          arxiv("He et al. 2026", "2601.22708"), (QV, DORA, PISSA, PLUS),
+          each_between(-MARGIN, math.inf)),
     Claim("LoRA learns less and forgets less than full fine-tuning",
           arxiv("Biderman et al. 2024", "2405.09673"), (QV, FULL), learns_and_forgets_less),
     Claim("PiSSA wants a lower rate than LoRA", TUNED, (PISSA, QV), rate_between(0, 1)),

@@ -205,6 +205,7 @@ EXPECTED = {
     "LoRA's best rate": "holds",  # 4e-3 / 2.5e-4 = 16
     "LoRA in all layers": "holds",
     "DoRA, PiSSA and LoRA+": "holds",
+    "None of DoRA": "holds",
     "LoRA learns less": "holds",
     "PiSSA wants": "holds",  # 1e-3 / 8e-3
     "rsLoRA is better": "holds",
