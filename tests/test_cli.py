@@ -16,7 +16,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import minilora
-from minilora.summarization import commands
+from minilora.summarization import commands, flags
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.evaluation import nonsense
 from minilora.summarization.evaluation.compare import Summary
@@ -375,7 +375,7 @@ def test_the_command_is_the_one_that_was_called(monkeypatch: pytest.MonkeyPatch)
         ("/x/bin/minilora", "minilora train"),
     ):
         monkeypatch.setattr(sys, "argv", [called, "--rank", "8"])
-        assert commands._command("train.py") == wanted
+        assert flags.command("train.py") == wanted
 
 
 def test_interrupted_before_or_after_training_it_says_so(

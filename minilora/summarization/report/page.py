@@ -35,7 +35,7 @@ def write_report(directory: Path, path: Path) -> None:
         UserError, OSError: as `read_report`, or the page cannot be written. An older page is
             unchanged then.
     """
-    write_file(path, render(read_report(directory)).encode())
+    write_file(path.resolve(), render(read_report(directory)).encode())
 
 
 def render(run: Run) -> str:
