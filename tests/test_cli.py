@@ -386,7 +386,7 @@ def test_interrupted_before_or_after_training_it_says_so(
 
     monkeypatch.setattr(commands, "evaluate", interrupt)
     assert call(train_main, *BASE, "--max-steps", "1", "--output", "run") == 130
-    assert "score it with: python evaluate.py run" in capfd.readouterr().out
+    assert "score it with: python train.py --resume run" in capfd.readouterr().out
     assert "not scored yet" in Path("run/report.html").read_text()
     monkeypatch.setattr(commands, "open_session", interrupt)
     assert call(train_main, *BASE, "--output", "other") == 130

@@ -327,12 +327,12 @@ def test_a_chart_of_a_single_point_and_of_equal_values() -> None:
 
 def test_a_smoothed_line_is_a_mean_of_neighbours() -> None:
     points = [(float(x), float(x % 2)) for x in range(1, 61)]
-    smooth = page_charts._moving_mean(points)
+    smooth = page_charts._moving_mean(points, 57)
     assert len(smooth) == 57  # of four each
     assert {y for _, y in smooth} == {0.5}
     assert (smooth[0][0], smooth[-1][0]) == (2.5, 58.5)
     assert len(page_charts._thin(points * 100, 200)) == 200
-    assert page_charts._moving_mean([]) == []
+    assert page_charts._moving_mean([], 200) == []
 
 
 # AdaLoRA's ranks ----------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
     _print(session.notices)
     print(terminal.header(session, output), flush=True)
     resume = f"{flags.command('train.py')} --resume {shlex.quote(str(output))}"
-    with _writing(output, resume):
+    free = "earlier checkpoints are intact: free some space or fix the permissions, then run: "
+    with _writing(output, free + resume):
         outcome = fit(session, output)
     if not outcome.finished:
         _write_report(run, output)
@@ -87,7 +88,7 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
             return 130
         print(f"\n{terminal.format_examples(evaluation, terminal.first(evaluation, 3))}")
         print(f"\n{terminal.format_comparison(evaluation)}", flush=True)
-        with _writing(output, resume):
+        with _writing(output, free + resume):
             processes.on_rank0(lambda: _write_scores(session.run, output, evaluation.to_dict()))
     seconds = time.monotonic() - started
     page = _write_report(run, output)
@@ -97,15 +98,13 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
 
 
 @contextmanager
-def _writing(output: Path, resume: str) -> Iterator[None]:
-    """Inside the block, an error of the disk tells how the run goes on."""
+def _writing(path: Path, advice: str) -> Iterator[None]:
+    """Inside the block an error of the disk ends in one line that says what to do."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write to {output} ({error.strerror or error}). Earlier checkpoints are "
-            f"intact. Free some space or fix the permissions, then run: {resume}"
-        ) from None
+        why = error.strerror or error
+        raise UserError(f"cannot write to {path} ({why}): {advice}") from None
 
 
 def _write_scores(run: RunConfig, output: Path, evaluation: dict[str, Any]) -> None:
@@ -232,7 +231,8 @@ def score(arguments: argparse.Namespace) -> int:
     print(f"\n{terminal.format_comparison(evaluation)}")
     if arguments.output:
         path, scores = Path(arguments.output), evaluation.to_dict()
-        processes.on_rank0(lambda: write_json(path, scores))
+        with _writing(path, "name another file"):
+            processes.on_rank0(lambda: write_json(path, scores))
     return 0
 
 
@@ -254,13 +254,8 @@ def _predict(
     def summarize(encoded: list[Encoded]) -> list[Row]:
         return models.summaries(run, encoded, arguments.base)
 
-    try:
+    with _writing(output, "nothing is lost: free some space and run the same command again"):
         done = write_summaries(output, texts.examples, texts.encoded, settings, size, summarize)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {output} ({error.strerror}): nothing is lost: free some space and run "
-            "the same command again"
-        ) from None
     if done < len(texts):
         print(f"stopped after {done:,} of {len(texts):,} chats; the same command continues")
         return 130
