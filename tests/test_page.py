@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,7 @@ def test_the_command_writes_into_the_run_or_where_it_is_told(
         (["nothing"], "nothing: no such directory"),
         (["a", "--output", "new"], "--output new is a directory"),
         (["a", "--output", "a/config.json/x.html"], "config.json"),
+        (["a", "--output", "a/config.json"], "must end in .html"),
     ):
         assert main(["report", *argv]) == 2
         assert says in capsys.readouterr().err
@@ -333,6 +335,17 @@ def test_a_smoothed_line_is_a_mean_of_neighbours() -> None:
     assert (smooth[0][0], smooth[-1][0]) == (2.5, 58.5)
     assert len(page_charts._thin(points * 100, 200)) == 200
     assert page_charts._moving_mean([], 200) == []
+
+
+def test_a_chart_of_many_steps_takes_no_more_memory_than_they_do() -> None:
+    points = [(float(x), 1.0) for x in range(1, 30_001)]
+    tracemalloc.start()
+    smooth = page_charts._moving_mean(points, 200)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(smooth) <= 200
+    assert (smooth[0], smooth[1][0] > 100) == ((1000.5, 1.0), True)
+    assert peak < 1_000_000  # all windows of 2,000 points together: 450 MB
 
 
 # AdaLoRA's ranks ----------------------------------------------------------------------------------
