@@ -514,6 +514,7 @@ def test_scores_replace_scores_and_nothing_else(here: Path, capfd: Any) -> None:
     for name in ("scores.json", "nothing-yet.json"):
         assert json.loads(Path(name).read_text())["n"] == 2
     os.mkfifo("pipe")
+    capfd.readouterr()
     for name in ("pipe", "/dev/null"):
         argv = ["../run", "--output", name]
         refused(evaluate_main, here, capfd, argv, f"{name} is not a regular file")

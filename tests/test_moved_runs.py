@@ -79,7 +79,7 @@ def test_what_a_run_lost_is_not_taken_from_the_working_directory(project: Path, 
     assert Path(settings["model"]).is_dir()
     capfd.readouterr()
     assert evaluate_main(["../../../alone"]) == 2
-    assert "no such directory" in capfd.readouterr().err
+    assert "no such file" in capfd.readouterr().err
 
 
 def test_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
