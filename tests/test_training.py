@@ -565,7 +565,7 @@ def test_stopped_after_the_last_validation_it_is_not_scored(
     monkeypatch.setattr(Trainer, "checkpoint", checkpoint)
     assert train_main(flags(folder, "--output", run)) == 130
     out = capsys.readouterr().out
-    assert f"trained, not scored; score it with: python train.py --resume {run}\n" in out
+    assert f"trained, not scored; score it with: python train.py --resume {run} --evaluate\n" in out
     assert records(run)[-1]["kind"] == "end"
     assert not (run / "evaluation.json").exists()
     monkeypatch.undo()

@@ -84,7 +84,7 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
                 evaluation = _final_evaluation(session, output)
         except KeyboardInterrupt:
             _write_report(run, output)
-            print(f"\ntrained, not scored; score it with: {resume}")
+            print(f"\ntrained, not scored; score it with: {resume} --evaluate")
             return 130
         print(f"\n{terminal.format_examples(evaluation, terminal.first(evaluation, 3))}")
         print(f"\n{terminal.format_comparison(evaluation)}", flush=True)

@@ -302,7 +302,7 @@ def check_file(output: Path) -> None:
         raise UserError(f"--output {output} is a directory: name a file in it")
     if output.exists() and not output.is_file():  # a device or a pipe, such as /dev/stdout
         raise UserError(f"--output {output} is not a regular file: name another file")
-    folder = next(path for path in output.absolute().parents if path.exists())
+    folder = next(path for path in output.resolve().parents if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         why = "may not be written to" if folder.is_dir() else "is a file"
         raise UserError(f"--output {output}: {folder} {why}: name another file")
