@@ -196,7 +196,14 @@ def test_a_model_that_does_not_fit_is_one_line_and_leaves_nothing(
     """The errors of safetensors are not OSErrors."""
     argv = ["merge", str(folder / "whole"), str(tmp_path / "out")]
     if command == "train":
-        argv = ["train", *flags(folder, tmp_path / "out"), "--method", "full", "--checkpoint-steps", "0"]
+        argv = [
+            "train",
+            *flags(folder, tmp_path / "out"),
+            "--method",
+            "full",
+            "--checkpoint-steps",
+            "0",
+        ]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
