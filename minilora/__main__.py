@@ -32,7 +32,7 @@ from minilora.peft_format.directory import Adapter
 from minilora.reports import count, fold_names
 from minilora.summarization import errors
 from minilora.summarization.errors import UserError
-from minilora.summarization.flags import Parser
+from minilora.summarization.flags import Parser, check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,13 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         entry_point = cli.train_main if arguments[0] == "train" else cli.evaluate_main
         return entry_point(arguments[1:], program)
     parsed = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int | None] = parsed.run
-    shown = logging.StreamHandler(sys.stdout)  # what the library logs, such as rounding errors
+    return errors.run(f"minilora {parsed.command}", lambda: _logging(parsed.run, parsed))
+
+
+def _logging(
+    command: Callable[[argparse.Namespace], int | None], parsed: argparse.Namespace
+) -> int | None:
+    """Run a command and print what the library logs, such as rounding errors."""
+    shown = logging.StreamHandler(sys.stdout)
     log = logging.getLogger("minilora")
     log.addHandler(shown)
     log.setLevel(logging.INFO)
     try:
-        return errors.run(f"minilora {parsed.command}", lambda: command(parsed))
+        return command(parsed)
     finally:
         log.removeHandler(shown)
 
@@ -156,8 +162,9 @@ def _report(parsed: argparse.Namespace) -> None:
     from minilora.summarization.report.page import write_report  # it imports rouge_score and NLTK
 
     page: Path = parsed.output or parsed.directory / "report.html"
-    if page.is_dir():
-        raise UserError(f"--output {page} is a directory: name a file in it")
+    check_file(page)
+    if page.suffix != ".html":  # perhaps a file of the run
+        raise UserError(f"--output {page}: the name of a page must end in .html")
     write_report(parsed.directory, page)
     print(f"written to {page}")
 
@@ -218,7 +225,6 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _merge(parsed: argparse.Namespace) -> None:
-    from minilora.summarization.model.loading import load_tokenizer, quiet
     from minilora.summarization.model.start import base_of
 
     out: Path = parsed.out
@@ -230,9 +236,36 @@ def _merge(parsed: argparse.Namespace) -> None:
     name = parsed.model or base.get("model")
     if name is None:
         raise LoRAError(f"{parsed.adapter} does not name its base model: pass --model")
+    # An empty directory may be a mount point or the current directory: it is filled, not replaced.
+    place = out if out.exists() else out.parent
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=place) as folder:
+        new = Path(folder) / "model"
+        _write_merged(new, name, adapter, base["method"] == "qlora", DTYPES.get(parsed.dtype))
+        if place == out:
+            for path in new.iterdir():
+                path.replace(out / path.name)
+        else:
+            new.replace(out)
+    print(f"written to {out}")
+
+
+def _write_merged(
+    new: Path, name: str, adapter: Adapter, four_bits: bool, dtype: torch.dtype | None
+) -> None:
+    """Merge the adapter into its base and write a checkpoint; read it back and compare outputs.
+
+    Args:
+        new: the directory to write.
+        name: the base model.
+        adapter: goes into the base.
+        four_bits: it was trained on a base in four bits, so it belongs to the quantized weights.
+        dtype: of the weights; None: the base's.
+    """
+    from minilora.summarization.model.loading import load_tokenizer, saving
+
     model, stored = _load(name, adapter)
-    # An adapter trained on a base in four bits belongs to the quantized weights.
-    if four_bits := base["method"] == "qlora":
+    if four_bits:
         print(minilora.quantize(model))
     print(apply_adapter(model, adapter, inference=True))
     sample = _sample(model)
@@ -241,27 +274,19 @@ def _merge(parsed: argparse.Namespace) -> None:
         print(minilora.merge(model))
     minilora.unwrap(model, dequantize=four_bits)
 
-    dtype = DTYPES[parsed.dtype] if parsed.dtype else stored
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        new = Path(folder) / "model"
-        torch.nn.Module.to(model, dtype)
-        with quiet():
-            model.save_pretrained(new)
-        try:
-            load_tokenizer(name).save_pretrained(new)
-        except UserError:
-            print(f"note: {name} has no tokenizer to write beside the model", file=sys.stderr)
-        written = _load(str(new))[0]  # read back from disk
-        if sample and before is not None:
-            apart = (_outputs(written, sample) - before).abs().max().item()
-            print(f"outputs on a sample, unmerged and from the checkpoint: {apart:.2g} apart")
-            if dtype == torch.float32 and apart > 1e-3 * before.abs().max().item():
-                raise LoRAError(f"the merged outputs differ by {apart:.2g}: nothing is written")
-        if out.exists():
-            out.rmdir()
-        new.replace(out)
-    print(f"written to {out}")
+    torch.nn.Module.to(model, dtype := dtype or stored)
+    with saving():
+        model.save_pretrained(new)
+    try:
+        load_tokenizer(name).save_pretrained(new)
+    except UserError:
+        print(f"note: {name} has no tokenizer to write beside the model", file=sys.stderr)
+    written = _load(str(new))[0]  # read back from disk
+    if sample and before is not None:
+        apart = (_outputs(written, sample) - before).abs().max().item()
+        print(f"outputs on a sample, unmerged and from the checkpoint: {apart:.2g} apart")
+        if dtype == torch.float32 and apart > 1e-3 * before.abs().max().item():
+            raise LoRAError(f"the merged outputs differ by {apart:.2g}: nothing is written")
 
 
 def _load(name: str, adapter: Adapter | None = None) -> "tuple[PreTrainedModel, torch.dtype]":

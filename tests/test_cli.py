@@ -16,7 +16,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import minilora
-from minilora.summarization import commands
+from minilora.__main__ import main as command_line
+from minilora.summarization import commands, flags, processes
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.evaluation import nonsense
 from minilora.summarization.evaluation.compare import Summary
@@ -357,6 +358,51 @@ def test_the_report_is_written_if_wanted_and_its_failure_is_only_told_of(
     assert "report  " not in out
 
 
+def test_runs_that_start_together_get_names_of_their_own(here: Path) -> None:
+    run = flags.parse_run(BASE)
+    found = [str(flags.output_directory(run)) for _ in range(3)]
+    assert found == ["runs/pocket-lora-r8", "runs/pocket-lora-r8-2", "runs/pocket-lora-r8-3"]
+    assert all(list(Path(name).iterdir()) == [] for name in found)
+    Path("runs/pocket-lora-r8-4").write_text("a file")
+    assert call(train_main, *BASE, "--max-steps", "1", "--no-evaluate") == 0
+    assert Path("runs/pocket-lora-r8-5/adapter").is_dir()
+
+
+def stdout_of(kind: str, patch: pytest.MonkeyPatch) -> None:
+    """Standard output that cannot be written: its reader is gone, or its disk is full."""
+    if kind == "closed":
+        patch.setattr(sys, "stdout", None)
+        return
+    receive, send = os.pipe()
+    os.close(receive)
+    where = send if kind == "broken" else os.open("/dev/full", os.O_WRONLY)
+    patch.setattr(sys, "stdout", os.fdopen(where, "w"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("kind", ["broken", "full", "closed"])
+def test_work_goes_on_where_nobody_can_read_what_it_prints(
+    here: Path, capfd: Any, kind: str
+) -> None:
+    note = "note: standard output cannot be written (No space left on device): what is printed "
+    said, code = (f"{note}is lost\n", 2) if kind == "full" else ("", 0)
+    for main, *argv in (
+        (train_main, *BASE, "--max-steps", "1", "--output", "run"),
+        (evaluate_main, "run", "--output", "scores.json"),
+        (evaluate_main, "run", "--predict", "../data/test.jsonl", "--output", "out.jsonl"),
+        (command_line, "inspect", "run"),
+        (command_line, "merge", "run", "merged"),
+        (command_line, "report", "run"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            stdout_of(kind, patch)
+            assert call(main, *argv) == code
+            print("and nothing fails afterwards", flush=True)
+        assert capfd.readouterr().err == said
+    written = ["run/evaluation.json", "run/report.html", "scores.json", "out.jsonl"]
+    assert all(Path(name).exists() for name in [*written, "merged/model.safetensors"])
+
+
 def test_any_of_barts_shapes_trains(here: Path) -> None:
     shape = {"encoder_layers": 3, "decoder_ffn_dim": 40, "decoder_attention_heads": 4}
     save_bart(here / "shape", max_position_embeddings=33, tie_word_embeddings=False, **shape)
@@ -368,14 +414,25 @@ def test_any_of_barts_shapes_trains(here: Path) -> None:
 
 
 def test_the_command_is_the_one_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = processes.active
     for called, wanted in (
         ("train.py", "python train.py"),
+        ("../a b/train.py", "python '../a b/train.py'"),
+        ("/x/evaluate.py", "python /x/train.py"),
         ("/x/minilora/__main__.py", "python -m minilora train"),
         ("/x/pytest/__main__.py", "python train.py"),
         ("/x/bin/minilora", "minilora train"),
     ):
         monkeypatch.setattr(sys, "argv", [called, "--rank", "8"])
-        assert commands._command("train.py") == wanted
+        assert flags.command("train.py") == wanted
+        monkeypatch.setattr(processes, "active", lambda: True)
+        monkeypatch.setattr(processes, "world_size", lambda: 2)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        by_torchrun = wanted.replace("minilora train", "-m minilora train").removeprefix("python ")
+        by_torchrun = by_torchrun.replace("-m -m", "-m")
+        assert flags.command("train.py") == f"torchrun --nproc-per-node 2 {by_torchrun}"
+        assert flags.command("evaluate.py").startswith(("python ", "minilora "))
+        monkeypatch.setattr(processes, "active", alone)
 
 
 def test_interrupted_before_or_after_training_it_says_so(
@@ -386,7 +443,7 @@ def test_interrupted_before_or_after_training_it_says_so(
 
     monkeypatch.setattr(commands, "evaluate", interrupt)
     assert call(train_main, *BASE, "--max-steps", "1", "--output", "run") == 130
-    assert "score it with: python evaluate.py run" in capfd.readouterr().out
+    assert "score it with: python train.py --resume run" in capfd.readouterr().out
     assert "not scored yet" in Path("run/report.html").read_text()
     monkeypatch.setattr(commands, "open_session", interrupt)
     assert call(train_main, *BASE, "--output", "other") == 130
@@ -429,6 +486,60 @@ def test_the_adapter_inside_a_run_is_scored_with_the_runs_settings(here: Path) -
     assert call(evaluate_main, "../run/adapter", "--output", "e.json") == 0
     own = json.loads((here.parent / "run" / "evaluation.json").read_text())
     assert json.loads(Path("e.json").read_text()) == own
+
+
+def test_a_run_is_found_however_its_adapter_is_spelt(
+    here: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("latest").symlink_to("../run/adapter")
+    for where, spelt in ((".", "latest"), ("../run/adapter", "."), ("../data", "../run/./adapter")):
+        monkeypatch.chdir(here / where)
+        assert call(evaluate_main, spelt, "--output", here / "scores.json") == 0
+        assert json.loads((here / "scores.json").read_text())["n"] == 4  # the test split of `data`
+
+
+def test_scores_replace_scores_and_nothing_else(here: Path, capfd: Any) -> None:
+    shutil.copy("../data/test.jsonl", "copy.jsonl")
+    write(here / "list.json", b"[]")
+    for name in ("copy.jsonl", "list.json", "../run/config.json", "../run/report.html"):
+        argv: list[object] = ["../run", "--data", "copy.jsonl", "--output", name]
+        refused(evaluate_main, here, capfd, argv, f"--output {name} exists and holds no scores")
+    write(here / "scores.json", b"")  # as mktemp makes it
+    Path("link.json").symlink_to("scores.json")
+    Path("new.json").symlink_to("nothing-yet.json")
+    for name in ("scores.json", "scores.json", "link.json", "new.json"):
+        assert call(evaluate_main, "../run", "--limit", "2", "--output", name) == 0
+    assert Path("link.json").is_symlink()
+    assert Path("new.json").is_symlink()
+    for name in ("scores.json", "nothing-yet.json"):
+        assert json.loads(Path(name).read_text())["n"] == 2
+    os.mkfifo("pipe")
+    capfd.readouterr()
+    for name in ("pipe", "/dev/null"):
+        argv = ["../run", "--output", name]
+        refused(evaluate_main, here, capfd, argv, f"{name} is not a regular file")
+
+
+def test_scores_are_printed_before_they_are_written(
+    here: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(commands, "write_json", full)
+    for main, argv, advice in (
+        (evaluate_main, ["../run", "--output", "s.json"], "cannot write to s.json"),
+        (train_main, [*BASE, "--output", "new"], "then run: python train.py --resume new"),
+    ):
+        assert call(main, *argv) == 2
+        out, err = capfd.readouterr()
+        assert re.search(r"(?m)^rouge1 +\d", out)
+        assert err.count("\n") == 1
+        assert "(No space left on device): " in err
+        assert advice in err
+    monkeypatch.undo()
+    assert call(train_main, "--resume", here / "new") == 0
+    assert (here / "new" / "evaluation.json").exists()
 
 
 def test_a_bare_adapter_is_scored_with_the_presets_settings(here: Path) -> None:
@@ -589,7 +700,7 @@ def test_a_process_that_is_told_to_stop_says_how_to_go_on_and_does(here: Path) -
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err == ""
-    command = re.search(r"resume with: python (train\.py --resume long)\n", out)
+    command = re.search(r"resume with: python \S*(train\.py --resume long)\n", out)
     assert command, out
     assert minilora.read_adapter("long/adapter").modules
     step = json.loads(sorted(Path("long/checkpoints").glob("*/state.json"))[-1].read_text())

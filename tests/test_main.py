@@ -227,6 +227,26 @@ def test_merge_refuses_a_base_that_lacks_more_than_the_head(
     assert not (tmp_path / "out").exists()
 
 
+def test_merge_fills_an_empty_directory_and_does_not_replace_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the current directory, a mount point, or the target of a symbolic link."""
+    adapter = save_adapted("bart", base, tmp_path / "adapter")
+    place, link = tmp_path / "place", tmp_path / "link"
+    place.mkdir()
+    link.symlink_to(place)
+    before = place.stat().st_ino
+    monkeypatch.chdir(place)
+    for out in (".", link):
+        assert run("merge", adapter, out) == 0
+        assert place.stat().st_ino == before
+        assert load("bart", place).config.model_type == "bart"
+        assert not list(place.glob(".*"))
+        for path in place.iterdir():
+            path.unlink()
+    assert link.is_symlink()
+
+
 def test_merge_refuses_in_one_line_and_leaves_nothing(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

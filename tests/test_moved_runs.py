@@ -1,6 +1,7 @@
 """A run whose model and data are beside it works from another folder, and after all have moved."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,37 @@ def test_a_moved_run_is_resumed_and_says_that_it_is_finished(project: Path, capf
     note = "note: moved/runs/x is finished: it is only scored again\n"
     assert note in capfd.readouterr().err
     assert records(project / "runs" / "x") == before
+
+
+def test_a_run_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runs` is a symbolic link; the run is reached through it and by its real path."""
+    for folder in ("home/project", "disk/deep/runs", "other/x/y/z"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "home" / "project")
+    save_bart(Path("bart"))
+    save_data(Path("data"))
+    Path("runs").symlink_to("../../disk/deep/runs")
+    argv = ["--model", "bart", "--data", "data", *SMALL, "--max-steps", "2", "--rank", "3"]
+    assert train_main([*argv, "--no-evaluate", "--output", "runs/x"]) == 0
+    same = ["--model", "bart", "--resume", "runs/x", "--no-evaluate"]
+    assert train_main(same) == 0  # the same model, as it was typed
+    for where, run in ((".", "runs/x"), ("../../other/x/y/z", tmp_path / "disk/deep/runs/x")):
+        monkeypatch.chdir(where)
+        assert evaluate_main([str(run), "--output", "scores.json"]) == 0
+        scores = json.loads(Path("scores.json").read_text())
+        assert Path(scores["data"]).resolve() == tmp_path / "home" / "project" / "data"
+
+
+def test_what_a_run_lost_is_not_taken_from_the_working_directory(project: Path, capfd: Any) -> None:
+    (project / "runs" / "x").rename("alone")
+    settings = json.loads(Path("alone/config.json").read_text())
+    assert settings["model"] == "./../../bart"
+    (project / "runs" / "deep").mkdir()
+    os.chdir(project / "runs" / "deep")  # from here it would lead to the project's own
+    assert Path(settings["model"]).is_dir()
+    capfd.readouterr()
+    assert evaluate_main(["../../../alone"]) == 2
+    assert "no such file" in capfd.readouterr().err
 
 
 def test_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

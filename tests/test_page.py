@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ def test_an_unfinished_run_says_so_and_how_to_go_on(tmp_path: Path) -> None:
     text = Reader(page.render(runs.read_report(run))).text
     assert "the log ends at step 30" in text
     assert f"python -m minilora train --resume {run}" in text
-    assert f"python -m minilora evaluate {run} --output {run}/evaluation.json" in text
+    assert f"python -m minilora train --resume {run} --evaluate" in text
     assert "not scored yet" in text
     for name in ("log.jsonl", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
         (run / name).unlink()
@@ -271,6 +272,7 @@ def test_the_command_writes_into_the_run_or_where_it_is_told(
         (["nothing"], "nothing: no such directory"),
         (["a", "--output", "new"], "--output new is a directory"),
         (["a", "--output", "a/config.json/x.html"], "config.json"),
+        (["a", "--output", "a/config.json"], "must end in .html"),
     ):
         assert main(["report", *argv]) == 2
         assert says in capsys.readouterr().err
@@ -327,12 +329,23 @@ def test_a_chart_of_a_single_point_and_of_equal_values() -> None:
 
 def test_a_smoothed_line_is_a_mean_of_neighbours() -> None:
     points = [(float(x), float(x % 2)) for x in range(1, 61)]
-    smooth = page_charts._moving_mean(points)
+    smooth = page_charts._moving_mean(points, 57)
     assert len(smooth) == 57  # of four each
     assert {y for _, y in smooth} == {0.5}
     assert (smooth[0][0], smooth[-1][0]) == (2.5, 58.5)
     assert len(page_charts._thin(points * 100, 200)) == 200
-    assert page_charts._moving_mean([]) == []
+    assert page_charts._moving_mean([], 200) == []
+
+
+def test_a_chart_of_many_steps_takes_no_more_memory_than_they_do() -> None:
+    points = [(float(x), 1.0) for x in range(1, 30_001)]
+    tracemalloc.start()
+    smooth = page_charts._moving_mean(points, 200)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(smooth) <= 200
+    assert (smooth[0], smooth[1][0] > 100) == ((1000.5, 1.0), True)
+    assert peak < 1_000_000  # all windows of 2,000 points together: 450 MB
 
 
 # AdaLoRA's ranks ----------------------------------------------------------------------------------

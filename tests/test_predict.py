@@ -355,7 +355,7 @@ def test_a_full_disk_loses_nothing(here: Path, capfd: Any, monkeypatch: Any) -> 
     monkeypatch.setattr(predict, "write_file", full)
     argv = ["run", "--predict", "chats.jsonl", "--output", "out.jsonl"]
     assert evaluate_main(argv) == 2
-    says = "evaluate.py: cannot write out.jsonl (No space left on device): nothing is lost: free "
+    says = "evaluate.py: cannot write to out.jsonl (No space left on device): nothing is lost: "
     assert says in capfd.readouterr().err
     monkeypatch.setattr(predict, "write_file", write_file)
     monkeypatch.setattr(commands.Models, "summaries", None)  # all of them are there already

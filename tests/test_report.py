@@ -114,7 +114,7 @@ def test_opening_says_what_is_trained_on_what_and_where_it_goes() -> None:
 
 
 def test_closing_says_what_it_cost_and_what_to_do_next() -> None:
-    outcome = Outcome(Progress(step=1_200, seconds=150.0), interrupted=False, peak_bytes=3 * 2**20)
+    outcome = Outcome(Progress(1_200, seconds=150.0, peak_bytes=3 * 2**20), True, False)
     command = "python evaluate.py"
     lines = terminal.summary(session("lora"), outcome, Path("runs/x"), 200.0, command).splitlines()
     assert [line.split("  ")[-1].strip() for line in lines] == [

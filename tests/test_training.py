@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -535,6 +536,53 @@ def test_a_second_request_stops_at_once_and_handlers_are_put_back() -> None:
         interrupt()
         with pytest.raises(KeyboardInterrupt), stop.at_once():
             pytest.fail("a request made before raises too")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nohup, and a script's `train.py &`: Ctrl-C in the terminal is not meant for it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_requests() as stop:
+            interrupt(signal.SIGINT)
+            assert not stop.requested
+            interrupt(signal.SIGTERM)
+            assert stop.requested
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_stopped_after_the_last_validation_it_is_not_scored(
+    folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    run, original = tmp_path / "run", Trainer.checkpoint
+
+    def checkpoint(trainer: Trainer) -> None:
+        original(trainer)
+        if trainer.progress.epoch == 2:
+            interrupt(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "checkpoint", checkpoint)
+    assert train_main(flags(folder, "--output", run)) == 130
+    out = capsys.readouterr().out
+    assert f"trained, not scored; score it with: python train.py --resume {run} --evaluate\n" in out
+    assert records(run)[-1]["kind"] == "end"
+    assert not (run / "evaluation.json").exists()
+    monkeypatch.undo()
+    assert train_main(["--resume", str(run)]) == 0
+    assert (run / "evaluation.json").exists()
+
+
+def test_the_peak_of_memory_is_that_of_all_parts_of_a_run(
+    folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    for megabytes, argv in ((900, flags(folder, "--output", run)), (500, ["--resume", str(run)])):
+        monkeypatch.setattr(trainer, "peak_bytes", lambda device, m=megabytes: m * 2**20)
+        assert train_main([*argv, "--no-evaluate"]) == 0
+        (end,) = (r for r in map(json.loads, (run / "log.jsonl").open()) if r["kind"] == "end")
+        assert end["peak_bytes"] == 900 * 2**20
+        assert re.search(r"peak memory +900 MiB", capsys.readouterr().out)
 
 
 def test_a_log_is_cut_back_and_goes_on(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import minilora
+from minilora.__main__ import main
 from minilora.summarization.cli import train_main
 from minilora.summarization.training import trainer
 from tests.faults import unreadable
@@ -186,6 +187,35 @@ def test_files_that_may_not_grow(folder: Path, run: Path, capfd: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     check_one_line(capfd.readouterr().err, "File too large")
     check_ends_the_same(run, folder / "whole")
+
+
+@pytest.mark.parametrize("command", ["train", "merge"])
+def test_a_model_that_does_not_fit_is_one_line_and_leaves_nothing(
+    folder: Path, tmp_path: Path, capfd: Any, command: str
+) -> None:
+    """The errors of safetensors are not OSErrors."""
+    argv = ["merge", str(folder / "whole"), str(tmp_path / "out")]
+    if command == "train":
+        argv = [
+            "train",
+            *flags(folder, tmp_path / "out"),
+            "--method",
+            "full",
+            "--checkpoint-steps",
+            "0",
+        ]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        assert main(argv) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capfd.readouterr().err
+    assert "File too large" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert ("--resume" in said) == (command == "train")
+    left = [path.name for path in tmp_path.rglob("*")]
+    assert sorted(left) == (["config.json", "log.jsonl", "out"] if command == "train" else [])
 
 
 # Files that are damaged ---------------------------------------------------------------------------

@@ -4,7 +4,8 @@ import argparse
 import shlex
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from .model import loading, requirements, speed
 from .model.device import choose_device, choose_precision
 from .model.encoder_cache import EncoderStates, keep_states
 from .model.loading import load_model
-from .model.start import base_of
+from .model.start import base_of, run_of
 from .predict import Row, read_chats, write_summaries
 from .presets import PRESETS, local_path
 from .report import terminal
@@ -41,27 +42,16 @@ from .training.session import Session, Split, four_bits, open_session, trained_p
 from .training.stopping import stop_requests
 from .training.trainer import fit
 
-
-def _command(program: str) -> str:
-    """The command that runs `train.py` or `evaluate.py` again, as it was called."""
-    if processes.active() and program == "train.py":  # evaluate.py needs one process only
-        return f"torchrun {processes.launch_options()} {program}"
-    called = Path(sys.argv[0])
-    if called.parts[-2:] == ("minilora", "__main__.py"):
-        return f"python -m minilora {program.removesuffix('.py')}"
-    if called.stem == "minilora":  # installed by pip, without a train.py
-        return f"minilora {program.removesuffix('.py')}"
-    return f"python {program}"
-
-
 # train.py -----------------------------------------------------------------------------------------
 
 
 def train(run: RunConfig) -> int:
     """Fine-tune, score, and report. Returns the exit code: 0, or 130 when interrupted."""
     started = time.monotonic()
-    output = Path(processes.from_rank0(lambda: str(flags.output_directory(run))))
+    if (named := run.output.output) and not run.output.resume:
+        processes.on_rank0(lambda: flags.check_free(Path(named)))
     session = open_session(run)
+    output = Path(processes.from_rank0(lambda: str(flags.output_directory(run))))
     with ExitStack() as held:  # process 0 holds the lock
         processes.on_rank0(lambda: held.enter_context(lock(output)))
         return _train_into(output, run, session, started)
@@ -76,35 +66,45 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
         raise UserError(f"{output} must be on a file system that the machines share")
     _print(session.notices)
     print(terminal.header(session, output), flush=True)
-    again = shlex.quote(str(output))
-    try:
+    resume = f"{flags.command('train.py')} --resume {shlex.quote(str(output))}"
+    free = "earlier checkpoints are intact: free some space or fix the permissions, then run: "
+    with _writing(output, free + resume):
         outcome = fit(session, output)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {output} ({error.strerror}). Earlier checkpoints are intact. Free "
-            f"some space or fix the permissions, then run: {_command('train.py')} --resume {again}"
-        ) from None
-    if outcome.interrupted:
+    if not outcome.finished:
         _write_report(run, output)
         where = f"the result so far is in {trained_path(output, run)}"
         print(f"\nstopped after step {outcome.progress.step}; {where}")
-        print(f"resume with: {_command('train.py')} --resume {again}")
+        print(f"resume with: {resume}")
         return 130
     if run.output.evaluate and rouge_is_installed():
         try:
+            if outcome.stopped:
+                raise KeyboardInterrupt
             with stop_requests() as stop, stop.at_once():
                 evaluation = _final_evaluation(session, output)
         except KeyboardInterrupt:
             _write_report(run, output)
-            print(f"\ntrained, not scored; score it with: {_command('evaluate.py')} {again}")
+            print(f"\ntrained, not scored; score it with: {resume} --evaluate")
             return 130
-        processes.on_rank0(lambda: _write_scores(session.run, output, evaluation.to_dict()))
         print(f"\n{terminal.format_examples(evaluation, terminal.first(evaluation, 3))}")
-        print(f"\n{terminal.format_comparison(evaluation)}")
+        print(f"\n{terminal.format_comparison(evaluation)}", flush=True)
+        with _writing(output, free + resume):
+            processes.on_rank0(lambda: _write_scores(session.run, output, evaluation.to_dict()))
     seconds = time.monotonic() - started
     page = _write_report(run, output)
-    print(f"\n{terminal.summary(session, outcome, output, seconds, _command('evaluate.py'), page)}")
+    again = flags.command("evaluate.py")
+    print(f"\n{terminal.summary(session, outcome, output, seconds, again, page)}")
     return 0
+
+
+@contextmanager
+def _writing(path: Path, advice: str) -> Iterator[None]:
+    """Inside the block an error of the disk ends in one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"cannot write to {path} ({why}): {advice}") from None
 
 
 def _write_scores(run: RunConfig, output: Path, evaluation: dict[str, Any]) -> None:
@@ -226,12 +226,13 @@ def score(arguments: argparse.Namespace) -> int:
         print("\n---\n".join(map(terminal.format_summary, found)))
         return 0
     evaluation = models.score(run, split, texts)
-    if arguments.output:
-        path, scores = Path(arguments.output), evaluation.to_dict()
-        processes.on_rank0(lambda: write_json(path, scores))
     changed = terminal.most_changed(evaluation, 3)
     print(f"the largest differences:\n\n{terminal.format_examples(evaluation, changed)}")
     print(f"\n{terminal.format_comparison(evaluation)}")
+    if arguments.output:
+        path, scores = Path(arguments.output), evaluation.to_dict()
+        with _writing(path, "name another file"):
+            processes.on_rank0(lambda: write_json(path, scores))
     return 0
 
 
@@ -253,13 +254,8 @@ def _predict(
     def summarize(encoded: list[Encoded]) -> list[Row]:
         return models.summaries(run, encoded, arguments.base)
 
-    try:
+    with _writing(output, "nothing is lost: free some space and run the same command again"):
         done = write_summaries(output, texts.examples, texts.encoded, settings, size, summarize)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {output} ({error.strerror}): nothing is lost: free some space and run "
-            "the same command again"
-        ) from None
     if done < len(texts):
         print(f"stopped after {done:,} of {len(texts):,} chats; the same command continues")
         return 130
@@ -287,9 +283,7 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
     Raises:
         UserError: the adapter does not name its base model, or a run is given a preset.
     """
-    inside = directory.name in ("adapter", "model")
-    if inside and (directory.parent / "config.json").exists():
-        directory = directory.parent
+    directory = run_of(directory)
     preset = arguments.preset or "pocket"
     flat = PRESETS[preset] | {"preset": preset}
     if loading.is_adapter(directory):

@@ -31,14 +31,14 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """An atomic file write.
+    """An atomic file write; a symbolic link stays, and what it leads to is replaced.
 
     Raises:
         OSError: the file cannot be written; the old one is unchanged.
     """
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
     # A lone surrogate has no UTF-8. What Python writes for it here is also JSON's escape.
-    write_file(path, text.encode("utf-8", "backslashreplace"))
+    write_file(path.resolve(), text.encode("utf-8", "backslashreplace"))
 
 
 def remove_directory(directory: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -11,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from . import processes
 from .errors import UserError
 from .files import read_object
 from .presets import LEARNING_RATES, OTHER_RATES, PRESETS, restored
@@ -69,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 def training_parser(program: str = "train.py") -> Parser:
     """A flag for each field of the settings. What it parses holds only the flags that are typed."""
     what = "Fine-tune an encoder-decoder to summarize; compare it with its base."
-    usage = f"{_command(program)} [--preset NAME] [--FLAG VALUE ...]"
+    usage = f"{command(program)} [--preset NAME] [--FLAG VALUE ...]"
     parser = Parser(prog=program, description=what, usage=usage, argument_default=argparse.SUPPRESS)
     _add_preset(parser, f"a whole configuration that the other flags change: {', '.join(PRESETS)}")
     for kind in GROUPS.values():
@@ -91,9 +93,19 @@ def _add_settings(parser: Parser, kind: Any, show_defaults: bool = True) -> None
         group.add_argument(spelt(setting.name), **takes)
 
 
-def _command(program: str) -> str:
-    """The program as it is typed: train.py is a file, `minilora train` a command."""
-    return f"python {program}" if program.endswith(".py") else program
+def command(program: str) -> str:
+    """What is typed to call `train.py` or `minilora train` the way this process was called."""
+    called, name = Path(sys.argv[0]), program.split()[-1].removesuffix(".py")
+    shared = processes.active() and name == "train"  # evaluate.py needs one process only
+    start = f"torchrun {processes.launch_options()}" if shared else "python"
+    installed = called.stem == "minilora"  # by pip, without a train.py
+    if called.parts[-2:] == ("minilora", "__main__.py") or (installed and shared):
+        return f"{start} -m minilora {name}"
+    if installed or not program.endswith(".py"):
+        return f"minilora {name}"
+    if called.name in ("train.py", "evaluate.py"):
+        program = str(called.with_name(program))
+    return f"{start} {shlex.quote(program)}"
 
 
 def _takes(kind: Any, name: str) -> dict[str, Any]:
@@ -167,18 +179,21 @@ def _require_same(before: dict[str, Any], run: RunConfig) -> None:
 
 
 def output_directory(run: RunConfig) -> Path:
-    """The directory of the run. One that holds another run is never overwritten."""
-    if run.output.resume:
-        return Path(run.output.resume)
-    if run.output.output:
-        check_free(output := Path(run.output.output))
-        return output
+    """The directory of the run. Without --output it is made here: no other run gets its name."""
+    if named := run.output.resume or run.output.output:
+        return Path(named)
     method, beside = run.model.method, run.model.with_
     size = f"-r{run.adapter.rank}" if method not in ("full", "prompt", "prefix") else ""
     size += f"-{beside}" if beside != "none" else ""
     name = f"{run.preset}-{method}{size}"
-    names = (name, *(f"{name}-{i}" for i in range(2, 10000)))
-    return next(path for path in (Path("runs") / name for name in names) if not path.exists())
+    path, number = Path("runs") / name, 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+            path = path.with_name(f"{name}-{number}")
 
 
 def check_free(output: Path) -> None:
@@ -220,7 +235,7 @@ def evaluation_parser(program: str = "evaluate.py") -> Parser:
     """The flags of `evaluate.py`. Of a run's settings it returns only those that are typed."""
     what = "Score the base and the fine-tuned model side by side, or summarize chats."
     files = "FILE --output FILE [--base]" if program.endswith("predict") else "[--text FILE ...]"
-    usage = f"{_command(program)} RUN {files} [--FLAG VALUE ...]"
+    usage = f"{command(program)} RUN {files} [--FLAG VALUE ...]"
     parser = Parser(prog=program, description=what, usage=usage)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run, an adapter, or its hub name")
@@ -275,15 +290,27 @@ def parse_evaluation(argv: Sequence[str], program: str = "evaluate.py") -> argpa
     if chats and bool(arguments.predict) != bool(arguments.output):
         raise UserError("--predict requires --output FILE.jsonl, and --text does not take --output")
     if arguments.output:
-        _check_file(Path(arguments.output))
+        check_file(output := Path(arguments.output))
+        if not arguments.predict and output.exists() and not _holds_scores(output):
+            raise UserError(f"--output {output} exists and holds no scores: name another file")
     return arguments
 
 
-def _check_file(output: Path) -> None:
+def check_file(output: Path) -> None:
     """Refuse, before the work starts, a file that cannot be written at its end."""
     if output.is_dir():
         raise UserError(f"--output {output} is a directory: name a file in it")
-    folder = next(path for path in output.absolute().parents if path.exists())
+    if output.exists() and not output.is_file():  # a device or a pipe, such as /dev/stdout
+        raise UserError(f"--output {output} is not a regular file: name another file")
+    folder = next(path for path in output.resolve().parents if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         why = "may not be written to" if folder.is_dir() else "is a file"
         raise UserError(f"--output {output}: {folder} {why}: name another file")
+
+
+def _holds_scores(path: Path) -> bool:
+    """Whether a file may be replaced by new scores: nothing else is lost."""
+    try:
+        return not path.stat().st_size or "intervals" in (read_object(path) or {})
+    except UserError:
+        return False

@@ -82,7 +82,7 @@ def write_summaries(
                 done[i] = row
             bar.update(len(done) - bar.n)
     rows = ({"id": chat.id, "dialogue": chat.dialogue, **done[i]} for i, chat in enumerate(chats))
-    write_file(output, b"".join(map(_line, rows)))
+    write_file(output.resolve(), b"".join(map(_line, rows)))
     partial.unlink()
     return len(done)
 

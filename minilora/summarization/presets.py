@@ -87,11 +87,13 @@ def stored(name: str, directory: Path) -> str:
     path = local_path(name)
     if path.is_absolute() or not path.exists():  # embedded, or of the hub
         return name
-    return f"./{os.path.relpath(path, directory)}"
+    return f"./{os.path.relpath(path, directory.resolve())}"
 
 
 def restored(name: str, directory: Path) -> str:
     """The inverse of `stored`. Runs of earlier versions store a path as it was typed."""
-    path = directory / name
+    path = directory.resolve() / name
     is_relative = name.startswith(".") and (path.exists() or not Path(name).exists())
-    return os.path.normpath(path) if is_relative else name
+    if not (is_relative or name.startswith("./../")):  # which nobody types
+        return name
+    return os.path.normpath(path) if directory.is_absolute() else os.path.relpath(path)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -136,10 +137,13 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     """
     new = directory.with_name(f".{directory.name}{PARTIAL}")
     shutil.rmtree(new, ignore_errors=True)
-    with quiet():
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-    put_directory(new, directory)
+    try:
+        with saving():
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+        put_directory(new, directory)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def adapter_directory(name: str) -> Path:
@@ -219,6 +223,16 @@ def quiet(bars: bool = False) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def saving() -> Iterator[None]:
+    """Inside the block `save_pretrained` is quiet, and raises an OSError if it cannot write."""
+    try:
+        with quiet():
+            yield
+    except SafetensorError as error:
+        raise OSError(one_line(error)) from None
 
 
 def _locate(name: str) -> tuple[str, bool]:

@@ -21,9 +21,17 @@ FREE = ("dropout",)
 """Settings that a flag may change, since they change no parameter."""
 
 
+def run_of(directory: Path) -> Path:
+    """The run in which an adapter or a model lies, however the path is spelt; else the path."""
+    for path in (directory, directory.resolve()):
+        if path.name in ("adapter", "model") and (path.parent / "config.json").exists():
+            return path.parent
+    return directory
+
+
 def base_of(directory: Path, adapter: Adapter) -> dict[str, str]:
     """The base model and the method of an adapter, from its run's settings or from its own file."""
-    run = directory.parent if directory.name == "adapter" else directory
+    run = run_of(directory)
     settings = read_object(run / "config.json") or {}
     # An adapter that started from LoftQ belongs to a base in four bits.
     method = settings.get("method") or ("qlora" if adapter.config.init == "loftq" else "lora")

@@ -35,7 +35,7 @@ def write_report(directory: Path, path: Path) -> None:
         UserError, OSError: as `read_report`, or the page cannot be written. An older page is
             unchanged then.
     """
-    write_file(path, render(read_report(directory)).encode())
+    write_file(path.resolve(), render(read_report(directory)).encode())
 
 
 def render(run: Run) -> str:
@@ -101,11 +101,9 @@ def _notices(run: Run) -> str:
             f"<code>python -m minilora train --resume {path}</code>"
         )
     if run.evaluation is None:
-        scores = escape(shlex.quote(str(run.path / "evaluation.json")))
         found.append(
-            f"Not scored: there is no evaluation.json. Score it with <code>python -m minilora "
-            f"evaluate {path} --output {scores}</code>, then write this page again with "
-            f"<code>python -m minilora report {path}</code>"
+            "Not scored: there is no evaluation.json. Score it, and write this page again, with "
+            f"<code>python -m minilora train --resume {path} --evaluate</code>"
         )
     return "".join(f'<p class="notice">{notice}</p>' for notice in found)
 

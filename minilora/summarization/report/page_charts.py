@@ -7,11 +7,13 @@ dark and print. Coordinates are in units of the view box.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .markup import escape
 from .runs import Record, Run
 
 Point = tuple[float, float]
+T = TypeVar("T")
 
 WIDTH, HEIGHT = 400, 215
 LEFT, TOP, RIGHT, BOTTOM = 56, 12, 386, 190  # where the axes end
@@ -33,7 +35,7 @@ def curves(run: Run) -> str:
     charts = {
         "Loss, nats per token": [
             Series("training, each step", _thin(loss, 1000), "c0 faint"),
-            Series("training, moving mean", _thin(_moving_mean(loss), 200), "c1"),
+            Series("training, moving mean", _moving_mean(loss, 200), "c1"),
             Series("validation", _points(run.validations, "loss"), "c2"),
         ],
         "Validation ROUGE, F1 × 100": [
@@ -51,15 +53,16 @@ def _points(records: Iterable[Record], key: str) -> list[Point]:
     return [(record["step"], record[key]) for record in records if record[key] is not None]
 
 
-def _thin(points: Sequence[Point], most: int) -> Sequence[Point]:
+def _thin(points: Sequence[T], most: int) -> Sequence[T]:
     """Every n-th point, n as small as leaves at most `most`."""
     return points[:: math.ceil(len(points) / most) or 1]
 
 
-def _moving_mean(points: Sequence[Point]) -> list[Point]:
-    """The mean of a fifteenth of the points around each step."""
+def _moving_mean(points: Sequence[Point], most: int) -> list[Point]:
+    """The mean of a fifteenth of the points around a step, for at most `most` steps."""
     size = max(1, len(points) // 15)
-    windows = [points[start : start + size] for start in range(len(points) - size + 1)]
+    starts = _thin(range(len(points) - size + 1), most)
+    windows = (points[start : start + size] for start in starts)
     return [(sum(x for x, _ in w) / size, sum(y for _, y in w) / size) for w in windows if w]
 
 

@@ -156,7 +156,7 @@ def summary(
             f"trainable parameters  {report.trainable:,} of {report.total:,} ({share:.4f}%)",
             f"time                  {duration(seconds)}, of which training and validation took "
             f"{duration(progress.seconds)} ({counted(progress.step, 'step')})",
-            f"peak memory           {outcome.peak_bytes / 2**20:,.0f} MiB",
+            f"peak memory           {progress.peak_bytes / 2**20:,.0f} MiB",
             f"saved                 {trained_path(output, session.run)}",
             *([f"report                {page}"] if page else []),
             f"summarize a chat      {evaluate} {shlex.quote(str(output))} --text chat.txt",

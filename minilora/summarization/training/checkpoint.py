@@ -48,6 +48,8 @@ class Progress:
     """The step of the best."""
     seconds: float = 0.0
     """Time spent training, validation included."""
+    peak_bytes: int = 0
+    """The most memory that a process of the run has used."""
     log_bytes: int = 0
     """Length of log.jsonl; a resumed run cuts off what was written after it."""
 

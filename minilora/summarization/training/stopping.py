@@ -21,16 +21,18 @@ class StopRequest:
     def at_once(self) -> Iterator[None]:
         """Inside the block a request, even one made before, raises KeyboardInterrupt.
 
-        With several processes it is raised at the end of the block, in all: a process that left a
-        collective call would hang the others.
+        With several processes it is raised at the begin or the end of the block, in all: a process
+        that left a collective call would hang the others.
         """
         self.raises = True
         try:
-            if self.requested:
-                self.on_signal()
+            self.raise_if_requested()
             yield
         finally:
             self.raises = False
+        self.raise_if_requested()
+
+    def raise_if_requested(self) -> None:
         if processes.any_rank(self.requested):
             raise KeyboardInterrupt
 
@@ -42,9 +44,13 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request to stop after the current step."""
+    """Turn the first SIGINT or SIGTERM into a request to stop after the current step.
+
+    A signal that is ignored stays ignored: Ctrl-C is not meant for a run in the background.
+    """
     stop = StopRequest()
-    handled = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handled = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
     before = [signal.signal(number, stop.on_signal) for number in handled]
     try:
         yield stop

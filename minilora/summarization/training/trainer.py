@@ -49,8 +49,10 @@ class Outcome:
     """How a run ended."""
 
     progress: Progress
-    interrupted: bool
-    peak_bytes: int
+    finished: bool
+    """False: stopped before the end of training, by Ctrl-C or SIGTERM."""
+    stopped: bool
+    """Whether one of these came, if only after the last step."""
 
 
 def fit(session: Session, output: Path) -> Outcome:
@@ -68,7 +70,7 @@ def fit(session: Session, output: Path) -> Outcome:
     processes.on_rank0(lambda: sweep(output))
     with trainer.open():
         finished = trainer.run()
-    return Outcome(trainer.progress, not finished, peak_bytes(session.device))
+    return Outcome(trainer.progress, finished, processes.any_rank(trainer.stop.requested))
 
 
 class Trainer:
@@ -228,9 +230,9 @@ class Trainer:
                 if progress.best is None:
                     self.save_trained()
                 return False
-        progress.seconds = time.monotonic() - self.began
-        peak = peak_bytes(self.session.device)
-        self.log.write("end", seconds=round(progress.seconds, 1), peak_bytes=peak)
+        self.measure()
+        seconds, peak = round(progress.seconds, 1), progress.peak_bytes
+        self.log.write("end", seconds=seconds, peak_bytes=peak)
         return True
 
     def end_epoch(self) -> bool:
@@ -306,9 +308,16 @@ class Trainer:
         minutes = (time.monotonic() - self.saved) / 60
         return bool(by_steps) or minutes >= options.checkpoint_minutes
 
+    def measure(self) -> None:
+        """Time and memory, since the run began; a part before a resumption counts too."""
+        progress, now = self.progress, peak_bytes(self.session.device)
+        progress.seconds = time.monotonic() - self.began
+        progress.peak_bytes = max(progress.peak_bytes, now)
+
     def checkpoint(self) -> None:
         progress, session = self.progress, self.session
-        progress.seconds, progress.log_bytes = time.monotonic() - self.began, self.log.flush()
+        self.measure()
+        progress.log_bytes = self.log.flush()
         origin = session.origin | {"torch": torch.__version__}
         what = (session.model, self.optimizer, self.scaler, origin)
         path, keep = self.output / "checkpoints", session.run.output.keep_checkpoints
