@@ -89,7 +89,7 @@ def _names(found: re.Match[str]) -> set[str]:
         return {digits + (found["part"] or "")}
     whole = int(digits)
     value = whole + float(found["part"] or 0)
-    names = {f"{value:.10g}"} | ({f"{1000 * value:.10g}"} if found["kilo"] else set())
+    names = {f"{value:.15g}"} | ({f"{1000 * value:.15g}"} if found["kilo"] else set())
     return names | (_clock(whole, 0) if found["clock"] and whole <= 24 else set())
 
 
