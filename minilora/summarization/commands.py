@@ -272,8 +272,9 @@ def _predict(
 
 
 def _as_it_is(directory: Path) -> str:
-    """A model or an adapter, and when it was last written; a hub's only by name."""
-    times = [file.stat().st_mtime for file in directory.rglob("*")]
+    """A model or an adapter, and when it was last written; one of the hub by its name only."""
+    files = [file for file in directory.rglob("*") if file.suffix in (".json", ".safetensors")]
+    times = [file.stat().st_mtime for file in files]
     return f"{directory.resolve()} {max(times)}" if times else str(directory)
 
 

@@ -141,10 +141,11 @@ def _json_list(path: Path, text: str, opening: re.Match[str]) -> Rows:
             raise UserError(f"{place}: no comma and no ] follows; is the file cut off?")
         position = comma.end()
     try:  # what follows ends the object, after entries such as a version, and the file
-        _JSON.decode(('{"data": [' if opening["wrapped"] else "[") + text[position:])
-    except (ValueError, RecursionError):
-        ends = "the list ends here, but the file does not end as it should"
-        raise UserError(f"{place}: {ends}") from None
+        whole = _JSON.decode(('{"data": [' if opening["wrapped"] else "[") + text[position:])
+    except (ValueError, RecursionError) as error:
+        whole = BadRow(error)
+    if isinstance(whole, BadRow):  # or "data" occurs twice
+        raise UserError(f"{place}: the list ends here, but the file does not end as it should")
 
 
 def _is_lines(text: str) -> bool:

@@ -344,8 +344,11 @@ class Trainer:
                 if name in changed
             ]
         elif progress.step > self.last:
-            taken = f"{self.output} has taken {progress.step} steps"
-            notices.append(f"{taken}, and is asked for {self.last}: it takes no further step")
+            run, taken = self.output, progress.step
+            notices.append(
+                f"{run} has taken {taken} steps, and is asked for {self.last}: it takes no "
+                "further step"
+            )
         elif progress.validated:
             notices.append(f"{self.output} is finished: it is only scored again")
         return notices
