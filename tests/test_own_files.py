@@ -258,7 +258,7 @@ REFUSED: dict[str, tuple[str, Content, str]] = {
     ),
     "data, and half an object": ("a.json", b'{"data": [] "a": {}}', ": the list ends here"),
     "data twice": (
-        "a.json", b'{"data": [], "data": ' + as_json(ROWS) + b"}", ": the list ends here"
+        "a.json", b'{"data": ' + as_json(ROWS) + b', "data": []}', ": the list ends here"
     ),
     "a list, and a list after it": ("a.json", 2 * as_json(ROWS), ": the list ends here"),
     "data, bad in row 2": ("a.json", as_json({"data": [GOOD, {}]}), " row 2: no column 'dialogue'"),
