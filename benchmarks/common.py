@@ -1,13 +1,14 @@
 """Shared by the benchmarks: alternate the contestants, take medians, write JSON."""
 
 import argparse
+import hashlib
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+WEIGHTS = ROOT / "minilora" / "summarization" / "assets" / "pocket-bart" / "model.safetensors"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -72,6 +74,14 @@ def summary(seconds: Mapping[str, list[float]], base: str) -> dict[str, dict[str
         name: {"median_seconds": median, "ratio": median / medians[base]}
         for name, median in medians.items()
     }
+
+
+def digest(paths: Sequence[Path], *more: str) -> str:
+    """Of the content of files, and of more texts: finished runs of another one do not count."""
+    found = hashlib.sha256(json.dumps(more).encode() if more else b"")
+    for path in paths:
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def synchronize() -> None:

@@ -11,13 +11,14 @@ Finished rows are stored in --keep.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, write_result
+from common import ROOT, WEIGHTS, digest, write_result
 
 METHODS = {
     "q/v": ["--rank", "8", "--targets", "q_proj", "v_proj"],
@@ -33,9 +34,11 @@ RATES = {
 
 def run(method: str, rate: float, options: argparse.Namespace, more: list[str]) -> dict[str, Any]:
     """Validation scores by epoch of one run."""
-    output = options.keep / f"{method.replace('/', '-')}-{rate:g}-{options.epochs}"
     flags = [*METHODS[method], "--learning-rate", str(rate), "--epochs", str(options.epochs)]
+    kind = digest([WEIGHTS], *flags, *more)[:8]
+    output = options.keep / f"{method.replace('/', '-')}-{rate:g}-{options.epochs}-{kind}"
     if not (output / "done").exists():
+        shutil.rmtree(output, ignore_errors=True)  # of a run that was stopped
         command = [sys.executable, str(ROOT / "train.py"), *flags, *more, "--no-evaluate"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         if options.jobs > 1:

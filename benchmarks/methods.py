@@ -6,31 +6,32 @@
     search       one seed and a third of the steps: five rates of each method, a factor of two
                  apart; as long as the best is the lowest or the highest, one more
     seeds        all steps, three seeds at the best rate
-    neighbours   the same at half and at twice that rate
+    neighbours   the same at half and at twice that rate; as long as the best mean loss is at an
+                 end of these rates, one more
 
-The mean validation loss over the seeds decides which of the three rates is a method's own. Every
-run is a line of WORK/runs.jsonl, so an interrupted study continues. After --minutes no further run
-starts. Lines of other weights or settings do not count. benchmarks/results/methods.json has the
-result and lists what was not run. Each process has one thread. The whole study is about 190 runs
-and takes nine and a half hours on two cores.
+The mean validation loss over the seeds decides which of these rates is a method's own. Every run is
+a line of WORK/runs.jsonl, so an interrupted study continues. After --minutes no further run starts.
+Lines of other weights, data, flags or settings do not count. A job that fails is left out and
+tried again by the next call. benchmarks/results/methods.json has the result and lists what was not
+run. Each process has one thread. The whole study is about 190 runs and takes nine and a half hours
+on two cores.
 """
 
 import argparse
-import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, write_result
+from common import ROOT, WEIGHTS, digest, write_result
 
-WEIGHTS = ROOT / "minilora" / "summarization" / "assets" / "pocket-bart" / "model.safetensors"
 # Train as many numbers as LoRA of rank 8 on query and value, 135,168, where they can.
 QV, ALL = ["--targets", "q_proj", "v_proj"], ["--targets", "all-linear"]
 METHODS: dict[str, tuple[list[str], float]] = {
@@ -81,43 +82,60 @@ class Plan:
         for method in self.methods:
             jobs += [Job(method, r, self.seeds[0], True) for r in self.searched(method, done)]
         best = {method: self.chosen(method, done) for method in self.methods}
-        known = {method: rate for method, rate in best.items() if rate is not None}
-        for factors in ((1.0,), (0.5, 2.0)):
+        for is_best in (True, False):
             for seed in self.seeds:
                 jobs += [
-                    Job(method, shifted(rate, factor), seed, False)
-                    for method, rate in known.items()
-                    for factor in factors
+                    Job(method, rate, seed, False)
+                    for method in self.methods
+                    for rate in self.final(method, done)
+                    if (rate == best[method]) is is_best
                 ]
         return (job for job in jobs if job not in done)
 
     def searched(self, method: str, done: dict[Job, dict[str, Any]]) -> list[float]:
         """The rates of the search, as far as they are known."""
-        middle = METHODS[method][1]
-        low, high = -(self.rates // 2), self.rates - 1 - self.rates // 2
-        for _ in range(self.more):
-            found = self.losses(
-                method, [shifted(middle, 2.0**k) for k in (*range(low, high + 1),)], done
-            )
-            if None in found.values():
-                break
-            best = min(found, key=lambda rate: found[rate] or 0)
-            low -= best == shifted(middle, 2.0**low)
-            high += best == shifted(middle, 2.0**high)
-        return [shifted(middle, 2.0**k) for k in range(low, high + 1)]
+        middle, low = METHODS[method][1], -(self.rates // 2)
+        rates = [shifted(middle, 2.0 ** (low + k)) for k in range(self.rates)]
+        return extended(rates, lambda rate: self.loss(method, rate, done), self.more)
 
-    def losses(
-        self, method: str, rates: Sequence[float], done: dict[Job, dict[str, Any]]
-    ) -> dict[float, float | None]:
-        """The validation loss of the search by rate, None where it is not done."""
-        jobs = {rate: Job(method, rate, self.seeds[0], True) for rate in rates}
-        return {rate: loss_of(done[job]) if job in done else None for rate, job in jobs.items()}
+    def final(self, method: str, done: dict[Job, dict[str, Any]]) -> list[float]:
+        """The rates that all seeds run, as far as they are known."""
+        if (best := self.chosen(method, done)) is None:
+            return []
+        rates = [shifted(best, factor) for factor in (0.5, 1.0, 2.0)]
+
+        def mean(rate: float) -> float | None:
+            jobs = [Job(method, rate, seed, False) for seed in self.seeds]
+            losses = [loss_of(done[job]) for job in jobs if job in done]
+            return statistics.mean(losses) if len(losses) == len(jobs) else None
+
+        return extended(rates, mean, self.more)
+
+    def loss(self, method: str, rate: float, done: dict[Job, dict[str, Any]]) -> float | None:
+        """The validation loss of the search at a rate, None if it is not done."""
+        job = Job(method, rate, self.seeds[0], True)
+        return loss_of(done[job]) if job in done else None
 
     def chosen(self, method: str, done: dict[Job, dict[str, Any]]) -> float | None:
         """The best rate of a search that is finished."""
-        losses = self.losses(method, self.searched(method, done), done)
-        finished = [(loss, rate) for rate, loss in losses.items() if loss is not None]
-        return min(finished)[1] if len(finished) == len(losses) else None
+        losses = {rate: self.loss(method, rate, done) for rate in self.searched(method, done)}
+        known = {rate: loss for rate, loss in losses.items() if loss is not None}
+        return min(known, key=lambda rate: known[rate]) if len(known) == len(losses) else None
+
+
+def extended(rates: list[float], loss: Callable[[float], float | None], more: int) -> list[float]:
+    """The rates, and up to `more` further ones while the best one is the lowest or the highest."""
+    for _ in range(more):
+        losses = {rate: loss(rate) for rate in rates}
+        known = {rate: value for rate, value in losses.items() if value is not None}
+        if len(known) < len(losses):
+            break
+        best = min(known, key=lambda rate: known[rate])
+        if best == rates[0]:
+            rates = [shifted(best, 0.5), *rates]
+        elif best == rates[-1]:
+            rates = [*rates, shifted(best, 2.0)]
+    return rates
 
 
 def shifted(rate: float, factor: float) -> float:
@@ -131,6 +149,11 @@ def loss_of(result: dict[str, Any]) -> float:
     return float("inf") if loss is None else float(loss)
 
 
+def flags_of(job: Job) -> list[str]:
+    """What makes the method, for train.py."""
+    return METHODS[job.method][0] if job.method in METHODS else []
+
+
 def read(path: Path, setting: dict[str, Any]) -> dict[Job, dict[str, Any]]:
     """The finished jobs of this setting. A line that was cut off by a crash does not count."""
     done = {}
@@ -139,8 +162,9 @@ def read(path: Path, setting: dict[str, Any]) -> dict[Job, dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if row["setting"] == setting:
-            done[Job(**row["job"])] = row["result"]
+        job = Job(**row["job"])
+        if row["setting"] == setting and row["flags"] == flags_of(job):
+            done[job] = row["result"]
     return done
 
 
@@ -149,8 +173,7 @@ def run(job: Job, setting: dict[str, Any], work: Path, data: str | None) -> dict
     steps = setting["steps"] // 3 if job.search else setting["steps"]
     task = asdict(job) | {key: setting[key] for key in ("data", "epochs", "limit")}
     name = f"{job.method} {job.rate} {job.seed} {job.search}".replace("/", "-").replace(" ", "_")
-    flags = [] if job.rate is None else METHODS[job.method][0]
-    task |= {"flags": flags, "steps": steps, "work": str(work), "pretraining_data": data}
+    task |= {"flags": flags_of(job), "steps": steps, "work": str(work), "pretraining_data": data}
     task["answer"] = str(work / f"{name}.json")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -162,38 +185,45 @@ def run(job: Job, setting: dict[str, Any], work: Path, data: str | None) -> dict
     return json.loads(Path(task["answer"]).read_text())
 
 
-def study(plan: Plan, setting: dict[str, Any], options: argparse.Namespace) -> dict[Job, Any]:
+def study(
+    plan: Plan, setting: dict[str, Any], options: argparse.Namespace
+) -> tuple[dict[Job, Any], dict[Job, BaseException]]:
     """Run what is wanted until the minutes are over. One line is written for each run.
 
-    Raises:
-        RuntimeError: a run failed; those that ran beside it are written.
+    Returns:
+        The results, and the jobs that failed. After five failures no further job starts.
     """
     path, end = options.work / "runs.jsonl", time.monotonic() + 60 * options.minutes
-    done, running = read(path, setting), dict[Future[dict[str, Any]], Job]()
-    failed: BaseException | None = None
+    if path.exists() and not path.read_bytes().endswith(b"\n"):  # a line that was cut off
+        with path.open("a") as file:
+            file.write("\n")
+    done, failed = read(path, setting), dict[Job, BaseException]()
+    running = dict[Future[dict[str, Any]], Job]()
     with ThreadPoolExecutor(options.processes) as pool:
         while True:
-            waiting = [job for job in plan.wanted(done) if job not in running.values()]
-            while waiting and len(running) < options.processes and time.monotonic() < end:
-                if failed:
-                    break
+            waiting = [job for job in plan.wanted(done) if job not in {*running.values(), *failed}]
+            while (
+                waiting
+                and len(running) < options.processes
+                and time.monotonic() < end
+                and len(failed) < 5
+            ):
                 job = waiting.pop(0)
                 arguments = (job, setting, options.work, options.pretraining_data)
                 running[pool.submit(run, *arguments)] = job
-            if not running and failed:
-                raise failed
             if not running:
-                return done
+                return done, failed
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                job, failed = running.pop(future), future.exception() or failed
-                if future.exception():
+                job = running.pop(future)
+                if error := future.exception():
+                    failed[job] = error
+                    print(f"{job} failed: {error}", flush=True)
                     continue
-                result = future.result()
-                done[job] = result
-                row = {"job": asdict(job), "setting": setting, "result": result}
+                done[job] = result = future.result()
+                row = {"job": asdict(job), "flags": flags_of(job), "setting": setting}
                 with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json.dumps(row | {"result": result}) + "\n")
                 print(f"{job}: loss {loss_of(result):.4f}", flush=True)
 
 
@@ -201,12 +231,13 @@ def collected(plan: Plan, done: dict[Job, dict[str, Any]]) -> list[dict[str, Any
     """A row a method: its search, and the runs of all steps by rate and seed."""
     rows = []
     for method in plan.methods:
-        losses = plan.losses(method, plan.searched(method, done), done)
-        full = [(job, r) for job, r in done.items() if job.method == method and not job.search]
-        order = sorted(full, key=lambda one: (one[0].rate, one[0].seed))
-        runs = [{"rate": job.rate, "seed": job.seed, **result} for job, result in order]
-        tried = [{"rate": rate, "loss": loss} for rate, loss in losses.items()]
-        tried = [row | {"loss": None} if row["loss"] == float("inf") else row for row in tried]
+        losses = {rate: plan.loss(method, rate, done) for rate in plan.searched(method, done)}
+        tried = [
+            {"rate": rate, "loss": None if loss == float("inf") else loss}
+            for rate, loss in losses.items()
+        ]
+        jobs = [Job(method, r, s, False) for r in plan.final(method, done) for s in plan.seeds]
+        runs = [{"rate": j.rate, "seed": j.seed, **done[j]} for j in jobs if j in done]
         rows.append({"name": method, "flags": METHODS[method][0], "search": tried, "runs": runs})
     return rows
 
@@ -234,12 +265,13 @@ def main() -> None:
     if options.pretraining_data and not Path(options.pretraining_data, "chats.jsonl.xz").exists():
         parser.error(f"--pretraining-data {options.pretraining_data}: no chats.jsonl.xz is in it")
     options.work.mkdir(parents=True, exist_ok=True)
-    weights = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     names = ("data", "epochs", "steps", "limit")
-    setting = {"weights": weights} | {name: getattr(options, name) for name in names}
-    setting["forgotten"] = bool(options.pretraining_data)
+    setting = {"weights": digest([WEIGHTS])} | {name: getattr(options, name) for name in names}
+    setting["data_digest"] = digest(sorted((WEIGHTS.parents[1] / options.data).glob("*.jsonl")))
+    held = [Path(options.pretraining_data, f"{name}.jsonl.xz") for name in ("chats", "prose")]
+    setting["forgotten"] = digest(held) if options.pretraining_data else ""
     plan = Plan(options.methods, options.seeds, options.rates, 0 if options.small else 3)
-    done = study(plan, setting, options)
+    done, failed = study(plan, setting, options)
     if (base := done.get(Job(BASE, None, options.seeds[0], False))) is None:
         parser.exit(1, "no run is done: there is no result\n")
     left = [asdict(job) for job in plan.wanted(done)]
@@ -249,6 +281,8 @@ def main() -> None:
     }  # fmt: skip
     print(f"{len(done)} runs are done, {len(left)} are left")
     print(write_result("methods", content, options.small))
+    if failed:
+        parser.exit(1, f"{len(failed)} runs failed: see the lines above\n")
 
 
 if __name__ == "__main__":

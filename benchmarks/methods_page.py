@@ -22,16 +22,17 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "methods.json"
 BLOCK = re.compile(r"(<!-- study -->).*?(<!-- end -->)", re.DOTALL)
 COLORS = ("#1b6ca8", "#222222", "#c8553d", "#4c8c4a", "#8a5fa8", "#c99a2e", "#2fa3a0", "#b0447c",
-          "#7a7a7a", "#6a4a3a", "#5a7ad0", "#a0b030")  # fmt: skip
+          "#7a7a7a", "#6a4a3a", "#5a7ad0", "#a0b030", "#e07a9a")  # fmt: skip
 TEXT = """\
 # Which method is worth it
 
 Every method fine-tunes pocket-bart ({weights}) on {data}: {steps} steps of 8 dialogues, one thread
 for each run. Each has its own learning rate. The search tries at least five, a factor of two apart,
 with one seed and {search_steps} steps. All steps with the seeds {seeds} follow at the best of them
-and at its neighbours. The best of these three by the mean validation loss is in the table. The
-weights are those after the last step. Written by `benchmarks/methods_page.py` from
-[methods.json](../benchmarks/results/methods.json), measured by `benchmarks/methods.py`.
+and at its neighbours, and further ones while the best is at an end. The best of these by the mean
+validation loss is in the table. The weights are those after the last step. Written by
+`benchmarks/methods_page.py` from [methods.json](../benchmarks/results/methods.json), measured by
+`benchmarks/methods.py`.
 
 A small model and {count} test dialogues show what holds here. They do not show what holds for large
 models.
@@ -41,11 +42,12 @@ models.
 {table}
 
 In brackets are intervals of 95%: of a loss over the seeds (Student), of ROUGE-1 over the test
-dialogues (bootstrap of the mean over the seeds). "Forgotten" is how much the loss on held-out texts
-of the pre-training rose: chats and prose, infilled as in the pre-training. "Stored" counts the
-numbers in the adapter's files. A prefix trains through an MLP that is not stored; AdaLoRA's files
-hold the ranks that training took as well. With a star: the best of the rates that all seeds tried
-is the lowest or the highest of them, and a better one may lie beyond.
+dialogues (bootstrap of the mean over the seeds). The summaries are greedy. "Forgotten" is how much
+the loss on held-out texts of the pre-training rose: chats and prose, infilled as in the
+pre-training. "Stored" counts the numbers in the adapter's files. A prefix trains through an MLP
+that is not stored; AdaLoRA's files hold the ranks that training took as well, PiSSA's the rank 2r.
+Memory is the peak of the whole process. With a star: the best of the rates that all seeds tried is
+the lowest or the highest of them, and a better one may lie beyond.
 
 ## Loss over the learning rate
 
@@ -65,8 +67,9 @@ A dot is one run. To the left is what has learnt more, below what has forgotten 
 {claims}
 
 The rules were stated before the study: [methods_claims.py](../benchmarks/methods_claims.py). They
-compare validation losses in nats per target token, seed by seed, each method at its own best rate.
-A verdict other than "cannot tell" needs the whole interval of 95% on one side.
+compare losses on the test dialogues in nats per target token, each method at its own best rate.
+A verdict other than "cannot tell" needs the whole interval of 95% on one side. The intervals are
+not corrected for the number of claims.
 
 {left}
 """
@@ -87,14 +90,20 @@ def rouge1(runs: list[Row]) -> tuple[float, float, float]:
     return found.mean, found.low, found.high
 
 
+def test_loss(run: Row) -> float:
+    """Nats per target token of all test dialogues."""
+    return sum(run["test_nats"]) / sum(run["test_tokens"])
+
+
 def table(result: Row) -> str:
     """One row a method at its own best rate."""
     head = ["", "trained", "stored", "rates tried", "best rate", "seeds", "validation loss"]
-    rows = [[*head, "ROUGE-1", "forgotten", "minutes", "GiB"]]
+    rows = [[*head, "test loss", "ROUGE-1", "forgotten", "minutes", "GiB"]]
     base = result["base"]
     lost = statistics.mean(base["forgotten"].values()) if "forgotten" in base else None
     scores = cell(rouge1([base]), 1)
-    rows.append(["base", "", "", "", "", "", f"{base['validation_loss']:.3f}", scores, "", "", ""])
+    losses = [f"{base['validation_loss']:.3f}", f"{test_loss(base):.3f}"]
+    rows.append(["base", "", "", "", "", "", *losses, scores, "", "", ""])
     for row in result["methods"]:
         rate = best_rate(row)
         if rate is None:
@@ -105,7 +114,8 @@ def table(result: Row) -> str:
         end = "*" * (rate in (min(rates(row)), max(rates(row))))
         figures += [f"{len(tried)}, {min(tried):g} to {max(tried):g}", f"{rate:g}{end}"]
         figures.append(str(len(runs)))
-        figures += [cell(interval(list(by_seed(row, rate).values())), 3), cell(rouge1(runs), 1)]
+        losses = [list(by_seed(row, rate).values()), [test_loss(run) for run in runs]]
+        figures += [*(cell(interval(one), 3) for one in losses), cell(rouge1(runs), 1)]
         forgotten = by_seed(row, rate, "forgotten").values()
         known = lost is not None and forgotten
         figures.append(cell(interval([f - lost for f in forgotten]), 3) if known else "")
@@ -121,6 +131,8 @@ def left_out(result: Row) -> str:
         return "Every run of the plan was made."
     jobs = [(j["method"], f"{j['rate']:g}", j["seed"], j["search"]) for j in result["left_out"]]
     lines = [f"- {m}, rate {r}, seed {s}{' (search)' * search}" for m, r, s, search in jobs]
+    names = [row["name"] for row in result["methods"] if not row["runs"]]
+    lines += [f"- {name}: all runs of all steps" for name in names]
     return "\n".join(["## Left out", "", *lines])
 
 

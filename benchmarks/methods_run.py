@@ -2,7 +2,8 @@
 
 `methods.py` starts it in a process of its own, with the job as JSON; it prints its result as JSON.
 
-    learnt       validation loss and test ROUGE after the last step: no epoch is chosen
+    learnt       validation loss, and loss and ROUGE of each test dialogue, after the last step: no
+                 epoch is chosen
     forgotten    the loss on held-out chats and prose of the pre-training, infilled as there
 
 Forgetting can be measured for pocket-bart, since its pre-training texts are available.
@@ -25,6 +26,7 @@ from minilora.summarization.errors import UserError
 from minilora.summarization.evaluation.generate import summarize
 from minilora.summarization.evaluation.rouge import rouge
 from minilora.summarization.flags import parse_run
+from minilora.summarization.training.loss import summed_loss
 from minilora.summarization.training.session import Session, open_session
 from minilora.summarization.training.trainer import fit
 from minilora.summarization.training.validation import validate
@@ -61,14 +63,18 @@ def forgotten(model: torch.nn.Module, data: Path, limit: int) -> dict[str, float
     return {task: losses[f"{task}_right"] for task in TASKS}
 
 
+@torch.no_grad()
 def learnt(session: Session, limit: int) -> dict[str, Any]:
-    """ROUGE of the summaries of the test split, dialogue by dialogue."""
+    """Of each test dialogue the loss in nats, its target tokens, and ROUGE of its summary."""
     test = session.splits["test"]
     some, how = test.encoded[: limit or len(test)], session.run.generation
     model, tokenizer = session.model.eval(), session.tokenizer
     texts = [s.text for s in summarize(model, tokenizer, some, how, session.autocast_dtype)]
     rows = rouge(texts, [example.references for example in test.examples[: len(texts)]])
-    return {metric: [round(row[metric], 2) for row in rows] for metric in METRICS}
+    scores = {metric: [round(row[metric], 2) for row in rows] for metric in METRICS}
+    losses = [summed_loss(model, session.tensors([row], "test")) for row in some]
+    nats, tokens = [round(float(loss), 4) for loss, _ in losses], [count for _, count in losses]
+    return {"scores": scores, "test_nats": nats, "test_tokens": tokens}
 
 
 def ranks(model: torch.nn.Module) -> dict[str, int]:
@@ -107,6 +113,8 @@ def work(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             if "lower --learning-rate" not in str(error):
                 raise
             return {"validation_loss": None, "failed": str(error)}
+        if outcome.interrupted or outcome.progress.step < job["steps"]:
+            raise SystemExit("stopped before the last step")
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
         result["validation_loss"] = [r["loss"] for r in records if r["kind"] == "validation"][-1]
@@ -115,7 +123,7 @@ def work(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         if found := ranks(session.model):
             result["ranks"] = found
     if not job["search"]:
-        result["scores"] = learnt(session, job["limit"])
+        result |= learnt(session, job["limit"])
         if job["pretraining_data"]:
             where = Path(job["pretraining_data"])
             result["forgotten"] = forgotten(session.model, where, job["limit"])

@@ -27,7 +27,7 @@ It is a model for learning and testing. What it can do, by data set:
 | --- | --- | --- |
 | `bookings` (default) | chats with a service: who wants what, where, when | most are right |
 | `minichat` | everyday chats in plain English | readable, the facts often mixed up |
-| `minichat-hard` | witty chats with much between the lines | few are right |
+| `minichat-hard` | witty chats that imply more than they say | few are right |
 
 For real use take a large BART ([recipes](recipes.md)). The scores of the default run are in
 [benchmarks.md](benchmarks.md), its output in [first-run.md](first-run.md).

@@ -14,6 +14,7 @@ in all, the readers or the data are at fault, and the reading is void.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -94,7 +95,12 @@ def write_sheet(chosen: Sequence[dict[str, Any]], folder: Path) -> None:
     blank = [f"{n}.{letter}\n" for n in range(1, len(chosen) + 1) for letter in LETTERS]
     (folder / "sheet.md").write_text(sheet(chosen), encoding="utf-8")
     (folder / "instructions.md").write_text(INSTRUCTIONS.format(count=len(chosen)), "utf-8")
-    (folder / "answers.txt").write_text("".join(blank), encoding="utf-8")
+    (folder / "answers.txt").write_text("".join([f"# sheet {digest(chosen)}\n", *blank]), "utf-8")
+
+
+def digest(chosen: Sequence[dict[str, Any]]) -> str:
+    """Of the sheet: answers to another one are not counted."""
+    return hashlib.sha256(sheet(chosen).encode()).hexdigest()[:12]
 
 
 def read_answers(path: Path, count: int) -> dict[tuple[int, str], tuple[bool, str]]:
@@ -202,6 +208,10 @@ def main() -> None:
         if len(options.answers) != 2 or not options.readers:
             raise SheetError("count needs two filled answers.txt, and --readers, who they are")
         first, second = (read_answers(path, len(chosen)) for path in options.answers)
+        for path in options.answers:
+            if f"# sheet {digest(chosen)}\n" not in path.read_text(encoding="utf-8"):
+                message = "not of this sheet: the evaluation, --count or --seed are others"
+                raise SheetError(f"{path} is {message}, or its line '# sheet ...' was removed")
     except SheetError as error:
         flags.exit(2, f"{error}\n")
     counted = count(chosen, first, second)

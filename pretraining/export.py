@@ -28,11 +28,14 @@ def read_run(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     parts = sorted(run.glob("weights-*-of-*.safetensors"))
     if not parts or len(parts) != int(parts[0].stem.rsplit("-", 1)[1]):
         raise SystemExit(f"{run} lacks some of its weights-N-of-M.safetensors: {len(parts)} there")
-    weights: dict[str, Tensor] = {}
+    weights, states = dict[str, Tensor](), []
     for part in parts:
         with safe_open(part, "pt") as file:
             weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             saved: dict[str, Any] = json.loads(file.metadata()["json"])
+        states.append(saved["state"])
+    if any(state != states[0] for state in states):
+        raise SystemExit(f"the weights in {run} are of different steps")
     return weights, saved
 
 
@@ -93,6 +96,8 @@ def main() -> None:
     arguments = parser.parse_args()
     weights, saved = read_run(arguments.run)
     log = [json.loads(line) for line in (arguments.run / "log.jsonl").read_text().splitlines()]
+    if log[-1]["tokens"] != saved["state"]["tokens"]:
+        raise SystemExit(f"the last losses of {arguments.run / 'log.jsonl'} are of other weights")
     model = rebuild(weights, saved)
     model.generation_config = generation()
     model.config.dropout = 0.1  # what fine-tuning uses

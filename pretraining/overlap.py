@@ -4,6 +4,7 @@
 
 `--texts` are the texts as `prepare.py` writes them, or the raw ones. Every run of eight words
 (lower case, without marks, speaker labels left out) of the held-out files is looked for in them.
+All known names, and the slots of prepared texts, count as the same word.
 Eight words can agree by chance: "i don't know what you're talking about" does. So the counts are
 given for each source, with the most frequent runs beside them, and how many held-out chats share a
 run of sixteen, which tells more.
@@ -18,13 +19,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from names import FEMALE, MALE, SLOT_CHARACTER
+
+NAMES = {name.lower() for name in (*FEMALE, *MALE)}
+ENDINGS = {".xz", ".json", ".jsonl", ".txt"}
 WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)*")
 LABEL = re.compile(r"^[^:\n]{1,40}: ", re.M)
 EIGHT, SIXTEEN = 8, 16
 
 
 def runs(text: str, length: int = EIGHT) -> Iterator[str]:
-    words = WORD.findall(LABEL.sub("", text.replace("’", "'")).lower())
+    text = SLOT_CHARACTER.sub("x", LABEL.sub("", text.replace("’", "'")).lower())
+    words = [
+        "x" + word[len(name) :] if (name := word.split("'")[0]) in NAMES else word
+        for word in WORD.findall(text)
+    ]
     yield from (" ".join(words[i : i + length]) for i in range(len(words) - length + 1))
 
 
@@ -70,8 +79,11 @@ def main() -> None:
     files = [
         file
         for path in given.texts
-        for file in (sorted(path.glob("*.xz")) if path.is_dir() else [path])
+        for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+        if not path.is_dir() or file.suffix in ENDINGS
     ]
+    if not files:
+        raise SystemExit(f"no texts in {', '.join(map(str, given.texts))}")
     report: dict[str, dict[str, Any]] = {}
     for file in files:
         seen = {name: Counter[str]() for name in held}

@@ -259,7 +259,7 @@ def main() -> None:
             report(rate=rate)
             clock = shown = time.monotonic()
             shown_tokens = state["tokens"]
-        if arguments.checkpoint and clock - kept > 300:
+        if arguments.checkpoint and clock - kept > 300 and bool(loss.isfinite()):
             write_checkpoint(arguments.checkpoint, model, optimizers, saved)
             kept = clock = time.monotonic()
     if rank > 0:

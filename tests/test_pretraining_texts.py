@@ -128,6 +128,8 @@ def test_runs_leave_speakers_and_marks_out() -> None:
         "two three four's five",
     ]
     assert list(overlap.runs("one two")) == []
+    slots = "\ue000: \ue001's dog barks"  # a prepared text
+    assert [*overlap.runs(slots, 3)] == [*overlap.runs("Anna: Tom's dog barks", 3)]
 
 
 def test_the_report_finds_what_was_put_in(

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -91,7 +92,8 @@ def test_the_sheet_tells_all_but_whose_it_is(
     for word in ("base", "finetuned", "fine-tuned", "reference", "te-"):
         assert word not in text.replace("Reference text", "")  # the fixture's own text
         assert word not in (tmp_path / "out" / "instructions.md").read_text()
-    lines = (tmp_path / "out" / "answers.txt").read_text().splitlines()
+    first, *lines = (tmp_path / "out" / "answers.txt").read_text().splitlines()
+    assert first == f"# sheet {reading.digest(chosen)}"
     assert lines == [f"{n}.{letter}" for n in (1, 2, 3) for letter in "ABC"]
 
 
@@ -197,10 +199,13 @@ def test_from_the_command_line(evaluation: Path, tmp_path: Path) -> None:
         return run_script(FOLDER / "reading.py", *arguments)
 
     assert run("sheet", evaluation, "--out", tmp_path / "out", "--count", 2).returncode == 0
-    blank = tmp_path / "out" / "answers.txt"
+    blank, filled = tmp_path / "out" / "answers.txt", tmp_path / "filled.txt"
+    filled.write_text(re.sub(r"(\d\.[ABC])", r"\1 y all", blank.read_text()))
+    given = ("--readers", "a", "b", "--count", 2)
     for arguments, message in [
         (("count", evaluation, blank), "needs two filled"),
-        (("count", evaluation, blank, blank, "--readers", "a", "b", "--count", 2), "line 1: '1.A'"),
+        (("count", evaluation, blank, blank, "--readers", "a", "b", "--count", 2), "line 2: '1.A'"),
+        (("count", evaluation, filled, filled, *given, "--seed", 1), "not of this sheet"),
         (("sheet", tmp_path / "nowhere.json"), "not an evaluation.json"),
     ]:
         failed = run(*arguments)
