@@ -113,13 +113,13 @@ def work(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             if "lower --learning-rate" not in str(error):
                 raise
             return {"validation_loss": None, "failed": str(error)}
-        if outcome.interrupted or outcome.progress.step < job["steps"]:
+        if not outcome.finished or outcome.progress.step < job["steps"]:
             raise SystemExit("stopped before the last step")
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
         result["validation_loss"] = [r["loss"] for r in records if r["kind"] == "validation"][-1]
         result |= {"trainable": session.report.trainable, "stored": stored(session)}
-        result |= {"minutes": minutes(records), "peak_gib": outcome.peak_bytes / 2**30}
+        result |= {"minutes": minutes(records), "peak_gib": outcome.progress.peak_bytes / 2**30}
         if found := ranks(session.model):
             result["ranks"] = found
     if not job["search"]:

@@ -66,7 +66,7 @@ def work(name: str, seed: int, more: Sequence[str], directory: Path) -> None:
         result |= {
             "learning_rate": session.run.training.learning_rate,
             "trainable": session.report.trainable,
-            "peak_gib": outcome.peak_bytes / 2**30,
+            "peak_gib": outcome.progress.peak_bytes / 2**30,
         }
         reload_best(session, directory / "run")
     test = session.splits["test"]

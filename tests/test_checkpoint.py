@@ -97,7 +97,7 @@ def test_the_newest_two_are_kept_and_the_best(tmp_path: Path) -> None:
         parts.save(tmp_path, step=step, position=1)
     assert names(tmp_path) == ["step-00000010", "step-00000100"]
     assert parts.load(tmp_path)[0].step == 100
-    parts.save(tmp_path, step=100, epoch=1, best=1.0, best_step=100)  # after its validation
+    parts.save(tmp_path, step=100, epoch=1, validated=True, best=1.0, best_step=100)
     assert parts.load(tmp_path)[0].epoch == 1
     for step in (101, 102, 200):
         parts.save(tmp_path, step=step, position=1, best=1.0, best_step=100)
@@ -113,7 +113,27 @@ def test_one_that_is_there_is_left_and_a_damaged_one_is_replaced(tmp_path: Path)
     flip_a_byte(path)
     parts.save(tmp_path, step=1, seconds=3.0)
     assert Parts(0).load(tmp_path) == (Progress(step=1, seconds=3.0), [])
-    assert names(tmp_path) == ["step-00000001-validated"]
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_changes_that_were_accepted_replace_one_that_is_there(tmp_path: Path) -> None:
+    parts = Parts(0, steps=1)
+    parts.save(tmp_path, step=1, seconds=1.0)
+    what = (parts.model, parts.optimizer, parts.scaler)
+    save_checkpoint(tmp_path, Progress(step=1, seconds=2.0), *what, ORIGIN | {"train data": "4"})
+    progress, origin, notices = load_checkpoint(tmp_path, *what)
+    assert (progress.seconds, origin["train data"], notices) == (2.0, "4", [])
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_the_name_tells_of_an_earlier_version_whether_it_is_validated(tmp_path: Path) -> None:
+    parts = Parts(0, steps=1)
+    for step, validated in ((1, False), (2, True)):
+        path = parts.save(tmp_path, step=step, validated=validated)
+        state = json.loads((path / "state.json").read_text())
+        del state["progress"]["validated"]
+        rewrite_state(path, json.dumps(state).encode())
+        assert parts.load(tmp_path) == (Progress(step=step, validated=validated), [])
 
 
 def test_a_damaged_newer_one_pushes_no_whole_one_out(tmp_path: Path) -> None:
@@ -123,7 +143,7 @@ def test_a_damaged_newer_one_pushes_no_whole_one_out(tmp_path: Path) -> None:
     flip_a_byte(last)
     assert Parts(0).load(tmp_path)[0].step == 2
     save_checkpoint(tmp_path, Progress(step=3), *vars(parts).values(), keep=1)
-    assert names(tmp_path) == ["step-00000003-validated"]
+    assert names(tmp_path) == ["step-00000003"]
 
 
 def test_what_the_run_began_with_is_given_back(tmp_path: Path) -> None:
@@ -136,6 +156,14 @@ def flip_a_byte(path: Path, name: str = "state.safetensors", at: int = -3) -> No
     content = bytearray((path / name).read_bytes())
     content[at] ^= 1
     (path / name).write_bytes(bytes(content))
+
+
+def rewrite_state(path: Path, content: bytes) -> None:
+    """With its checksum: the checkpoint is not damaged."""
+    (path / "state.json").write_bytes(content)
+    sums = (path / "SHA256SUMS").read_text().splitlines()
+    sums[1] = f"{hashlib.sha256(content).hexdigest()}  state.json"
+    (path / "SHA256SUMS").write_text("\n".join(sums))
 
 
 DAMAGES = {
@@ -166,7 +194,7 @@ def test_a_damaged_one_is_passed_over_aloud(tmp_path: Path, damage: Any) -> None
     assert progress.step == 1
     assert all(map(torch.equal, other.weights(), before))
     assert len(notices) == 1
-    assert "step-00000002-validated is damaged" in notices[0]
+    assert "step-00000002 is damaged" in notices[0]
 
 
 def test_where_none_is_whole_nothing_begins_again_in_silence(tmp_path: Path) -> None:
@@ -179,11 +207,7 @@ def test_where_none_is_whole_nothing_begins_again_in_silence(tmp_path: Path) -> 
 def test_fields_that_are_unknown_are_damage(tmp_path: Path) -> None:
     path = Parts(0, steps=1).save(tmp_path, step=2)
     state = json.loads((path / "state.json").read_text())
-    content = json.dumps(state | {"progress": {"stepp": 2}}).encode()
-    (path / "state.json").write_bytes(content)
-    sums = (path / "SHA256SUMS").read_text().splitlines()
-    sums[1] = f"{hashlib.sha256(content).hexdigest()}  state.json"
-    (path / "SHA256SUMS").write_text("\n".join(sums))
+    rewrite_state(path, json.dumps(state | {"progress": {"stepp": 2}}).encode())
     with pytest.raises(UserError, match="stepp"):
         Parts(0).load(tmp_path)
 

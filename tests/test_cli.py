@@ -251,8 +251,10 @@ def test_resume_refuses_other_settings_by_name(here: Path, capfd: Any) -> None:
         "--targets (was ['q_proj', 'v_proj'], is ['fc1'])",
     )
     assert "--batch-size" not in line
-    refused(train_main, here, capfd, [*resume, "--output", "elsewhere"], "--output")
-    refused(train_main, here, capfd, [*resume, "--preset", "notebook"], "--preset", "'notebook'")
+    for more in ([], ["--accept-changes"]):  # a run cannot move, and a preset has many settings
+        for name, other in (("output", "elsewhere"), ("preset", "notebook")):
+            says = f"--resume ../run keeps its {name}: leave --{name} out"
+            refused(train_main, here, capfd, [*resume, *more, f"--{name}", other], says)
     (here.parent / "run" / "config.json").write_text('{"rnak": 8}')
     refused(train_main, here, capfd, resume, "config.json", "rnak")
     (here.parent / "run" / "config.json").write_text("{")

@@ -175,16 +175,59 @@ def test_data_that_changed_since_the_start_is_refused_or_noted(
     assert "changed since the run began: train data; restore what changed, or use --acc" in line
     assert train_main(["--resume", str(run), "--accept-changes"]) == 0
     assert "note: changed since the run began: train data" in capfd.readouterr().err
+    assert train_main(["--resume", str(run)]) == 0  # what was accepted is the run's now
+    assert "changed since" not in capfd.readouterr().err
 
 
-def test_another_version_of_torch_is_noted(folder: Path, tmp_path: Path, capfd: Any) -> None:
-    """Its dropout masks differ, so the run is not the one that was not interrupted."""
+def test_data_that_one_resume_does_not_read_is_compared_by_the_next(
+    folder: Path, tmp_path: Path, capfd: Any
+) -> None:
+    save_data(tmp_path / "data", train=6)
+    run = tmp_path / "run"
+    argv = flags(folder, "--output", run, "--data", tmp_path / "data", "--epochs", 1)
+    assert train_main([*argv, "--evaluate"]) == 0
+    more = ["--resume", str(run), "--epochs", "2", "--accept-changes", "--no-evaluate"]
+    assert train_main(more) == 0
+    write(tmp_path / "data" / "test.jsonl", as_jsonl(dialogues(4, 300)))
+    capfd.readouterr()
+    assert train_main(["--resume", str(run), "--evaluate"]) == 2
+    assert "changed since the run began: test data" in capfd.readouterr().err
+
+
+def test_a_refused_resume_keeps_the_settings(folder: Path, tmp_path: Path, capfd: Any) -> None:
+    run = tmp_path / "run"
+    assert train_main(flags(folder, "--output", run, "--epochs", 1)) == 0
+    before = (run / "config.json").read_bytes()
+    assert train_main(["--resume", str(run), "--rank", "4", "--accept-changes"]) == 2
+    assert "holds other parameters" in capfd.readouterr().err
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_paths_are_compared_by_where_they_lead(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    run = tmp_path / "run"
+    assert train_main(flags(folder, "--output", run, "--epochs", 1)) == 0
+    monkeypatch.chdir(folder)
+    argv = ["--resume", str(run), "--model", "./bart/", "--data", "data"]
+    assert train_main([*argv, "--output", os.path.relpath(run)]) == 0
+    capfd.readouterr()
+    assert train_main(["--resume", str(run), "--data", "elsewhere"]) == 2
+    assert "--data (was " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["torch", "precision"])
+def test_another_torch_or_precision_is_noted(
+    folder: Path, tmp_path: Path, capfd: Any, name: str
+) -> None:
+    """The run is not the one that was not interrupted. --precision auto depends on the device."""
     run = tmp_path / "run"
     assert train_main(flags(folder, "--output", run, "--epochs", 1)) == 0
     (checkpoint,) = (run / "checkpoints").iterdir()
     state = json.loads((checkpoint / "state.json").read_text())
-    assert state["origin"]["torch"] == torch.__version__
-    state["origin"]["torch"] = "1.0"
+    now = state["origin"][name]
+    assert now == {"torch": torch.__version__, "precision": "float32"}[name]
+    state["origin"][name] = "1.0"
     write(checkpoint / "state.json", json.dumps(state).encode())
     sums = [
         f"{hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()}  {name}\n"
@@ -193,9 +236,9 @@ def test_another_version_of_torch_is_noted(folder: Path, tmp_path: Path, capfd: 
     write(checkpoint / "SHA256SUMS", "".join(sums).encode())
     capfd.readouterr()
     assert train_main(["--resume", str(run)]) == 0
-    assert "torch 1.0" not in capfd.readouterr().err  # no step is taken
+    assert f"{name} 1.0" not in capfd.readouterr().err  # no step is taken
     assert train_main(["--resume", str(run), "--epochs", "2", "--accept-changes"]) == 0
-    said = f"note: torch 1.0 began this run, {torch.__version__} continues it"
+    said = f"note: {name} 1.0 began this run, {now} continues it: the "
     assert said in capfd.readouterr().err
 
 

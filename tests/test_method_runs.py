@@ -61,6 +61,21 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(
     check_same(run, runs[name])
 
 
+def test_adalora_keeps_the_steps_that_its_ranks_are_planned_for(
+    folder: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    at_step(monkeypatch, 6, interrupt)
+    run = tmp_path / "run"
+    argv = flags(folder, *METHODS["adalora"], "--no-evaluate", "--output", run)
+    assert train_main(argv) == 130
+    capfd.readouterr()
+    assert train_main(["--resume", str(run), "--accumulate", "1", "--accept-changes"]) == 2
+    says = "--method adalora plans its ranks for 14 steps, and with these batches the run takes 13"
+    assert says in capfd.readouterr().err
+    assert train_main(["--resume", str(run), "--epochs", "3", "--accept-changes"]) == 0
+    assert [record["kind"] for record in records(run)].count("step") == 12
+
+
 def test_a_crash_costs_nothing_of_the_allocation(
     folder: Path, runs: dict[str, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -134,6 +134,9 @@ def test_forms_of_one_number(forms: list[str]) -> None:
         ("two hundred", "two, and a hundred"),
         ("1,000", "1, 000"),
         ("tenth", "ninth"),
+        ("447700900123", "447700900124"),
+        ("7" * 309, "7" * 308 + "8"),
+        ("7" * 309, "7" * 310),
     ],
 )
 def test_other_numbers(summary: str, dialogue: str) -> None:
@@ -154,6 +157,10 @@ def test_other_numbers(summary: str, dialogue: str) -> None:
         ("won 30:72", "it was 30 to 72"),
         ("the 3rd of May", "May 3"),
         ("", "4"),
+        *((f"key {long}", f"key {long}") for long in ("7" * 16, "7" * 309, "7" * 4301)),
+        *((f"{long} million", f"{long} million") for long in ("9" * 15, "9" * 309, "9" * 4301)),
+        ("9" * 310 + ".5", "9" * 310 + ".5"),
+        ("1" + ",000" * 200, "1" + "000" * 200),
     ],
 )
 def test_numbers_that_are_there(summary: str, dialogue: str) -> None:

@@ -247,6 +247,20 @@ REFUSED: dict[str, tuple[str, Content, str]] = {
     ),
     "save_to_disk, data gone": ("a/state.json", b"{}", ": cannot be read ("),
     "data, cut off": ("a.json", as_json({"data": ROWS})[:-1], " row 2: the list ends here"),
+    "data, and an object after it": (
+        "a.json", as_json({"data": ROWS}) + b" " + as_json({"data": ROWS}), ": the list ends here"
+    ),
+    "data, indented, and an object after it": (
+        "a.json", 2 * json.dumps({"data": ROWS}, indent=1).encode(), ": the list ends here"
+    ),
+    "data, and a line after it": (
+        "a.json", as_jsonl([{"data": ROWS}] * 2), " line 1: no column 'dialogue'; columns found: d"
+    ),
+    "data, and half an object": ("a.json", b'{"data": [] "a": {}}', ": the list ends here"),
+    "data twice": (
+        "a.json", b'{"data": ' + as_json(ROWS) + b', "data": []}', ": the list ends here"
+    ),
+    "a list, and a list after it": ("a.json", 2 * as_json(ROWS), ": the list ends here"),
     "data, bad in row 2": ("a.json", as_json({"data": [GOOD, {}]}), " row 2: no column 'dialogue'"),
     "a turn without a text": (
         "a.json",
@@ -305,6 +319,46 @@ def test_several_references(tmp_path: Path) -> None:
         reading.load_file(
             write(path, as_csv([SEVERAL | {"summary1": "", "summary3": " "}])), DataOptions()
         )
+
+
+def test_a_blank_reference_is_none(tmp_path: Path) -> None:
+    row = GOOD | {"summary2": " \n"}
+    for name, content in (("a.jsonl", as_jsonl([row])), ("a.csv", as_csv([row]))):
+        (example,), _ = reading.load_file(write(tmp_path / name, content), DataOptions())
+        assert example.references == (GOOD["summary"],)
+
+
+def test_references_of_later_rows_count(tmp_path: Path) -> None:
+    several = [GOOD, OTHER | {"summary2": "b2", "target": "no"}, GOOD | {"summary3": "c3"}, OTHER]
+    path = write(tmp_path / "a.jsonl", as_jsonl(several))
+    examples, notices = reading.load_file(path, DataOptions())
+    assert [example.more for example in examples] == [(), ("b2",), ("c3",), ()]
+    assert [example.summary for example in examples] == [row["summary"] for row in several]
+    best = "training learns the first summary, ROUGE counts the best"
+    assert notices == [f"columns read: dialogue, summary, summary2, summary3: {best}"]
+    # A usual name that comes later does not replace that of the first row.
+    later = [{"dialogue": "a", "target": "b"}, {"dialogue": "c", "target": "d", "summary": "e"}]
+    examples, _ = reading.load_file(write(path, as_jsonl(later)), DataOptions())
+    assert [example.references for example in examples] == [("b",), ("d",)]
+
+
+@pytest.mark.parametrize("columns", ["Text,text,Summary,summary", "text,Text,summary,SUMMARY"])
+def test_of_columns_that_differ_in_case_the_one_of_this_name_is_read(
+    tmp_path: Path, columns: str
+) -> None:
+    row = {name: f"in {name}" for name in columns.split(",")}
+    path = write(tmp_path / "a.csv", as_csv([row]))
+    (example,), _ = reading.load_file(path, DataOptions(dialogue_column="text"))
+    assert (example.dialogue, example.references) == ("in text", ("in summary",))
+
+
+def test_a_column_called_data_holds_turns(tmp_path: Path) -> None:
+    """Lines of objects are JSON Lines, though the first alone would be a list in an object."""
+    for turns in (TURNS, ["Ann: hi", "Bob: hello"]):
+        content = as_jsonl([{"v": 1, "data": turns, "summary": "They greet."}] * 2)
+        path = write(tmp_path / "a.jsonl", content)
+        examples, _ = reading.load_file(path, DataOptions(dialogue_column="data"))
+        assert [example.dialogue for example in examples] == [GOOD["dialogue"]] * 2
 
 
 def test_one_of_several_references_can_be_named(tmp_path: Path) -> None:

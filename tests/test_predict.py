@@ -262,6 +262,46 @@ def test_base_and_fine_tuned_model_share_the_states_of_their_encoder(
             torch.testing.assert_close(kept, wanted, rtol=0, atol=1e-5)  # in another batch
 
 
+@pytest.mark.parametrize("name", ["base", "precision", "device", "method"])
+def test_summaries_of_another_base_or_precision_are_not_mixed(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, name: str
+) -> None:
+    base = save_bart(tmp_path / "other", seed=1) if name == "base" else here / "bart"
+    argv = ["run/adapter", "--predict", "chats.jsonl", "--output", "out.jsonl", "--model"]
+    written, calls = commands.Models.summaries, list[Any]()
+
+    def stopped(models: Any, *how: Any) -> list[Row]:
+        calls.append(how)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return written(models, *how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands.Models, "summaries", stopped)
+        assert evaluate_main([*argv, "bart", "--evaluation-batch-size", "4"]) == 130
+    begun = Path("out.jsonl.partial")
+    if name != "base":
+        first, *rest = begun.read_text().splitlines(keepends=True)
+        begun.write_text(json.dumps(json.loads(first) | {name: "another"}) + "\n" + "".join(rest))
+    capfd.readouterr()
+    assert evaluate_main([*argv, str(base)]) == 2
+    assert f"out.jsonl.partial was started with other {name}: remove it" in capfd.readouterr().err
+
+
+def test_a_base_that_the_adapter_does_not_name_is_said(
+    here: Path, tmp_path: Path, capfd: Any
+) -> None:
+    other = save_bart(tmp_path / "other", seed=1)
+    write(here / "one.txt", b"Ann: hi")
+    for more in (["--text", "one.txt"], []):
+        capfd.readouterr()
+        assert evaluate_main(["run/adapter", "--model", str(other), *more]) == 0
+        said = f"note: the adapter was trained on {here / 'bart'}, but this model is {other}: comp"
+        assert said in capfd.readouterr().err
+        assert evaluate_main(["run/adapter", *more]) == 0
+        assert "trained on" not in capfd.readouterr().err
+
+
 def test_a_finished_run_is_decoded_in_another_way(here: Path) -> None:
     for name, flags in (
         ("a", []),
@@ -304,6 +344,10 @@ BAD = {
     "no chats": (["--predict", "no.jsonl", "--output", "y"], "no.jsonl: no such file"),
     "base of scores": (["--base"], "--base is for --text and --predict"),
     "files and data": (["--data", "x", "--test-file", "y"], "--data and --test-file exclude each"),
+    "a prompt in Latin-1": (
+        ["--text", "data/test.jsonl", "--prompt-before", "f\udcfcr"],
+        "--prompt-before is not UTF-8 text",
+    ),
     "no beams": (["--beams", "0"], "--beams must be above 0"),
     "lengths": (["--text", "data/test.jsonl", "--min-length", "99"], "need 0 <= --min-length"),
 }

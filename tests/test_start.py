@@ -237,6 +237,31 @@ def test_a_run_starts_from_a_run_and_is_resumed(here: Path, capfd: Any) -> None:
     assert "changed since the run began: adapter it starts from;" in capfd.readouterr().err
 
 
+def test_a_run_is_resumed_without_the_adapter_it_started_from(here: Path, capfd: Any) -> None:
+    argv = ["--data", "data", *SMALL, *SHORT, "--adapter", "peft", "--checkpoint-steps", "1"]
+    argv = [word for word in argv if word not in ("--targets", "q_proj", "v_proj")]
+    assert train_main([*argv, "--keep-checkpoints", "9", "--output", "whole"]) == 0
+    shutil.copytree("whole", "run2")
+    for path in sorted(Path("run2/checkpoints").iterdir())[1:]:
+        shutil.rmtree(path)
+    Path("peft").rename("elsewhere")
+    capfd.readouterr()
+    assert train_main(["--resume", "run2"]) == 0
+    note = "note: --adapter peft is gone: the run's checkpoint stands for it\n"
+    assert note in capfd.readouterr().err
+    weights = "adapter/adapter_model.safetensors"
+    assert Path("run2", weights).read_bytes() == Path("whole", weights).read_bytes()
+    # It is still compared when it is there again, and needed where there is no checkpoint.
+    adapter = minilora.read_adapter("elsewhere")
+    next(iter(adapter.tensors.values())).add_(1)
+    minilora.write_adapter(adapter, "peft")
+    assert train_main(["--resume", "run2"]) == 2
+    assert "changed since the run began: adapter it starts from;" in capfd.readouterr().err
+    shutil.rmtree("peft")
+    shutil.rmtree("run2/checkpoints")
+    refused(capfd, ["--resume", "run2"], "peft: no such directory")
+
+
 def test_a_run_starts_from_an_adapter_of_the_hub(here: Path, monkeypatch: Any) -> None:
     def download(name: str, allow_patterns: object) -> str:
         assert name == "ann/adapter"

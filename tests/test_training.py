@@ -511,6 +511,96 @@ def test_without_the_random_state_a_resumed_run_would_end_otherwise(
     assert adapter(run) != adapter(whole)
 
 
+OTHER = {
+    # flags; the steps of each epoch; what is said
+    "fewer steps": (["--max-steps", "5"], [4, 2], "has taken 6 steps, and is asked for 5: it"),
+    "fewer epochs": (["--epochs", "1"], [4, 2], "has taken 6 steps, and is asked for 4: it"),
+    "more steps": (["--max-steps", "7"], [4, 3], ""),
+    "more epochs": (["--epochs", "3"], [4, 4, 4], ""),
+    "larger batches": (["--batch-size", "5"], [4, 2 + 2], "epoch 2 begins again: its batches are"),
+    "smaller steps": (["--accumulate", "1"], [4, 2 + 7], "epoch 2 begins again: its batches are"),
+    "another seed": (["--seed", "1"], [4, 2 + 4], "epoch 2 begins again: its batches are"),
+}
+
+
+@pytest.mark.parametrize(("more", "steps", "says"), OTHER.values(), ids=OTHER)
+def test_resumed_in_mid_epoch_with_other_steps_the_rate_falls_to_zero(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    capfd: Any,
+    more: list[str],
+    steps: list[int],
+    says: str,
+) -> None:
+    run = tmp_path / "run"
+    at_step(monkeypatch, 6, interrupt)
+    assert train_main(flags(folder, "--output", run, "--no-evaluate")) == 130
+    seen, step = [], Trainer.step
+
+    def note(trainer: Trainer, group: Any) -> dict[str, float]:
+        seen.extend(row.id for batch in group for row in batch)
+        return step(trainer, group)
+
+    monkeypatch.setattr(Trainer, "step", note)
+    capfd.readouterr()
+    assert train_main(["--resume", str(run), *more, "--accept-changes"]) == 0
+    said = capfd.readouterr().err
+    assert says in said
+    assert ("note: epoch 2 begins" in said) == ("begins" in says)
+    found = [record for record in records(run) if record["kind"] == "step"]
+    epochs = [record["epoch"] for record in found]
+    assert [epochs.count(epoch) for epoch in sorted(set(epochs))] == steps
+    assert [record["step"] for record in found] == list(range(1, sum(steps) + 1))
+    assert all(record["learning_rate"] > 0 for record in found)
+    left = [record["learning_rate"] for record in reversed(found[6:])]
+    assert left == pytest.approx([left[0] * (i + 1) for i in range(len(left))])  # to zero
+    if "begins" in says:  # each dialogue once
+        assert len(seen) == len(set(seen)) == 20
+    last = [record for record in records(run) if record["kind"] == "validation"][-1]
+    assert (last["step"], last["epoch"]) == (sum(steps), len(steps))
+    capfd.readouterr()
+    before = records(run)
+    assert train_main(["--resume", str(run)]) == 0  # and it is finished
+    assert records(run) == before
+    assert "begins again" not in capfd.readouterr().err
+
+
+def test_with_more_steps_the_rest_of_the_epoch_is_trained(
+    folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """--max-steps ended the run, with a validation, within the second epoch."""
+    seen, step = [], Trainer.step
+
+    def note(trainer: Trainer, group: Any) -> dict[str, float]:
+        seen.extend(row.id for batch in group for row in batch)
+        return step(trainer, group)
+
+    monkeypatch.setattr(Trainer, "step", note)
+    run = tmp_path / "run"
+    assert train_main(flags(folder, "--output", run, "--no-evaluate", "--max-steps", 6)) == 0
+    assert train_main(["--resume", str(run), "--max-steps", "0", "--accept-changes"]) == 0
+    assert [seen.count(name) for name in set(seen)] == [2] * 20
+    found = [r for r in records(run) if r["kind"] == "validation"]
+    assert [(record["step"], record["epoch"]) for record in found] == [(4, 1), (6, 2), (8, 2)]
+
+
+def test_shorter_data_in_mid_epoch_begin_the_epoch_again(
+    folder: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    data, run = save_data(tmp_path / "data"), tmp_path / "run"
+    at_step(monkeypatch, 6, interrupt)
+    argv = flags(folder, "--output", run, "--no-evaluate", "--data", data)
+    assert train_main(argv) == 130
+    save_data(data, train=9)
+    assert train_main(["--resume", str(run)]) == 2
+    assert train_main(["--resume", str(run), "--accept-changes"]) == 0
+    assert "note: epoch 2 begins again: its batches are other ones" in capfd.readouterr().err
+    found = [record for record in records(run) if record["kind"] == "step"]
+    assert [record["epoch"] for record in found] == [1] * 4 + [2] * (2 + 2)
+    assert all(record["learning_rate"] > 0 for record in found)
+
+
 def test_a_full_fine_tune_goes_on_too(
     folder: Path, full: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -583,6 +673,21 @@ def test_the_peak_of_memory_is_that_of_all_parts_of_a_run(
         (end,) = (r for r in map(json.loads, (run / "log.jsonl").open()) if r["kind"] == "end")
         assert end["peak_bytes"] == 900 * 2**20
         assert re.search(r"peak memory +900 MiB", capsys.readouterr().out)
+
+
+def test_a_log_that_lost_its_end_goes_on_after_its_last_whole_line(
+    tmp_path: Path, capfd: Any
+) -> None:
+    path = tmp_path / "log.jsonl"
+    with open_log(path, 0) as log:
+        log.write("a", x=1)
+        log.write("b", x=2)
+        kept = log.flush()
+    path.write_bytes(path.read_bytes()[:-5])
+    with open_log(path, kept) as log:
+        log.write("c", x=3)
+    assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == ["a", "c"]
+    assert f"lost {kept // 2} bytes" in capfd.readouterr().err
 
 
 def test_a_log_is_cut_back_and_goes_on(tmp_path: Path) -> None:

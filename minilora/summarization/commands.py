@@ -60,7 +60,6 @@ def train(run: RunConfig) -> int:
 def _train_into(output: Path, run: RunConfig, session: Session, started: float) -> int:
     if not run.output.resume:  # checked again: another run may have taken it meanwhile
         processes.on_rank0(lambda: flags.check_free(output))
-    if not run.output.resume or run.output.accept_changes:  # the next resume compares with these
         processes.on_rank0(lambda: write_config(run, output))
     if not all(processes.gather((output / "config.json").exists())):
         raise UserError(f"{output} must be on a file system that the machines share")
@@ -69,7 +68,7 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
     resume = f"{flags.command('train.py')} --resume {shlex.quote(str(output))}"
     free = "earlier checkpoints are intact: free some space or fix the permissions, then run: "
     with _writing(output, free + resume):
-        outcome = fit(session, output)
+        outcome = fit(session, output, accept=lambda: write_config(run, output))
     if not outcome.finished:
         _write_report(run, output)
         where = f"the result so far is in {trained_path(output, run)}"
@@ -131,7 +130,8 @@ def _final_evaluation(session: Session, output: Path) -> Evaluation:
     if run.model.method == "full":
         models = _load_trained(output, run, session.device)
     else:
-        minilora.load_adapter(session.model, trained_path(output, run), inference=True)
+        loaded = minilora.load_adapter(session.model, trained_path(output, run), inference=True)
+        _print([loaded.notice] if loaded.notice else [])
         models = Models(session.model, None, session.tokenizer, session.autocast_dtype)
     return models.score(run, "test", session.splits["test"])
 
@@ -245,7 +245,11 @@ def _predict(
     trained = _trained(directory, run)
     size, options, output = run.generation.evaluation_batch_size, run.data, Path(arguments.output)
     settings = {
-        "run": f"{trained.resolve()} {max(file.stat().st_mtime for file in trained.rglob('*'))}",
+        "run": _as_it_is(trained),
+        "base": _as_it_is(local_path(run.model.model)),
+        "method": run.model.method,
+        "precision": str(models.autocast_dtype),
+        "device": models.tuned.device.type,
         "lengths": asdict(run.generation) | {"evaluation_batch_size": 0},
         "prompt": [options.prompt_before, options.prompt_after, options.max_source_length],
         "--base": arguments.base,
@@ -261,6 +265,13 @@ def _predict(
         return 130
     print(f"summaries of {counted(done, 'chat')} are in {output}")
     return 0
+
+
+def _as_it_is(directory: Path) -> str:
+    """A model or an adapter, and when it was last written; one of the hub by its name only."""
+    files = [file for file in directory.rglob("*") if file.suffix in (".json", ".safetensors")]
+    times = [file.stat().st_mtime for file in files]
+    return f"{directory.resolve()} {max(times)}" if times else str(directory)
 
 
 def _is_model(directory: Path) -> bool:
@@ -349,7 +360,8 @@ def _load_trained(
         base = load_model(run.model.model, device) if needs_base else tuned
     else:
         tuned = base = load_model(run.model.model, device, four_bits(run))
-        minilora.load_adapter(tuned, path, inference=True)
+        loaded = minilora.load_adapter(tuned, path, inference=True)
+        _print([loaded.notice] if loaded.notice else [])
     for model in {tuned, base}:
         speed.hold_frozen_linears(model.requires_grad_(False), autocast_dtype)
         speed.release_file(model)

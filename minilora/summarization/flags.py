@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from . import processes
 from .errors import UserError
 from .files import read_object
-from .presets import LEARNING_RATES, OTHER_RATES, PRESETS, restored
+from .presets import LEARNING_RATES, OTHER_RATES, PRESETS, local_path, restored
 from .settings import (
     FILES,
     GROUPS,
@@ -29,9 +29,9 @@ from .settings import (
 )  # fmt: skip
 
 # A resumed run may change the device, the checkpoints it keeps and what it does at its end. What
-# changes its result needs --accept-changes, and its directory cannot change.
+# changes its result needs --accept-changes. Its directory and its preset cannot change.
 RESUME_MAY_CHANGE = {
-    *("resume", "accept_changes", "device", "evaluate", "report"),
+    *("resume", "accept_changes", "device", "evaluate", "report", "output"),
     *("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints"),
     *("evaluation_batch_size", "cache_directory"),
 }
@@ -169,13 +169,24 @@ def changed(flat: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 def _require_same(before: dict[str, Any], run: RunConfig) -> None:
     now, options = run.to_dict(), run.output
-    changed = [k for k in now if now[k] != before[k] and k not in RESUME_MAY_CHANGE]
-    if changed and not (options.accept_changes and "output" not in changed):
+    stays = before["output"] == now["output"] or _same_place(options.output, options.resume)
+    for name, same in (("output", stays), ("preset", before["preset"] == run.preset)):
+        if not same:
+            raise UserError(f"--resume {options.resume} keeps its {name}: leave --{name} out")
+    different = [k for k in now if now[k] != before[k] and k not in RESUME_MAY_CHANGE]
+    changed = [k for k in different if k not in PATHS or not _same_place(now[k], before[k])]
+    if changed and not options.accept_changes:
         what = ", ".join(f"{spelt(k)} (was {before[k]!r}, is {now[k]!r})" for k in changed)
         raise UserError(
             f"--resume {options.resume}: these settings differ from the original run: {what}. "
             "Restore them, or add --accept-changes to use the new ones"
         )
+
+
+def _same_place(path: str | None, other: str | None) -> bool:
+    if path is None or other is None:
+        return path is other
+    return local_path(path).resolve() == local_path(other).resolve()
 
 
 def output_directory(run: RunConfig) -> Path:

@@ -6,6 +6,7 @@ defaults, and a run's `config.json` holds the values of all of them.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import UnionType
@@ -244,6 +245,9 @@ class RunConfig:
         for name in NOT_NEGATIVE:
             if not flat[name] >= 0:  # NaN too
                 raise UserError(f"{spelt(name)} must be 0 or more, not {flat[name]}")
+        for name in ("prompt_before", "prompt_after"):
+            if re.search("[\ud800-\udfff]", flat[name]):
+                raise UserError(f"{spelt(name)} is not UTF-8 text: type it in a UTF-8 terminal")
         penalty, warmup = self.generation.length_penalty, self.training.warmup
         if not math.isfinite(penalty):
             raise UserError(f"--length-penalty must be finite, not {penalty}")

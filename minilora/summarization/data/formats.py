@@ -55,7 +55,8 @@ def file_rows(path: Path) -> Rows:
         return _csv_rows(path, text)
     # The content tells a JSON list from JSON Lines: both are called .json.
     opening = _LIST.match(text)
-    return _json_list(path, text, opening) if opening else _json_lines(path, text)
+    is_list = opening and not (opening["wrapped"] and _is_lines(text))
+    return _json_list(path, text, opening) if opening and is_list else _json_lines(path, text)
 
 
 # Text files ---------------------------------------------------------------------------------------
@@ -92,6 +93,8 @@ def line_feeds(text: str) -> str:
 
 
 def no_such(path: Path) -> str:
+    if path.is_symlink():
+        return f"{path}: no such file: it is a link to {path.readlink()}"
     near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*")], n=1)
     hint = f" (but there is {path.parent / near[0]})" if near else ""
     return f"{path}: no such file or directory{hint}"
@@ -137,8 +140,21 @@ def _json_list(path: Path, text: str, opening: re.Match[str]) -> Rows:
         if not (comma := _COMMA.match(text, position)):
             raise UserError(f"{place}: no comma and no ] follows; is the file cut off?")
         position = comma.end()
-    if text[position + 1 :].rstrip()[-1:] != ("}" if opening["wrapped"] else ""):
+    try:  # what follows ends the object, after entries such as a version, and the file
+        whole = _JSON.decode(('{"data": [' if opening["wrapped"] else "[") + text[position:])
+    except (ValueError, RecursionError) as error:
+        whole = BadRow(error)
+    if isinstance(whole, BadRow):  # or "data" occurs twice
         raise UserError(f"{place}: the list ends here, but the file does not end as it should")
+
+
+def _is_lines(text: str) -> bool:
+    """Whether the first line is an object and others follow: its "data" is a column then."""
+    first, _, more = text.lstrip().partition("\n")
+    try:
+        return bool(more.strip() and _JSON.decode(first))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _json_lines(path: Path, text: str) -> Rows:

@@ -65,11 +65,16 @@ def read_source(
     """
     examples, bad, left_out = list[Example](), list[str](), list[str]()
     dialogue, summaries = "", list[str]()  # the columns, as the first row names them
+    seen = dict[str, object]()
     for place, row in source.rows():
         try:
             columns = _dict(row)
             if not dialogue:
                 dialogue, summaries = _columns(columns, options, references)
+            if not columns.keys() <= seen.keys():  # later rows may have further references
+                seen |= columns
+                found = _columns(seen, options, references)[1]
+                summaries = found if found[: len(summaries)] == summaries else summaries
             examples.append(_example(columns, place.split()[-1], dialogue, summaries))
         except BadRow as error:
             skip = options.skip_bad_rows or (training and isinstance(error, _EmptyDialogue))
@@ -109,11 +114,19 @@ def _columns(
 
 
 def _called(row: dict[str, object], wanted: str, usual: Sequence[str], end: str = "") -> list[str]:
-    """The columns named `wanted`; if this is the default, those of the first usual name found."""
+    """The columns named `wanted`; if this is the default, those of the first usual name found.
+
+    Of columns that differ in case only, the one that is spelt like the name counts.
+    """
     for name in usual if wanted == usual[0] else (wanted,):
-        pattern = re.compile(re.escape(name) + end, re.IGNORECASE)
-        if found := [column for column in row if pattern.fullmatch(column)]:
-            return found
+        found = dict[str, str]()
+        for column in row:
+            alike = re.fullmatch(re.escape(name) + end, column, re.IGNORECASE)
+            exact = column.startswith(name)
+            if alike and (exact or column.casefold() not in found):
+                found[column.casefold()] = column
+        if found:
+            return list(found.values())
     raise _no_column(wanted, row)
 
 
@@ -124,7 +137,7 @@ def _no_column(name: str, row: dict[str, object]) -> BadRow:
 
 def _example(row: dict[str, object], number: str, dialogue: str, summaries: list[str]) -> Example:
     # A row may have fewer references than other rows, but at least one.
-    given = [name for name in summaries if row.get(name)] or summaries[:1]
+    given = [name for name in summaries if str(row.get(name) or "").strip()] or summaries[:1]
     for name in (dialogue, *given):
         if name not in row:
             raise _no_column(name, row)
@@ -135,8 +148,7 @@ def _example(row: dict[str, object], number: str, dialogue: str, summaries: list
     if given and not all(references):
         raise BadRow("empty summary")
     identity = row.get("id")
-    identity = str(identity) if isinstance(identity, int | float) else identity
-    name = number if identity is None else _text_of(identity, "column 'id'") or number
+    name = number if identity is None else _text_of(str(identity), "column 'id'") or number
     return Example(name, text, references[0], tuple(references[1:]))
 
 

@@ -20,7 +20,7 @@ _NOT_ALONE = {"one", "first", "second"}  # a pronoun, an adverb, a unit of time
 
 _CARDINAL, _ORDINAL, _SCALE = map("|".join, (_CARDINALS, _ORDINALS, _SCALES))
 _IN_WORDS = re.compile(
-    rf"\b(?:(?:an? (?:{_SCALE})|{_CARDINAL}|{_SCALE}|(?<![\d.,:])\d+(?= (?:{_SCALE})\b))"
+    rf"\b(?:(?:an? (?:{_SCALE})|{_CARDINAL}|{_SCALE}|(?<![\d.,:])\d{{1,15}}(?= (?:{_SCALE})\b))"
     rf"(?:[ -](?:and )?(?:{_CARDINAL}|{_SCALE})\b)*(?:[ -](?:and )?(?:{_ORDINAL})\b)?|{_ORDINAL})\b"
 )
 _AROUND_THE_HOUR = re.compile(  # "ten to six" may be two numbers: it is a time with "minutes" only
@@ -84,9 +84,12 @@ def _names(found: re.Match[str]) -> set[str]:
         if hour > 24 or minute > 59:  # 3.75, and a score of 30:72
             return {f"{hour + minute / 100:g}"} if "." in found[0] else {str(hour), str(minute)}
         return _clock(hour, minute) | {f"{hour + minute / 100:g}"}  # 4.30 may be a price
-    whole = int(found["whole"].replace(",", ""))
+    digits = found["whole"].replace(",", "")
+    if len(digits) > 15:  # a float does not tell such numbers apart, or cannot hold them
+        return {digits + (found["part"] or "")}
+    whole = int(digits)
     value = whole + float(found["part"] or 0)
-    names = {f"{value:.10g}"} | ({f"{1000 * value:.10g}"} if found["kilo"] else set())
+    names = {f"{value:.15g}"} | ({f"{1000 * value:.15g}"} if found["kilo"] else set())
     return names | (_clock(whole, 0) if found["clock"] and whole <= 24 else set())
 
 

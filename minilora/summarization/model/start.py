@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..files import read_object
 from ..presets import restored
 from ..settings import AdapterOptions, RunConfig, spelt
-from .loading import adapter_directory
+from .loading import adapter_directory, is_adapter
 
 FREE = ("dropout",)
 """Settings that a flag may change, since they change no parameter."""
@@ -75,12 +75,32 @@ def decided(given: dict[str, Any]) -> dict[str, Any]:
     return base | found
 
 
-def start(run: RunConfig) -> Adapter | None:
-    """The adapter of --adapter, with the dropout of the run."""
+def start(run: RunConfig) -> tuple[Adapter | None, bool]:
+    """The adapter of --adapter, with the dropout of the run; None: the run starts from none.
+
+    Where it is gone, the adapter of the resumed run stands for it: it has the same settings, and
+    the checkpoint has the values.
+
+    Returns:
+        The adapter, and whether it is that of the resumed run.
+
+    Raises:
+        UserError: it cannot be found.
+        LoRAError: it cannot be read.
+    """
     if run.adapter.adapter is None:
-        return None
-    adapter = minilora.read_adapter(_directory(run.adapter.adapter))
-    return replace(adapter, config=replace(adapter.config, dropout=run.adapter.dropout))
+        return None, False
+    try:
+        directory, is_own = _directory(run.adapter.adapter), False
+    except UserError:
+        resumed = Path(run.output.resume or "")
+        directory, is_own = resumed / "adapter", True
+        has_checkpoint = any((resumed / "checkpoints").glob("step-*"))
+        if not (run.output.resume and has_checkpoint and is_adapter(directory)):
+            raise
+    adapter = minilora.read_adapter(directory)
+    adapter = replace(adapter, config=replace(adapter.config, dropout=run.adapter.dropout))
+    return adapter, is_own
 
 
 def apply_start(model: PreTrainedModel, adapter: Adapter, name: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Checkpoints: the complete state of a run, in one directory that is written atomically.
 
-    checkpoints/step-00000120/            within an epoch; -validated at the end of an epoch
+    checkpoints/step-00000120/            -validated at the end of an epoch or of the run
         state.safetensors    trained parameters, the optimizer's state, random states
         state.json           position, best score, GradScaler, fingerprints
         SHA256SUMS           of both: `sha256sum -c SHA256SUMS` checks them
@@ -21,11 +21,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from minilora.files import write_directory
+from minilora.files import PARTIAL, write_directory
 
 from .. import processes
 from ..errors import UserError
-from ..files import remove_directory
+from ..files import put_directory, remove_directory
 
 TENSORS, STATE, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 
@@ -40,6 +40,8 @@ class Progress:
     """The current epoch, from 0."""
     position: int = 0
     """Optimizer steps taken in this epoch."""
+    validated: bool = False
+    """Whether the model of this step is validated: at the end of an epoch or of the run."""
     best: float | None = None
     """Best validation ROUGE-1 so far."""
     best_loss: float | None = None
@@ -95,19 +97,19 @@ def save_checkpoint(
 def _write(
     directory: Path, progress: Progress, tensors: dict[str, Tensor], state: Any, keep: int
 ) -> None:
-    """A complete one of this name is left as it is: a run that was resumed and stops before its
-    next step has nothing to add to it.
+    """A complete one of this name is left as it is, unless changes were accepted since: a run that
+    was resumed and stops before its next step has nothing to add to it.
     """
-    target = directory / _name(progress.step, validated=progress.position == 0)
-    if not _is_complete(target):
+    target = directory / _name(progress.step, progress.validated)
+    if _origin(target) != state["origin"]:
         contents = {
             TENSORS: safetensors.torch.save({k: t.cpu().contiguous() for k, t in tensors.items()}),
             STATE: json.dumps(state, indent=2).encode() + b"\n",
         }
         sums = "".join(f"{_sum(name, content)}\n" for name, content in contents.items())
-        if target.exists():
-            remove_directory(target)
-        write_directory(target, contents | {SUMS: sums.encode()})
+        new = target.with_name(f".{target.name}{PARTIAL}")
+        write_directory(new, contents | {SUMS: sums.encode()})
+        put_directory(new, target)
     best = _name(progress.best_step, validated=True)
     older = [path for path in newest_first(directory) if path.name <= target.name]
     for path in newest_first(directory):
@@ -137,7 +139,9 @@ def load_checkpoint(
         try:
             tensors, state = read_checkpoint(path)
             state["progress"].pop("rows_at_once", None)  # of --auto-batch-size, which was removed
-            progress = Progress(**state["progress"])
+            # Earlier versions told it by the name only.
+            known = {"validated": path.name.endswith("-validated")}
+            progress = Progress(**known | state["progress"])
         except (Damaged, TypeError, KeyError, AttributeError) as error:
             notices.append(f"checkpoint {path} is damaged ({error}): the one before is used")
             continue
@@ -181,11 +185,12 @@ def _name(step: int, validated: bool) -> str:
     return f"step-{step:08d}" + ("-validated" if validated and step else "")
 
 
-def _is_complete(path: Path) -> bool:
+def _origin(path: Path) -> object:
+    """The fingerprints in a complete checkpoint; None where there is none."""
     try:
-        return bool(read_checkpoint(path))
+        return read_checkpoint(path)[1]["origin"]
     except Damaged:
-        return False
+        return None
 
 
 def _sum(name: str, content: bytes) -> str:

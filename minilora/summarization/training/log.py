@@ -45,6 +45,7 @@ def open_log(path: Path, keep_bytes: int) -> Iterator[Log]:
     """
     if processes.rank() == 0:
         content = path.read_bytes()[:keep_bytes] if path.exists() else b""
+        content = content[: content.rfind(b"\n") + 1]  # no half line
         if missing := keep_bytes - len(content):
             what = f"lost {missing:,} bytes; training goes on, the report lacks those steps"
             print(f"note: {path} {what}", file=sys.stderr)

@@ -10,10 +10,17 @@ Group = Sequence[Sequence[Encoded]]
 """The batches of one optimizer step."""
 
 
-def last_step(training: TrainingOptions, rows: int) -> int:
-    """How many optimizer steps a run takes. The last group of an epoch may be smaller."""
-    batches_per_epoch = math.ceil(rows / training.batch_size)
-    steps = training.epochs * math.ceil(batches_per_epoch / training.accumulate)
+def steps_per_epoch(training: TrainingOptions, rows: int) -> int:
+    """The number of optimizer steps in an epoch. Its last group may be smaller."""
+    return math.ceil(math.ceil(rows / training.batch_size) / training.accumulate)
+
+
+def last_step(training: TrainingOptions, rows: int, epoch: int = 0, step: int = 0) -> int:
+    """How many optimizer steps a run takes whose `epoch` begins after `step` steps.
+
+    It is less than `step` if the run is asked for fewer steps than it has taken.
+    """
+    steps = step + (training.epochs - epoch) * steps_per_epoch(training, rows)
     return min(steps, training.max_steps) if training.max_steps else steps
 
 

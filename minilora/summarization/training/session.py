@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +40,7 @@ from .card import write_card
 from .failures import out_of_memory, try_out
 from .fingerprint import fingerprints
 from .first_steps import STEPS
-from .schedule import last_step
+from .schedule import last_step, steps_per_epoch
 
 _NAMES = "|".join(name for names in PROJECTIONS for name in names)
 DECODER = rf"(.*\.)?decoder\..*\.({_NAMES})"
@@ -105,7 +105,7 @@ def open_session(run: RunConfig) -> Session:
             f"--batch-size {run.training.batch_size} is less than the {count} processes that "
             "share each batch: raise it (and lower --accumulate), or start fewer"
         )
-    adapter = start(run)
+    adapter, is_own = start(run)
     anew = run.model.method != "full" and not adapter
     if anew:
         method_configs(run)  # refuses impossible settings before anything is read
@@ -139,10 +139,16 @@ def open_session(run: RunConfig) -> Session:
         without = "the validation loss chooses the best epoch, and nothing is scored at the end"
         notices.append(f"rouge_score is not installed: {without}")
     origin = fingerprints(splits, model)
+    size, accumulate = run.training.batch_size, run.training.accumulate
+    origin["batches"] = f"{size} dialogues, {accumulate} a step, seed {run.model.seed}"
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
     if adapter:
-        origin["adapter it starts from"] = of_tensors(adapter.tensors)
-        notices += apply_start(model, adapter, str(run.adapter.adapter))
+        said = apply_start(model, adapter, str(run.adapter.adapter))
+        if is_own:
+            said = [f"--adapter {run.adapter.adapter} is gone: the run's checkpoint stands for it"]
+        else:
+            origin["adapter it starts from"] = of_tensors(adapter.tensors)
+        notices += said
         report = inject_report(model)
     elif anew:
         steps = last_step(run.training, len(splits["train"]))
@@ -157,7 +163,8 @@ def open_session(run: RunConfig) -> Session:
     # The encoder's dropout is off with kept states: a resumed run must be the same in this.
     origin["use of the encoder's states"] = str(splits["train"].states is not None)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    processes.require_same(origin | {"start": of_tensors(trained), "settings": run.to_dict()})
+    same = {"start": of_tensors(trained), "settings": run.to_dict()}
+    processes.require_same(origin | same | {"precision": str(autocast_dtype)})
     processes.seed_by_rank(run.model.seed)
     parts = (model, tokenizer, splits, report, notices, origin)
     return Session(run, device, autocast_dtype, *parts)
@@ -194,9 +201,8 @@ def keep(
 ) -> None:
     """Keep the encoder's states of splits that are read more than once; see `keep_states`."""
     options, rows = run.training, len(splits["train"])
-    epoch = last_step(replace(options, epochs=1, max_steps=0), rows)
     for name in ("train", "validation"):  # the test split's are computed when it is scored
-        once = name == "train" and last_step(options, rows) <= epoch
+        once = name == "train" and last_step(options, rows) <= steps_per_epoch(options, rows)
         if once and options.cache_encoder == "auto":
             continue
         sources, where = [row.source for row in splits[name].encoded], options.cache_directory

@@ -9,7 +9,7 @@ output/
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +36,16 @@ from .failures import out_of_memory, require_finite, smaller_evaluation_batch, s
 from .fingerprint import differences
 from .first_steps import FirstSteps, problems
 from .log import Log, open_log
-from .schedule import Group, epoch_groups, last_step, learning_rate
+from .schedule import Group, epoch_groups, last_step, learning_rate, steps_per_epoch
 from .session import Session, save_trained
 from .stopping import StopRequest, stop_requests
 from .validation import describe, selection_score, validate
 
+# What is noted, not refused, when a run continues on another machine.
+EFFECTS = {
+    "torch": "the dropout masks are not those of an uninterrupted run",
+    "precision": "the steps are not rounded as in an uninterrupted run",
+}
 UPDATING = ("while AdamW updates the parameters", "--method lora trains fewer of them")
 
 
@@ -55,19 +60,24 @@ class Outcome:
     """Whether one of these came, if only after the last step."""
 
 
-def fit(session: Session, output: Path) -> Outcome:
+def fit(session: Session, output: Path, accept: Callable[[], None] = lambda: None) -> Outcome:
     """Train until the last step, or until Ctrl-C or SIGTERM; continue from `output`'s checkpoint.
+
+    Args:
+        session: what to train.
+        output: the directory of the run.
+        accept: called in process 0 once a run is resumed with --accept-changes.
 
     Raises:
         UserError: a loss that is not finite; its step and dialogues are named.
         OSError: the output cannot be written.
     """
     trainer = Trainer(session, output)
+    processes.on_rank0(lambda: sweep(output))  # first: it restores a checkpoint half replaced
     for notice in trainer.restore():
         print(f"note: {notice}", file=sys.stderr)
-    if trainer.progress.step == trainer.last:
-        print(f"note: {output} is finished: it is only scored again", file=sys.stderr)
-    processes.on_rank0(lambda: sweep(output))
+    if session.run.output.accept_changes:
+        processes.on_rank0(accept)
     with trainer.open():
         finished = trainer.run()
     return Outcome(trainer.progress, finished, processes.any_rank(trainer.stop.requested))
@@ -86,8 +96,8 @@ class Trainer:
         assert training.learning_rate is not None  # resolved by the command line
         self.session, self.output = session, output
         self.peak = training.learning_rate
-        self.last = last_step(training, len(session.splits["train"]))
-        self.warmup = max(1, round(training.warmup * self.last))
+        rows = len(session.splits["train"])
+        self.last, self.steps_per_epoch = last_step(training, rows), steps_per_epoch(training, rows)
         self.parameters = list(minilora.trainable_parameters(session.model))
         groups: list[dict[str, Any]] = [{"params": self.parameters, "lr": self.peak}]
         if training.lora_plus_ratio != 1:
@@ -100,6 +110,9 @@ class Trainer:
         self.replica = Replica(session.model)
         self.progress = Progress()
         self.began = self.saved = time.monotonic()
+        precision = str(session.autocast_dtype or torch.float32).removeprefix("torch.")
+        self.origin = session.origin | {"torch": torch.__version__, "precision": precision}
+        self.accepted = False
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -120,7 +133,7 @@ class Trainer:
     def train_epoch(self) -> bool:
         """The optimizer steps that are left of this epoch. False if stopped before its end."""
         for group in self.groups()[self.progress.position :]:
-            if self.progress.step == self.last:  # --max-steps
+            if self.progress.step >= self.last:  # --max-steps
                 break
             if processes.any_rank(self.stop.requested):
                 return False
@@ -162,7 +175,8 @@ class Trainer:
         return epoch_groups(train, run.training, run.model.seed, self.progress.epoch)
 
     def set_learning_rate(self) -> None:
-        rate = learning_rate(self.progress.step, self.last, self.warmup, self.peak)
+        warmup = max(1, round(self.session.run.training.warmup * self.last))
+        rate = learning_rate(self.progress.step, self.last, warmup, self.peak)
         for settings, ratio in zip(self.optimizer.param_groups, self.ratios, strict=True):
             settings["lr"] = rate * ratio
 
@@ -199,6 +213,7 @@ class Trainer:
     def advance(self, measures: dict[str, Any]) -> None:
         progress = self.progress
         progress.step, progress.position = progress.step + 1, progress.position + 1
+        progress.validated = False
         self.log.write("step", step=progress.step, epoch=progress.epoch + 1, **measures)
         self.bar.update()
         loss, rate = measures["loss"], measures["tokens_per_second"]
@@ -223,8 +238,9 @@ class Trainer:
         progress, report = self.progress, self.session.report
         if progress.log_bytes == 0:
             self.log.write("start", trainable=report.trainable, total=report.total)
-        # A position above 0 after the last step: stopped before that epoch was validated.
-        while progress.step < self.last or progress.position:
+        if self.accepted:  # the next resume compares with what was accepted
+            self.checkpoint()
+        while progress.step < self.last or not progress.validated:
             if not (self.train_epoch() and self.end_epoch()):
                 self.checkpoint()
                 if progress.best is None:
@@ -262,7 +278,9 @@ class Trainer:
         if better:
             progress.best, progress.best_loss, progress.best_step = score, loss, progress.step
             self.save_trained()
-        progress.epoch, progress.position = progress.epoch + 1, 0
+        progress.validated = True
+        if progress.position >= self.steps_per_epoch:  # --max-steps may end a run before
+            progress.epoch, progress.position = progress.epoch + 1, 0
         self.checkpoint()
         return True
 
@@ -288,18 +306,53 @@ class Trainer:
         self.progress, origin, notices = load_checkpoint(self.output / "checkpoints", *what)
         processes.require_same({f"a checkpoint in {self.output}": self.progress.step})
         self.began = time.monotonic() - self.progress.seconds
-        began_with = origin.get("torch", torch.__version__)
-        if began_with != torch.__version__ and self.progress.step < self.last:
-            notices.append(
-                f"torch {began_with} began this run, {torch.__version__} continues it: the "
-                "dropout masks are not those of an uninterrupted run"
-            )
         if other := differences(origin, self.session.origin):
             changed = f"changed since the run began: {', '.join(other)}"
             if not self.session.run.output.accept_changes:
                 instead = "; restore what changed, or use --accept-changes to resume with it"
                 raise UserError(f"--resume {self.output}: {changed}{instead}")
             notices.append(changed)
+            self.accepted = True
+        return notices + self.go_on(origin)
+
+    def go_on(self, origin: dict[str, str]) -> list[str]:
+        """Find the place among the batches, and the last step; returns notices.
+
+        Args:
+            origin: what the run began with.
+
+        Raises:
+            UserError: AdaLoRA's ranks fall in another number of steps.
+        """
+        progress, now, notices = self.progress, self.origin, list[str]()
+        training, rows = self.session.run.training, len(self.session.splits["train"])
+        self.origin = origin | now
+        changed = [name for name in now if origin.get(name, now[name]) != now[name]]
+        if progress.position and {"batches", "train tokens"}.intersection(changed):
+            progress.position = 0
+            notices.append(f"epoch {progress.epoch + 1} begins again: its batches are other ones")
+        begun = progress.step - progress.position
+        self.last = last_step(training, rows, progress.epoch, begun)
+        if progress.step < self.last:
+            config = config_of(self.session.model)
+            if isinstance(config, AdaLoRAConfig) and config.total_steps != self.last:
+                raise UserError(
+                    f"--method adalora plans its ranks for {config.total_steps} steps, and with "
+                    f"these batches the run takes {self.last}: keep the batches it began with"
+                )
+            notices += [
+                f"{name} {origin[name]} began this run, {now[name]} continues it: {effect}"
+                for name, effect in EFFECTS.items()
+                if name in changed
+            ]
+        elif progress.step > self.last:
+            run, taken = self.output, progress.step
+            notices.append(
+                f"{run} has taken {taken} steps, and is asked for {self.last}: it takes no "
+                "further step"
+            )
+        elif progress.validated:
+            notices.append(f"{self.output} is finished: it is only scored again")
         return notices
 
     def checkpoint_is_due(self) -> bool:
@@ -318,8 +371,7 @@ class Trainer:
         progress, session = self.progress, self.session
         self.measure()
         progress.log_bytes = self.log.flush()
-        origin = session.origin | {"torch": torch.__version__}
-        what = (session.model, self.optimizer, self.scaler, origin)
+        what = (session.model, self.optimizer, self.scaler, self.origin)
         path, keep = self.output / "checkpoints", session.run.output.keep_checkpoints
         save_checkpoint(path, progress, *what, keep)
         self.saved = time.monotonic()
