@@ -129,6 +129,8 @@ def generate_arguments(model: PreTrainedModel, options: GenerationOptions) -> di
         UserError: settings that contradict each other or go beyond the model's positions.
     """
     most = positions(model, "decoder") or options.max_length
+    if min(options.beams, options.evaluation_batch_size) < 1:
+        raise UserError("--beams and --evaluation-batch-size must be at least 1")
     if not 0 <= options.min_length <= options.max_length <= most:
         raise UserError(
             f"need 0 <= --min-length <= --max-length <= {most} (the model's positions), not "
