@@ -24,7 +24,7 @@ from typing import Any
 
 from common import ROOT, WEIGHTS, digest, write_result
 
-# From results/grid.json.
+# From results/grid.json, of the earlier weights.
 RATES = {"q/v": 4e-3, "decoder": 4e-3, "all-linear": 1e-3, "full": 5e-4}
 CONTESTANTS: dict[str, list[str]] = {
     **{

@@ -274,7 +274,8 @@ def _write_merged(
         print(minilora.merge(model))
     minilora.unwrap(model, dequantize=four_bits)
 
-    torch.nn.Module.to(model, dtype := dtype or stored)
+    dtype = dtype or stored
+    torch.nn.Module.to(model, dtype)
     with saving():
         model.save_pretrained(new)
     try:

@@ -128,6 +128,12 @@ def average(model: torch.nn.Module, counts: list[float]) -> list[float]:
     return sums.tolist()
 
 
+def require_finite(model: torch.nn.Module, step: int) -> None:
+    """Refuse to write weights that are not finite over those of before."""
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise SystemExit(f"step {step}: the weights are not finite; nothing is written")
+
+
 def main() -> None:
     began = time.monotonic()
     arguments = parse()
@@ -259,11 +265,13 @@ def main() -> None:
             report(rate=rate)
             clock = shown = time.monotonic()
             shown_tokens = state["tokens"]
-        if arguments.checkpoint and clock - kept > 300 and bool(loss.isfinite()):
+        if arguments.checkpoint and clock - kept > 300:
+            require_finite(model, state["step"])
             write_checkpoint(arguments.checkpoint, model, optimizers, saved)
             kept = clock = time.monotonic()
     if rank > 0:
         os._exit(0)
+    require_finite(model, state["step"])
     write_weights(model, arguments.out, saved)
     if arguments.checkpoint:
         write_checkpoint(arguments.checkpoint, model, optimizers, saved)

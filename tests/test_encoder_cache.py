@@ -217,11 +217,11 @@ def test_states_below_a_layer_belong_to_the_layers_below() -> None:
 
 @pytest.mark.parametrize("what", ["T5", "LayerDrop", "the first layer"])
 def test_where_the_states_below_a_layer_are_not_enough(what: str) -> None:
-    """T5's first layer hands on its position bias; LayerDrop could drop the kept states."""
+    """T5's first layer returns a position bias too; LayerDrop could drop the kept states."""
     targets = {"T5": r".*encoder\.block\.1\..*\.q", "the first layer": ".*q_proj"}
     model = tiny_t5() if what == "T5" else tiny_bart(encoder_layerdrop=0.5 * (what == "LayerDrop"))
     minilora.inject(model, minilora.LoRAConfig(rank=3, targets=targets.get(what, UPPER)))
-    words = "hand on more than their states" if what == "T5" else "not of the decoder only"
+    words = "return more than their states" if what == "T5" else "not of the decoder only"
     with pytest.raises(UserError, match=words):
         keep_states(model, SOURCES, None, "on")
 

@@ -463,12 +463,27 @@ def test_pretraining_writes_weights_and_goes_on(
     assert weights["model.encoder.layers.0.fc1.weight"].dtype == torch.float16
     assert "M tokens of source and target" in (tmp_path / "model" / "README.md").read_text()
 
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text(log.read_text() + json.dumps(more | {"tokens": 1}) + "\n")
+    refused = run_script(FOLDER / "export.py", *places, folder=tmp_path)
+    assert refused.returncode == 1
+    assert "are of other weights" in refused.stderr
+
     warm_start = ("--init", str(tmp_path / "model"))
     other = pretrain(tiny_data, tmp_path / "other", *warm_start, "--layers", "2")
     assert "has other layers than --layers and --width say" in other.stderr
     warm = pretrain(tiny_data, tmp_path / "warm", *warm_start, "--seen", "3")
     assert warm.returncode == 0, warm.stderr
     assert "'tokens': 3000000" in warm.stdout
+
+
+def test_weights_that_are_not_finite_are_not_written() -> None:
+    train, model = script("train"), torch.nn.Linear(2, 2)
+    train.require_finite(model, 7)
+    with torch.no_grad():
+        model.bias[1] = float("nan")
+    with pytest.raises(SystemExit, match="step 7: the weights are not finite"):
+        train.require_finite(model, 7)
 
 
 def test_an_export_of_half_a_run_is_refused(tmp_path: Path) -> None:

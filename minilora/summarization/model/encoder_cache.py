@@ -247,7 +247,7 @@ def _probe(model: PreTrainedModel, source: Source, dtype: torch.dtype | None, k:
         kind = model.config.model_type
         more = "decoder of {} needs more than the encoder's last states"
         if k is not None:
-            more = "encoder of {} hands on more than states between its layers"
+            more = "encoder of {} passes more than states from layer to layer"
         raise UserError(f"the {more.format(kind)}")
     return states.shape[-1]
 

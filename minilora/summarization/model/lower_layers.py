@@ -62,7 +62,7 @@ def lower_states(model: PreTrainedModel, k: int, **inputs: Tensor) -> Tensor:
     """H (b, s, d): the output of layer k - 1.
 
     Raises:
-        UserError: the layer hands on more than its states.
+        UserError: the layer returns more than its states.
     """
     outputs = list[object]()
     lower = layers_of(model)[:k]
@@ -74,7 +74,7 @@ def lower_states(model: PreTrainedModel, k: int, **inputs: Tensor) -> Tensor:
         hook.remove()
     if not isinstance(outputs[0], Tensor):
         kind = model.config.model_type
-        raise UserError(f"the layers of {kind}'s encoder hand on more than their states")
+        raise UserError(f"the layers of {kind}'s encoder return more than their states")
     return outputs[0]
 
 

@@ -21,8 +21,8 @@ class StopRequest:
     def at_once(self) -> Iterator[None]:
         """Inside the block a request, even one made before, raises KeyboardInterrupt.
 
-        With several processes it is raised at the begin or the end of the block, in all: a process
-        that left a collective call would hang the others.
+        With several processes it is raised at the beginning or at the end of the block, in all of
+        them: a process that left a collective call would hang the others.
         """
         self.raises = True
         try:

@@ -1,9 +1,10 @@
 """The training loop: from a base model and dialogues to the best adapter.
 
 output/
-    config.json      every setting, the learning rate resolved log.jsonl        one record a line:
-    start, step, check, validation, end adapter/         the best by validation ROUGE-1, then by the
-    loss (model/ after --method full) checkpoints/     for --resume
+    config.json      every setting, the learning rate resolved
+    log.jsonl        one record a line: start, step, check, validation, end
+    adapter/         the best by validation ROUGE-1, then by the loss (model/ after --method full)
+    checkpoints/     for --resume
 """
 
 import math
@@ -330,7 +331,7 @@ class Trainer:
         changed = [name for name in now if origin.get(name, now[name]) != now[name]]
         if progress.position and {"batches", "train tokens"}.intersection(changed):
             progress.position = 0
-            notices.append(f"epoch {progress.epoch + 1} begins again: its batches are other ones")
+            notices.append(f"epoch {progress.epoch + 1} begins again, because its batches changed")
         begun = progress.step - progress.position
         self.last = last_step(training, rows, progress.epoch, begun)
         if progress.step < self.last:
