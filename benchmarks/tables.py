@@ -293,17 +293,20 @@ def beside_peft(
     return [
         ["", "minilora", "PEFT + Trainer", "PEFT + Trainer, tuned"],
         [
-            "training a model of BART-base's size, tokens a second",
+            "training, BART-base's size, random weights, tokens per second",
             *(f"{row['tokens_per_second']:,.0f}" for row in trained),
         ],
         ["the same with adapters in the decoder only, after the first epoch", *once],
         ["peak memory of training", *(f"{row['peak_bytes'] / 2**30:.2f} GiB" for row in trained)],
-        ["validation loss afterwards", *(f"{row['validation_loss']:.3f}" for row in trained)],
+        ["validation loss after training", *(f"{row['validation_loss']:.3f}" for row in trained)],
         [
-            "summarizing with pocket-bart, dialogues a second",
+            "summarizing with pocket-bart, dialogues per second",
             *(f"{speed:.1f}" for speed in speeds),
         ],
-        ["bf16 weights changed by 100 merges and unmerges", *(f"{s:.1%}" for s in shares)],
+        [
+            "bf16 weights changed by 100 merges and unmerges (right: PEFT's best mode)",
+            *(f"{s:.1%}" for s in shares),
+        ],
     ]
 
 

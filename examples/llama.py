@@ -1,7 +1,7 @@
 """LoRA on a Llama, in a plain training loop: python examples/llama.py
 
 The Llama is tiny and random, so that nothing is downloaded. For a real one, replace the two lines
-that build it by AutoModelForCausalLM.from_pretrained(NAME, dtype=torch.float32).
+that build it with AutoModelForCausalLM.from_pretrained(NAME, dtype=torch.float32).
 """
 
 import torch

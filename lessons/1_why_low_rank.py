@@ -39,8 +39,8 @@ torch.manual_seed(0)
 # ## A real update
 #
 # Fine-tune all of pocket-bart for a few steps on short dialogues, and decompose the update of every
-# linear layer. This run is short. The plot below also shows a whole run, of pocket-bart's earlier
-# weights (8 M).
+# linear layer. This run is short. The plot below adds a complete fine-tuning run of an earlier
+# pocket-bart (8 M parameters). The *energy* of an update is its squared Frobenius norm.
 
 # %%
 base, tokenizer = workshop.pocket()
@@ -98,9 +98,10 @@ print("of what the linear layers gain,", ", ".join(f"rank {r}: {gain[r]:.0%}" fo
 # %% [markdown]
 # ## A planted update, learned
 #
-# The SVD needs $\Delta W$. LoRA does not: it sees inputs and target outputs, and follows the gradients
-# of $A$ and $B$. Does it find the best matrix of its rank? Choose an update whose singular values
-# each fall by a fifth, let LoRA learn it from examples at ranks 1 to 16, and compare with the bound.
+# The SVD needs $\Delta W$. LoRA does not: it sees inputs and target outputs, and follows the
+# gradients of $A$ and $B$. Does it find the best matrix of its rank? Choose an update whose
+# singular values are each a fifth smaller than the one before, let LoRA learn it from examples at
+# ranks 1 to 16, and compare with the bound.
 
 # %%
 torch.manual_seed(1)
@@ -182,8 +183,8 @@ plt.show()
 #
 # ## The claim
 #
-# At rank 8 of at most 256, a real update keeps several times the energy of a random matrix, and most
-# of the gain. LoRA's error is never below the Eckart–Young bound, and at most 5% above it.
+# At rank 8 of at most 256, a real update keeps more than twice the energy of a random matrix, and
+# most of the gain. LoRA's error is never below the Eckart–Young bound, and at most 5% above it.
 
 
 # %%

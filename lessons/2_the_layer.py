@@ -67,8 +67,8 @@ class ByHand(torch.autograd.Function):
 
 
 # %% [markdown]
-# Three ways to the same gradients: by hand, as above; by autograd; and by the library, which also
-# trains with such equations, because they keep less in memory, and adds dropout and mixed precision.
+# Three ways to get the same gradients: by hand, as above; by autograd; and by the library, which
+# also uses these equations in training, to save memory, and adds dropout and mixed precision.
 # Compare them in float64, with random numbers in $B$: at $B = 0$ a wrong $\partial L / \partial A$
 # would not be noticed.
 
@@ -187,12 +187,12 @@ without_s = [*by_hand[:3], by_hand[3] / layer.scale]
 workshop.must_fail(lambda: claim(without_s, "A random, B = 0 (LoRA)"), "dL/dB without s")
 
 # %% [markdown]
-# ## Your own layer, checked by one line
+# ## Your own layer, checked in one line
 #
 # Write a layer as you like. `conformance.check` wraps its own linear layers with it and checks what
 # every LoRA layer must satisfy: the start, what trains, the gradients against finite differences,
 # the scale, the rank, dropout, merging ([all of it](../docs/conformance.md)). What the layer does
-# not do, such as merging, is not applicable.
+# not do, such as merging, is reported as not applicable.
 
 
 # %%

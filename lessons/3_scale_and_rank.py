@@ -6,8 +6,9 @@
 #
 # ## The math
 #
-# Let $M = \partial L / \partial W = G^\top x$ (out, in) be the gradient of the full weight. LoRA starts
-# with $B = 0$, so only $B$ moves in the first step. For gradient descent with learning rate $\eta$:
+# Let $M = \partial L / \partial W = G^\top x$ (out, in) be the gradient with respect to the full
+# weight. LoRA starts with $B = 0$, so only $B$ moves in the first step. For gradient descent with
+# learning rate $\eta$:
 #
 # $$ B_1 = -\eta\, s\, M A^\top \qquad\Longrightarrow\qquad
 #    \Delta W_1 = s B_1 A = -\eta\, s^2\, M A^\top A $$

@@ -37,8 +37,8 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## The cost: count the operations
 #
-# One model in four states. Count the multiplications and additions of a forward pass, and compare
-# the modules: after `unwrap` the model has the modules it had before `inject`.
+# One model in four states. Count the floating-point operations of its matrix products in a forward
+# pass, and compare the modules: after `unwrap` the model has the modules it had before `inject`.
 
 # %%
 base, tokenizer = workshop.pocket()
@@ -52,7 +52,7 @@ ids = torch.randint(10, 1000, (2, 40))
 
 
 def flops(model: nn.Module) -> int:
-    """Floating-point operations of one forward pass."""
+    """Floating-point operations of the matrix products of one forward pass."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids, decoder_input_ids=ids[:, :20])
     return counter.get_total_flops()
@@ -73,9 +73,9 @@ for name, count in cost.items():
 # %% [markdown]
 # ## The rounding: merge and unmerge, in ulps
 #
-# A real weight of pocket-bart in bfloat16, and adapters whose update is about 2% of it. A server that
-# switches between tasks merges one adapter, unmerges it, and merges the next. `by_subtraction`
-# unmerges as most libraries do; minilora keeps the original weight while merged.
+# A real weight of pocket-bart in bfloat16, and adapters whose update is about 2% of it. A server
+# that switches between tasks merges one adapter, unmerges it, and merges the next. `by_subtraction`
+# unmerges as PEFT and loralib do; minilora keeps the original weight while merged.
 
 
 # %%

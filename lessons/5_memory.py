@@ -5,19 +5,19 @@
 #
 # ## The math
 #
-# Four things are in memory when the backward pass begins. For a model of $P$ parameters, of which $T$
-# train, in float32 with AdamW:
+# A training step needs memory for four things. For a base of $P$ parameters and $T$ trained numbers
+# ($T = P$ in full fine-tuning; LoRA adds $T \ll P$), in float32 with AdamW:
 #
 # | | bytes | LoRA ($T \ll P$) | QLoRA |
 # | --- | --- | --- | --- |
 # | weights | $4P$ | $4(P + T)$ | about $\tfrac{1}{2}$ byte for each weight of a linear layer |
 # | gradients | $4T$ | almost nothing | as LoRA |
 # | optimizer: two moments | $8T$ | almost nothing | as LoRA |
-# | activations | what the backward pass needs | **little less** | as LoRA |
+# | activations | what the backward pass needs | **about a quarter less** | as LoRA |
 #
-# Why little less? A trained linear layer keeps its input $x$ for $\partial L / \partial W = G^\top x$; a
-# frozen one does not. But the gradient passes *through* the frozen layers to the adapters below, so
-# every GELU, LayerNorm and softmax keeps as much as before.
+# Why not much less? A trained linear layer keeps its input $x$ for $\partial L / \partial W =
+# G^\top x$; a frozen one does not. But the gradient passes *through* the frozen layers to the
+# adapters below, so every GELU, LayerNorm and softmax keeps as much as before.
 
 # %%
 import copy
@@ -202,12 +202,13 @@ right.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
-# **What to see.** LoRA removes nearly all memory of gradients and optimizer. QLoRA also removes most of
-# the weights. The largest part remains with both: activations shrink only a little, because frozen
-# linear layers keep no inputs. They grow with the batch, so a larger batch soon costs more than LoRA
-# saves. Shorter sequences, less padding, recomputation (gradient checkpointing) and fused attention
-# make them smaller. Dropout on the adapter's input need not cost much: a mask of one byte per element
-# is enough. With autograd it keeps another copy of $x$ for every adapted layer.
+# **What to see.** LoRA removes nearly all memory of gradients and optimizer. QLoRA also removes
+# most of the weights. The largest part remains with both: activations shrink by only about a
+# quarter. Frozen linear layers keep no inputs, but everything else keeps as much as before.
+# Activations grow with the batch, so a larger batch soon costs more than LoRA saves. Shorter
+# sequences, less padding, recomputation (gradient checkpointing) and fused attention make them
+# smaller. Dropout on the adapter's input need not cost much: a mask of one byte per element is
+# enough. With autograd it keeps another copy of $x$ for every adapted layer.
 #
 # ## The claim
 #

@@ -212,8 +212,8 @@ plt.show()
 # size, because the largest value of a block widens all steps of int4. On uniform numbers (dotted)
 # the order is reversed: NF4 is better *for normal weights*, not in general. Smaller blocks are more
 # accurate, but each halving doubles the memory of the scales. Right: LoftQ removes little of the
-# error at the usual ranks. Rounding errors are nearly noise, noise is not low-rank (the dashed line
-# of lesson 1), so an adapter of rank 8 can represent only a small part of them.
+# error at the usual ranks. Rounding errors are nearly noise, and noise is not low-rank (the dashed
+# line of lesson 1), so an adapter of rank 8 can represent only a small part of them.
 #
 # ## The claim
 #

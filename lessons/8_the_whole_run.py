@@ -1,24 +1,26 @@
 # %% [markdown]
 # # 8 · The whole run
 #
-# **Question.** The loss fell. Are the summaries better, is that certain, and what is still wrong?
+# **Question.** The loss fell. Are the summaries better, how sure is that, and what is still wrong?
 #
 # ## The math
 #
-# ROUGE-1 counts the words that a summary shares with a reference written by a person. With $m$ shared
-# words, a summary of $p$ words and a reference of $q$ words:
+# ROUGE-1 counts the words that a summary shares with a reference summary (in `bookings`, rules
+# wrote the references from annotations). With $m$ shared words, a summary of $p$ words and a
+# reference of $q$ words:
 #
 # $$ P = \frac{m}{p} \qquad R = \frac{m}{q} \qquad F_1 = \frac{2 P R}{P + R} = \frac{2m}{p + q} $$
 #
 # A test split is a sample of all dialogues, so a mean score is uncertain. The *bootstrap* draws
 # dialogues from it with replacement, many times, and measures how much the mean varies. We want the
-# difference of two models, and both have low scores on the same dialogues:
+# difference of two models, and both tend to score low on the same dialogues:
 #
 # $$ \operatorname{Var}(a - b) = \operatorname{Var}(a) + \operatorname{Var}(b)
 #    - 2 \operatorname{Cov}(a, b) $$
 #
-# With a positive covariance the *paired* difference is more certain than either score: draw dialogues,
-# not scores (Koehn 2004).
+# With a positive covariance the *paired* difference varies less than the difference of two
+# independent samples, and with a large one less than either score. So draw dialogues, not scores
+# (Koehn 2004).
 #
 # ROUGE does not measure whether a summary is true. One kind of error can be counted without a judge: a
 # name that does not occur in the dialogue.

@@ -86,29 +86,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"minilora {minilora.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("train", help="fine-tune a model", add_help=False)
-    commands.add_parser("evaluate", help="score a run", add_help=False)
-    commands.add_parser("predict", help="summarize chats", add_help=False)
-    inspect = commands.add_parser("inspect", help="show what an adapter holds")
+    commands.add_parser("train", add_help=False)
+    commands.add_parser("evaluate", add_help=False)
+    commands.add_parser("predict", add_help=False)
+    inspect = commands.add_parser(
+        "inspect",
+        description="Show layers, ranks, scales, norms and singular values of an adapter.",
+    )
     inspect.add_argument("adapter", metavar="ADAPTER")
     inspect.set_defaults(
         run=lambda parsed: print(inspection(minilora.read_adapter(_directory(parsed.adapter))))
     )
-    merge = commands.add_parser("merge", help="write a merged checkpoint")
+    merge = commands.add_parser(
+        "merge",
+        description="Merge an adapter into its base: a checkpoint that plain transformers loads.",
+    )
     merge.add_argument("adapter", metavar="ADAPTER")
     merge.add_argument("out", type=Path, metavar="OUT", help="a directory that is new or empty")
     merge.add_argument(
-        "--dtype", choices=DTYPES, help="of the merged weights (default: the base's)"
+        "--dtype", choices=DTYPES, help="dtype of the merged weights (default: the base's)"
     )
     merge.add_argument("--model", help="base model (default: the one named in the adapter)")
     merge.set_defaults(run=_merge)
-    report = commands.add_parser("report", help="write report.html of a run")
+    report = commands.add_parser("report", description="Write report.html of a run.")
     report.add_argument("directory", type=Path, metavar="RUN")
     report.add_argument(
         "--output", type=Path, metavar="FILE.html", help="default: report.html in the run"
     )
     report.set_defaults(run=_report)
-    check = commands.add_parser("conformance", help="check any LoRA layer, including your own")
+    check = commands.add_parser(
+        "conformance", description="Check any LoRA layer, including your own (docs/conformance.md)."
+    )
     check.add_argument("target", metavar="FILE.py:make", help="or module:make")
     check.set_defaults(run=_conformance)
     return parser

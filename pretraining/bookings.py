@@ -8,7 +8,7 @@ A pair is chosen by what its text is like, never by what a model does with it. T
 of a hash of the conversation, so the choice is the same on every machine.
 
 Pre-training must see neither these chats with a summary nor this wording: `apart` says which pairs
-it may read. Of the dialogues alone it may read all but those of validation and test.
+it may read. Of the dialogues alone it reads none that are in bookings.
 """
 
 import argparse

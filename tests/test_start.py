@@ -247,7 +247,7 @@ def test_a_run_is_resumed_without_the_adapter_it_started_from(here: Path, capfd:
     Path("peft").rename("elsewhere")
     capfd.readouterr()
     assert train_main(["--resume", "run2"]) == 0
-    note = "note: --adapter peft is gone: the run's checkpoint stands for it\n"
+    note = "note: --adapter peft is gone: the run's checkpoint is used instead\n"
     assert note in capfd.readouterr().err
     weights = "adapter/adapter_model.safetensors"
     assert Path("run2", weights).read_bytes() == Path("whole", weights).read_bytes()

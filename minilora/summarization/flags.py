@@ -70,10 +70,12 @@ class Parser(argparse.ArgumentParser):
 
 def training_parser(program: str = "train.py") -> Parser:
     """A flag for each field of the settings. What it parses holds only the flags that are typed."""
-    what = "Fine-tune an encoder-decoder to summarize; compare it with its base."
+    what = "Fine-tune an encoder-decoder to summarize dialogues, and compare it with its base."
     usage = f"{command(program)} [--preset NAME] [--FLAG VALUE ...]"
     parser = Parser(prog=program, description=what, usage=usage, argument_default=argparse.SUPPRESS)
-    _add_preset(parser, f"a whole configuration that the other flags change: {', '.join(PRESETS)}")
+    _add_preset(
+        parser, f"start from these settings; other flags override them: {', '.join(PRESETS)}"
+    )
     for kind in GROUPS.values():
         _add_settings(parser, kind)
     return parser
@@ -257,7 +259,9 @@ def evaluation_parser(program: str = "evaluate.py") -> Parser:
         "--text", action="append", metavar="FILE",
         help="summarize this file; - is standard input; may be repeated",
     )  # fmt: skip
-    chats.add_argument("--predict", metavar="FILE", help="summarize its chats; writes --output")
+    chats.add_argument(
+        "--predict", metavar="FILE", help="summarize the chats of this file; writes --output"
+    )
     add("--base", action="store_true", help="also summarize the chats with the base model")
     add("--output", metavar="FILE", help="write all scores and texts (JSON), or the summaries")
     add("--device", default=argparse.SUPPRESS, help="auto, cpu, cuda, ...")

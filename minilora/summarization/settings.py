@@ -43,9 +43,9 @@ class ModelOptions:
 
     model: str = _flag("pocket-bart", "directory or hub name of the base model, or pocket-bart")
     method: Literal["lora", "qlora", "adalora", "prompt", "prefix", "full"] = _flag(
-        "lora", "what trains; qlora: base in 4 bits; adalora: training chooses the ranks"
+        "lora", "training method; qlora: base in 4 bits; adalora: chooses the ranks during training"
     )
-    with_: Literal["none", "prompt", "prefix"] = _flag("none", "what trains together with LoRA")
+    with_: Literal["none", "prompt", "prefix"] = _flag("none", "also train a prompt or a prefix")
     device: str = _flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag(
         "auto", "auto: the fastest on this device"
@@ -71,8 +71,8 @@ class DataOptions:
     )
     prompt_before: str = _flag("", "text put before every dialogue (\\n is a line break)")
     prompt_after: str = _flag("", "text put after every dialogue")
-    max_source_length: int = _flag(512, "longer dialogues are cut (tokens, with prompt)")
-    max_target_length: int = _flag(128, "longer reference summaries are cut (tokens)")
+    max_source_length: int = _flag(512, "truncate longer dialogues (tokens, with the prompt)")
+    max_target_length: int = _flag(128, "truncate longer reference summaries (tokens)")
     skip_bad_rows: bool = _flag(False, "leave malformed rows out instead of stopping")
 
     @property
@@ -93,14 +93,16 @@ class AdapterOptions:
     dropout: float = _flag(0.05, "dropout probability of the adapter's input")
     targets: list[str] = _flag(
         ["attention"],
-        "names, a regular expression, all-linear, attention: query and value, or decoder: the same "
-        "in the decoder only, so that the encoder is computed once",
+        "names, a regular expression, all-linear, attention (query and value), or decoder (query "
+        "and value of the decoder only, so that the encoder is computed once)",
     )
     exclude: list[str] = _flag([], "names among the targets to leave alone")
     layers: list[int] = _flag([], "only these layers, counted from 0 in encoder and decoder alike")
     rank_pattern: list[str] = _flag([], "other ranks for some modules: NAME=RANK ...")
-    also_train: list[str] = _flag([], "modules to train whole, such as final_layer_norm")
-    dora: bool = _flag(False, "DoRA: train length and direction of W's rows (Liu et al. 2024)")
+    also_train: list[str] = _flag(
+        [], "modules whose own weights train too, such as final_layer_norm"
+    )
+    dora: bool = _flag(False, "DoRA: train magnitude and direction of W's rows (Liu et al. 2024)")
     rslora: bool = _flag(False, "scale s = alpha / sqrt(r) (Kalajdzievski 2023)")
     init: Literal["kaiming", "gaussian", "loftq", "pissa"] = _flag(
         "kaiming", "initial values of A (loftq, pissa: of A and B)"
@@ -129,16 +131,18 @@ class TrainingOptions:
     warmup: float = _flag(0.06, "share of the steps over which the learning rate rises")
     weight_decay: float = _flag(0.0, "decoupled weight decay (AdamW)")
     batch_size: int = _flag(8, "batch size, summed over all processes")
-    accumulate: int = _flag(1, "batches whose gradients are accumulated in an optimizer step")
+    accumulate: int = _flag(1, "batches per optimizer step (gradient accumulation)")
     compile: bool = _flag(False, "torch.compile the layers: slow to start, then faster")
-    checkpoint_activations: bool = _flag(False, "compute layers twice to save memory")
+    checkpoint_activations: bool = _flag(
+        False, "recompute activations in the backward pass to save memory"
+    )
     cache_encoder: Literal["auto", "on", "off"] = _flag(
         "auto",
         "compute the encoder once for all epochs, without its dropout; auto: if it is frozen",
     )
-    cache_directory: str = _flag("runs/.encoder-cache", "where states beyond 1 GB are kept")
-    clip: float = _flag(1.0, "largest norm of the gradient; 0: no clipping")
-    validation_beams: int = _flag(1, "beams used in validation; 1 is greedy search")
+    cache_directory: str = _flag("runs/.encoder-cache", "where states above 1 GB are stored")
+    clip: float = _flag(1.0, "clip the gradient's norm at this value; 0: no clipping")
+    validation_beams: int = _flag(1, "beam width in validation; 1: greedy search")
     validation_limit: int = _flag(0, "validation dialogues summarized per epoch; 0: all")
 
 
@@ -148,12 +152,12 @@ class GenerationOptions:
 
     _argument_group_name = "decoding"
 
-    beams: int = _flag(4, "beams of the search; 1 is greedy search")
-    min_length: int = _flag(5, "fewest tokens of a summary")
-    max_length: int = _flag(60, "most tokens of a summary")
+    beams: int = _flag(4, "beam width; 1: greedy search")
+    min_length: int = _flag(5, "minimum length of a summary (tokens)")
+    max_length: int = _flag(60, "maximum length of a summary (tokens)")
     length_penalty: float = _flag(1.0, "above 1 prefers longer beams, below 1 shorter ones")
     no_repeat_ngram: int = _flag(3, "never repeat an n-gram of this size; 0: off")
-    evaluation_batch_size: int = _flag(32, "dialogues a process summarizes at once")
+    evaluation_batch_size: int = _flag(32, "dialogues per batch in each process")
 
 
 @dataclass

@@ -242,7 +242,9 @@ def _locate(name: str) -> tuple[str, bool]:
         if not (path / "config.json").is_file():
             raise UserError(f"model {name}: the directory has no config.json; is it a model?")
         if (path / "log.jsonl").exists():
-            raise UserError(f"model {name}: it is a run, not a model: --adapter goes on from a run")
+            raise UserError(
+                f"model {name}: it is a run, not a model: use --adapter to continue from a run"
+            )
         return str(path.resolve()), True
     if path.exists() or not re.fullmatch(hub.REPOSITORY, name):
         raise UserError(f"model {name}: no such directory; --model says where it is")

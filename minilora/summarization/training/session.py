@@ -145,7 +145,9 @@ def open_session(run: RunConfig) -> Session:
     if adapter:
         said = apply_start(model, adapter, str(run.adapter.adapter))
         if is_own:
-            said = [f"--adapter {run.adapter.adapter} is gone: the run's checkpoint stands for it"]
+            said = [
+                f"--adapter {run.adapter.adapter} is gone: the run's checkpoint is used instead"
+            ]
         else:
             origin["adapter it starts from"] = of_tensors(adapter.tensors)
         notices += said
