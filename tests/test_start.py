@@ -307,7 +307,7 @@ BAD_STARTS = {
     "with --resume": (["--resume", "run", "--adapter", "peft"], "--adapter (was None, is 'peft')"),
     "with a prompt": (["--adapter", "peft", "--with", "prompt"], "does not go with --with prompt"),
     "a prompt": (["--adapter", "peft", "--method", "prompt"], "goes with --method lora or qlora"),
-    "a run as a model": (["--model", "run"], "model run: it is a run, not a model: --adapter goes"),
+    "a run as a model": (["--model", "run"], "model run: it is a run, not a model: use --adapter"),
     "nothing to accept": (["--accept-changes"], "--accept-changes is for --resume: leave it out"),
     "an empty name": (["--adapter", ""], "--adapter must not be empty"),
     "an empty run": (["--resume", ""], "--resume must not be empty"),

@@ -49,7 +49,7 @@ def write_summaries(
     """Write JSON Lines with id, dialogue and summary, in the order of the chats.
 
     Until all are done, they are in `output`.partial: a line with the settings, then a line with
-    position and summary for each. The next call goes on from there and repeats a batch that was
+    position and summary for each. The next call continues there and repeats a batch that was
     interrupted, so the summaries are the same as without an interruption.
 
     Args:
