@@ -150,7 +150,7 @@ def training(run: Run, base: Any, rows: Any, batch: int, deadline: float) -> dic
 
 
 def warm(run: Run, contestant: Contestant, longest: Group, groups: list[Group]) -> float:
-    """Kernels chosen, memory taken; seconds a step."""
+    """Kernels chosen, memory taken; seconds per step."""
     if contestant.window is not None:
         spent, _ = contestant.window(3)
         return spent / 3

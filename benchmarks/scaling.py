@@ -62,7 +62,7 @@ def table() -> str:
         "| 100 Gbit/s | 300 GB/s |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    links = [1e9 / 8, 10e9 / 8, 100e9 / 8, 300e9]  # bytes a second
+    links = [1e9 / 8, 10e9 / 8, 100e9 / 8, 300e9]  # bytes per second
     for name, config in shapes().items():
         for method, count in trainable(config).items():
             times = [time_of(sent(count, 8) / link) for link in links]

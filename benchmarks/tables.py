@@ -198,7 +198,7 @@ def qlora(result: dict[str, Any]) -> Rows:
     ratios = [figures["QLoRA"]["ratio"] for figures in result["step"].values()]
     tokens = f"LoRA on a bf16 base, {result['settings']['tokens']:,} tokens"
     rows.append(["training step of a layer", f"{min(ratios):.3f} to {max(ratios):.3f}", tokens])
-    rows.append(["bits a weight", f"{result['bits']['double']:.3f}", "32"])
+    rows.append(["bits per weight", f"{result['bits']['double']:.3f}", "32"])
     mean = result["error"]["mean"]
     others = f"int4 {mean['int4']:.3f}, int8 {mean['int8']:.4f}"
     rows.append(["error, of a weight's norm", f"{mean['NF4, double quantization']:.3f}", others])

@@ -11,7 +11,7 @@
 # levels $q_0 < \dots < q_{15}$:
 #
 # $$ \hat w_i = a \cdot q_{k_i}, \qquad k_i = \arg\min_k \left| \frac{w_i}{a} - q_k \right|
-#    \qquad \text{bits a weight: } 4 + \frac{32}{n} $$
+#    \qquad \text{bits per weight: } 4 + \frac{32}{n} $$
 #
 # - **int4** puts the levels at equal distances: $q = -1, -\frac{6}{7}, \dots, \frac{6}{7}, 1$.
 # - **NF4** follows the distribution of the weights. Trained weights are about normal, so it takes the
@@ -218,7 +218,7 @@ plt.show()
 # ## The claim
 #
 # On trained weights NF4 has a smaller error than int4 at blocks of 64 and above, on uniform numbers a
-# larger one. Double quantization saves 0.37 bits a weight and raises the error by less than 1%. LoftQ
+# larger one. Double quantization saves 0.37 bits per weight and raises the error by less than 1%. LoftQ
 # is nearer to $W$ than plain NF4 at every rank, and more steps bring it nearer.
 
 
@@ -249,7 +249,7 @@ workshop.must_fail(lambda: claim("trained", starts, coarse), "bits are saved by 
 # Fill the gaps in [`exercises/lesson_6.py`](exercises/lesson_6.py), then run
 # `python -m pytest lessons/exercises/test_lesson_6.py`:
 #
-# 1. `bits`: bits a weight, for any block sizes, with and without double quantization.
+# 1. `bits`: bits per weight, for any block sizes, with and without double quantization.
 # 2. `pack_pairs`: sixteen levels need half a byte. Put two codes into one byte, the first in the high
 #    half, as bitsandbytes does.
 # 3. `best_levels`: Lloyd's algorithm finds levels with a smaller squared error than the quantiles:

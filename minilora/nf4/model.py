@@ -30,7 +30,7 @@ class QuantizeReport:
 
     Example:
         >>> print(QuantizeReport(("fc",), weights=2**20, before=2**22, after=540_936))
-        1 linear in 4 bits: 4.2 MB -> 0.5 MB (4.127 bits a weight)
+        1 linear in 4 bits: 4.2 MB -> 0.5 MB (4.127 bits per weight)
     """
 
     modules: tuple[str, ...]
@@ -45,7 +45,9 @@ class QuantizeReport:
 
     def __str__(self) -> str:
         sizes = f"{self.before / 1e6:,.1f} MB -> {self.after / 1e6:,.1f} MB"
-        return f"{count(self.modules, 'linear')} in 4 bits: {sizes} ({self.bits:.3f} bits a weight)"
+        return (
+            f"{count(self.modules, 'linear')} in 4 bits: {sizes} ({self.bits:.3f} bits per weight)"
+        )
 
 
 def quantize(
@@ -66,7 +68,7 @@ def quantize(
         targets: which linears, as in `LoRAConfig`: names, a regular expression, "all-linear" (all
             but the output head), or "attention".
         exclude: linears to leave alone, such as those that LoftQ is to quantize.
-        double: quantize the scales too: 4.127 bits a weight instead of 4.5.
+        double: quantize the scales too: 4.127 bits per weight instead of 4.5.
 
     Returns:
         The modules and their sizes before and after.
@@ -78,7 +80,7 @@ def quantize(
     Example:
         >>> model = nn.ModuleDict({"q_proj": nn.Linear(128, 128)})
         >>> print(quantize(model))
-        1 linear in 4 bits: 0.1 MB -> 0.0 MB (4.129 bits a weight)
+        1 linear in 4 bits: 0.1 MB -> 0.0 MB (4.129 bits per weight)
         >>> model["q_proj"].codes.shape  # two a byte
         torch.Size([8192])
     """

@@ -15,7 +15,7 @@ from .. import processes
 
 
 class Log:
-    """One JSON record a line, appended."""
+    """One JSON record per line, appended."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
