@@ -544,6 +544,15 @@ def test_scores_are_printed_before_they_are_written(
     assert (here / "new" / "evaluation.json").exists()
 
 
+def test_an_adapter_in_the_folder_of_its_base_belongs_to_no_run(here: Path) -> None:
+    shutil.copytree("../run/adapter", "../bart/adapter")
+    assert call(evaluate_main, "../bart/adapter", "--data", "../data", "--output", "e.json") == 0
+    own = json.loads((here.parent / "run" / "evaluation.json").read_text())
+    found = json.loads(Path("e.json").read_text())
+    assert found["generation"] != own["generation"]  # the preset's
+    assert found["finetuned"] != found["base"]
+
+
 def test_a_bare_adapter_is_scored_with_the_presets_settings(here: Path) -> None:
     shutil.copytree("../run/adapter", "bare")
     argv = ["bare", "--data", "../data", "--model", "../bart", "--output", "e.json"]

@@ -287,6 +287,23 @@ def test_all_checkpoints_damaged_is_no_reason_to_begin_again_in_silence(
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
+def test_without_checkpoints_what_is_trained_is_not_replaced(
+    folder: Path, tmp_path: Path, run: Path, capfd: Any
+) -> None:
+    whole = tmp_path / "whole"
+    shutil.copytree(folder / "whole", whole)
+    for path in (whole, run):
+        shutil.rmtree(path / "checkpoints")
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    capfd.readouterr()
+    assert train_main(["--resume", str(whole), "--evaluate"]) == 2
+    check_one_line(capfd.readouterr().err, "its checkpoints/ is gone", "score it with evaluate.py")
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+    assert train_main(["--resume", str(run)]) == 0  # as killed before its first checkpoint
+    assert f"note: {run} has no checkpoint: it begins again at step 0" in capfd.readouterr().err
+    check_ends_the_same(run, folder / "whole")
+
+
 def test_a_lost_adapter_or_log_is_said_or_made_again(folder: Path, run: Path, capfd: Any) -> None:
     (run / "log.jsonl").write_bytes(b"")
     assert train_main(["--resume", str(run)]) == 0

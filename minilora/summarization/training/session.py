@@ -288,8 +288,12 @@ def _targets(values: list[str]) -> str | tuple[str, ...]:
 
 
 def save_trained(session: Session, output: Path) -> None:
-    """Write the adapter (or, after a full fine-tune, the model); an atomic write."""
+    """Write the adapter (or, after a full fine-tune, the model); an atomic write.
+
+    Scores of an earlier one are removed first: they are not those of the new one.
+    """
     path = trained_path(output, session.run)
+    (output / "evaluation.json").unlink(missing_ok=True)
     if session.run.model.method != "full":
         minilora.save_adapter(session.model, path)
         write_card(session.run, path)
