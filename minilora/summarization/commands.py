@@ -26,7 +26,7 @@ from .evaluation.generate import evaluate, summarize
 from .evaluation.rouge import require_rouge, rouge_is_installed
 from .files import read_object, write_json
 from .model import loading, requirements, speed
-from .model.device import choose_device, choose_precision
+from .model.device import choose_device, choose_precision, out_of_memory
 from .model.encoder_cache import EncoderStates, keep_states
 from .model.loading import load_model
 from .model.start import base_of, run_of
@@ -36,7 +36,7 @@ from .report import terminal
 from .report.page import write_report
 from .settings import RunConfig
 from .training.card import write_card
-from .training.failures import out_of_memory, smaller_evaluation_batch, try_out
+from .training.failures import smaller_evaluation_batch, try_out
 from .training.lock import lock
 from .training.session import Session, Split, four_bits, open_session, trained_path, write_config
 from .training.stopping import stop_requests

@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..evaluation.generate import generate_arguments
 from ..evaluation.rouge import rouge_is_installed
 from ..model import requirements, speed
-from ..model.device import autocast, choose_device, choose_precision
+from ..model.device import autocast, choose_device, choose_precision, out_of_memory
 from ..model.digest import of_tensors
 from ..model.encoder_cache import EncoderStates, keep_states
 from ..model.four_bits import FourBits
@@ -37,7 +37,7 @@ from ..model.start import apply_start, start
 from ..presets import EMBEDDED, stored
 from ..settings import FILES, PATHS, SPLITS, RunConfig, spelt
 from .card import write_card
-from .failures import out_of_memory, try_out
+from .failures import try_out
 from .fingerprint import fingerprints
 from .first_steps import STEPS
 from .schedule import last_step, steps_per_epoch

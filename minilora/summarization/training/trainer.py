@@ -30,10 +30,10 @@ from ..data.batches import Encoded
 from ..errors import UserError
 from ..files import sweep
 from ..model import speed
-from ..model.device import peak_bytes
+from ..model.device import out_of_memory, peak_bytes
 from .checkpoint import Progress, load_checkpoint, newest_first, save_checkpoint
 from .ddp import Replica
-from .failures import out_of_memory, require_finite, smaller_evaluation_batch, step_memory
+from .failures import require_finite, smaller_evaluation_batch, step_memory
 from .fingerprint import differences
 from .first_steps import FirstSteps, problems
 from .log import Log, open_log, tells_of_more
@@ -47,7 +47,10 @@ EFFECTS = {
     "torch": "the dropout masks are not those of an uninterrupted run",
     "precision": "the steps are not rounded as in an uninterrupted run",
 }
-UPDATING = ("while AdamW updates the parameters", "--method lora trains fewer of them")
+UPDATING = (
+    "while AdamW updates the parameters",
+    "a lower --rank, fewer --targets, or --method lora instead of full, trains fewer of them",
+)
 
 
 @dataclass
@@ -259,7 +262,8 @@ class Trainer:
         """
         progress = self.progress
         doing = f"validating after step {progress.step}"
-        instead = smaller_evaluation_batch(self.session.run.generation.evaluation_batch_size)
+        size = self.session.run.generation.evaluation_batch_size
+        instead = smaller_evaluation_batch(size, "--validation-beams")
         try:
             with self.stop.at_once(), out_of_memory(f"while {doing}", instead):
                 scores = validate(self.session)
