@@ -14,6 +14,7 @@ ADAPTER is the directory of an adapter or of a run, or an adapter's name on the 
 import argparse
 import importlib
 import logging
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -46,11 +47,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 1 if a layer fails, or 2 on bad input."""
+    """Run one command. Returns the exit code: 0, 1 if a layer fails, 2 on bad input, 130 if stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["train"], ["evaluate"], ["predict"]):
         program = f"minilora {arguments[0]}"
-        from minilora.summarization import cli  # it imports transformers: only when it is needed
+        from minilora.summarization import cli  # it imports huggingface_hub: only when it is needed
 
         if arguments[0] == "predict":
             names = [word for word in arguments[1:3] if word == "-" or not word.startswith("-")]
@@ -159,7 +160,7 @@ def _directory(name: str) -> Path:
 
 
 def _report(parsed: argparse.Namespace) -> None:
-    from minilora.summarization.report.page import write_report  # it imports rouge_score and NLTK
+    from minilora.summarization.report.page import write_report  # it imports transformers
 
     page: Path = parsed.output or parsed.directory / "report.html"
     check_file(page)
@@ -286,8 +287,10 @@ def _write_merged(
     if sample and before is not None:
         apart = (_outputs(written, sample) - before).abs().max().item()
         print(f"outputs on a sample, unmerged and from the checkpoint: {apart:.2g} apart")
-        if dtype == torch.float32 and apart > 1e-3 * before.abs().max().item():
-            raise LoRAError(f"the merged outputs differ by {apart:.2g}: nothing is written")
+        bound = 1e-3 * before.abs().max().item() if dtype == torch.float32 else math.inf
+        if not apart < bound:  # NaN too, where 16 bits do not hold a weight
+            advice = "" if dtype == torch.float32 else "; --dtype fp32 holds larger weights"
+            raise LoRAError(f"the merged outputs differ by {apart:.2g}: nothing is written{advice}")
 
 
 def _load(name: str, adapter: Adapter | None = None) -> "tuple[PreTrainedModel, torch.dtype]":

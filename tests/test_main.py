@@ -212,6 +212,18 @@ def test_merge_compares_what_images_and_sounds_give(
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in merged.items())
 
 
+def test_merge_refuses_weights_that_overflow_in_16_bits(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load("bart", base)
+    minilora.inject(model, minilora.LoRAConfig(rank=2, alpha=1e6, init="random"))
+    minilora.save_adapter(model, tmp_path / "adapter")
+    assert run("merge", tmp_path / "adapter", tmp_path / "out", "--dtype", "fp16") == 2
+    assert "differ by nan: nothing is written; --dtype fp32 " in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    assert run("merge", tmp_path / "adapter", tmp_path / "out", "--dtype", "bf16") == 0
+
+
 def test_merge_refuses_a_base_that_lacks_more_than_the_head(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,25 +42,29 @@ from .training.session import Session, Split, four_bits, open_session, trained_p
 from .training.stopping import stop_requests
 from .training.trainer import fit
 
+ELSEWHERE = "free some space, or name another directory with --output"
+
 # train.py -----------------------------------------------------------------------------------------
 
 
 def train(run: RunConfig) -> int:
     """Fine-tune, score, and report. Returns the exit code: 0, or 130 when interrupted."""
     started = time.monotonic()
-    if (named := run.output.output) and not run.output.resume:
-        processes.on_rank0(lambda: flags.check_free(Path(named)))
+    processes.on_rank0(lambda: flags.check_output(run.output))
     session = open_session(run)
-    output = Path(processes.from_rank0(lambda: str(flags.output_directory(run))))
+    with _writing(Path("runs"), ELSEWHERE):
+        output = Path(processes.from_rank0(lambda: str(flags.output_directory(run))))
     with ExitStack() as held:  # process 0 holds the lock
-        processes.on_rank0(lambda: held.enter_context(lock(output)))
+        with _writing(output, ELSEWHERE):
+            processes.on_rank0(lambda: held.enter_context(lock(output)))
         return _train_into(output, run, session, started)
 
 
 def _train_into(output: Path, run: RunConfig, session: Session, started: float) -> int:
     if not run.output.resume:  # checked again: another run may have taken it meanwhile
         processes.on_rank0(lambda: flags.check_free(output))
-        processes.on_rank0(lambda: write_config(run, output))
+        with _writing(output, ELSEWHERE):
+            processes.on_rank0(lambda: write_config(run, output))
     if not all(processes.gather((output / "config.json").exists())):
         raise UserError(f"{output} must be on a file system that the machines share")
     _print(session.notices)

@@ -24,6 +24,7 @@ from .settings import (
     SPLITS,
     DataOptions,
     GenerationOptions,
+    OutputOptions,
     RunConfig,
     spelt,
 )  # fmt: skip
@@ -207,6 +208,17 @@ def output_directory(run: RunConfig) -> Path:
             path = path.with_name(f"{name}-{number}")
 
 
+def check_output(options: OutputOptions) -> None:
+    """Refuse, before the work starts, a directory that is in use or cannot be written."""
+    if options.resume:
+        instead = "change its permissions, or copy the run"
+        _require_writable(Path(options.resume), f"--resume {options.resume}", instead)
+    elif options.output:
+        check_free(Path(options.output))
+    else:
+        _require_writable(Path("runs"), "runs", "name another directory with --output")
+
+
 def check_free(output: Path) -> None:
     """Refuse a file, and a directory that holds a run or other files."""
     if output.exists() and not output.is_dir():
@@ -219,6 +231,7 @@ def check_free(output: Path) -> None:
     # A run that was killed early leaves names that begin with a dot.
     if output.is_dir() and any(path.name[0] != "." for path in output.iterdir()):
         raise UserError(f"--output {output} is not empty: name another directory")
+    _require_writable(output, f"--output {output}", "name another directory")
 
 
 def read_run(directory: Path) -> RunConfig:
@@ -278,7 +291,7 @@ def evaluation_parser(program: str = "evaluate.py") -> Parser:
 
 
 def parse_evaluation(argv: Sequence[str], program: str = "evaluate.py") -> argparse.Namespace:
-    """The flags; `changes` has settings that replace the run's. Flags without effect are refused.
+    """The flags; `changes` has settings that replace the run's. Most flags without effect are refused.
 
     Raises:
         UserError: flags that exclude each other, or a value out of its range.
@@ -313,10 +326,16 @@ def check_file(output: Path) -> None:
         raise UserError(f"--output {output} is a directory: name a file in it")
     if output.exists() and not output.is_file():  # a device or a pipe, such as /dev/stdout
         raise UserError(f"--output {output} is not a regular file: name another file")
-    folder = next(path for path in output.resolve().parents if path.exists())
+    _require_writable(output.resolve().parent, f"--output {output}", "name another file")
+
+
+def _require_writable(directory: Path, what: str, instead: str) -> None:
+    """Refuse a directory that cannot be written or, where it does not exist, cannot be made."""
+    place = directory.resolve()
+    folder = next(path for path in (place, *place.parents) if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         why = "may not be written to" if folder.is_dir() else "is a file"
-        raise UserError(f"--output {output}: {folder} {why}: name another file")
+        raise UserError(f"{what}: {folder} {why}: {instead}")
 
 
 def _holds_scores(path: Path) -> bool:

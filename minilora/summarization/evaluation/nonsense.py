@@ -5,7 +5,7 @@ Four shares of the summaries, each with its bootstrap interval:
 - foreign names: a capitalised word, not at a sentence's start, that is not in the dialogue.
   Weekdays, months and nationalities are no names; case, accents and 's do not matter.
 - foreign numbers: a number or time that is not in the dialogue as digits, word or clock form
-  (4, four, 4 pm, 16:00; half past four, 4:30). The word "one" is left out: it is a pronoun.
+  (4, four, 4 pm, 16:00; half past four, 4:30). "One", "first" and "second" alone are left out.
 - non-words: neither in the dialogue nor in `assets/words.txt`, a list of common English words.
   What is a name by the first rule is not looked up. This finds invented words, and names that
   are not in the dialogue at a sentence's start.
@@ -69,7 +69,7 @@ def _told_apart(summary: str) -> Iterator[tuple[str, bool]]:
             word, before = found[0], text[start : found.start()]
             first = start == 0 or re.search(r'[:"]\s*$| \'$', before)
             start = found.end()
-            if len(word) > 1:  # a letter alone: a.m., 5 m, I
+            if len(_plain(word)) > 1:  # a letter alone: a.m., 5 m, I, I'll
                 name = word[0].isupper() and not first
                 yield word, name and not _names_nobody(word)
 

@@ -152,7 +152,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
 def adapter_directory(name: str) -> Path:
     """The directory of a run or an adapter; a hub name is downloaded.
 
-    Only the adapter's two files are fetched, into huggingface_hub's cache.
+    Only the adapter's files are fetched, into huggingface_hub's cache.
 
     Raises:
         UserError: there is no such directory, and the hub does not have it.
