@@ -47,7 +47,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 1 if a layer fails, 2 on bad input, 130 if stopped."""
+    """Run one command. Returns 0, 1 if a layer fails, 2 on bad input, 130 if stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["train"], ["evaluate"], ["predict"]):
         program = f"minilora {arguments[0]}"

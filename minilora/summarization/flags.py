@@ -291,7 +291,7 @@ def evaluation_parser(program: str = "evaluate.py") -> Parser:
 
 
 def parse_evaluation(argv: Sequence[str], program: str = "evaluate.py") -> argparse.Namespace:
-    """The flags; `changes` has settings that replace the run's. Most flags without effect are refused.
+    """The flags; `changes` has settings that replace the run's. Most without effect are refused.
 
     Raises:
         UserError: flags that exclude each other, or a value out of its range.
