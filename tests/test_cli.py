@@ -118,6 +118,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "a negative seed": (["--seed", "-1"], ["--seed"]),
     "a seed too large": (["--seed", str(2**64)], ["--seed", "2^63"]),
     "a negative decay": (["--weight-decay", "-1"], ["--weight-decay"]),
+    "an endless decay": (["--weight-decay", "inf"], ["--weight-decay must be finite, not inf"]),
     "a negative limit": (["--validation-limit", "-1"], ["--validation-limit"]),
     "lengths that contradict": (
         ["--min-length", "13"],
@@ -659,6 +660,10 @@ BAD_EVALUATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["not UTF-8 (byte 0xe9 at offset 8)"],
     ),
     "a text and a file for scores": (["../run", "--text", "x", "--output", "y"], ["--output"]),
+    "a file for summaries that exists": (
+        ["../run", "--predict", "../none.jsonl", "--output", "../blank.txt"],
+        ["--output ../blank.txt exists already: name another file"],
+    ),
     "a negative limit": (["../run", "--limit", "-1"], ["--limit"]),
     "no such split": (["../run", "--split", "dev"], ["--split", "'dev'"]),
     "no such data": (["../run", "--data", "../dtaa"], ["../dtaa: no such file"]),
@@ -682,7 +687,8 @@ def test_an_adapter_whose_keys_are_others(here: Path, capfd: Any) -> None:
 
 def test_a_run_without_an_adapter_yet(here: Path, capfd: Any) -> None:
     shutil.rmtree(here.parent / "run" / "adapter")
-    refused(evaluate_main, here, capfd, ["../run"], "no such directory")
+    says = "../run has no adapter yet: continue with python train.py --resume ../run"
+    refused(evaluate_main, here, capfd, ["../run", "--text", "../latin.txt"], says)
 
 
 # Through the shell --------------------------------------------------------------------------------

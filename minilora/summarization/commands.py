@@ -149,6 +149,8 @@ class Models:
     """None: `tuned` with its adapter disabled."""
     tokenizer: PreTrainedTokenizerBase
     autocast_dtype: torch.dtype | None
+    encoder: str = ""
+    """Digest of the tuned encoder, once it is known: nothing trains here."""
 
     def check(self, run: RunConfig) -> RunConfig:
         """The settings with lengths that the models allow; prints notes of corrections."""
@@ -173,8 +175,10 @@ class Models:
         options, sources = run.training, [row.source for row in encoded]
         if self.base is not None and options.cache_encoder == "auto":
             return None
-        how = (options.cache_encoder, options.cache_directory)
-        return keep_states(self.tuned, sources, self.autocast_dtype, *how)
+        how = (options.cache_encoder, options.cache_directory, self.encoder)
+        kept = keep_states(self.tuned, sources, self.autocast_dtype, *how)
+        self.encoder = kept.encoder if kept else ""
+        return kept
 
     def summaries(self, run: RunConfig, encoded: list[Encoded], base: bool) -> list[Row]:
         """Summaries of the user's chats, in order. A shared encoder is computed once.
@@ -216,6 +220,9 @@ def score(arguments: argparse.Namespace) -> int:
     needs_base = not files or arguments.base
     if needs_base and _is_model(directory) and "model" not in arguments.changes:
         raise UserError(f"{directory} is a model: name its base with --model BASE")
+    if not (trained := _trained(directory, run)).exists():
+        resume = f"{flags.command('train.py')} --resume {shlex.quote(str(directory))}"
+        raise UserError(f"{directory} has no {trained.name} yet: continue with {resume}")
     if not files:
         require_rouge()
     examples, split = _chats(run, files) if files else _examples(run, arguments)

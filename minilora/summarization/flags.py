@@ -175,7 +175,15 @@ def _require_same(before: dict[str, Any], run: RunConfig) -> None:
         if not same:
             raise UserError(f"--resume {options.resume} keeps its {name}: leave --{name} out")
     different = [k for k in now if now[k] != before[k] and k not in RESUME_MAY_CHANGE]
-    changed = [k for k in different if k not in PATHS or not _same_place(now[k], before[k])]
+    stored = read_object(Path(options.resume or "") / "config.json") or {}
+
+    def same(name: str) -> bool:
+        """Whether it leads to the same place, or no more to any: the contents are compared then."""
+        is_local = str(stored.get(name)).startswith((".", "/", "~"))
+        is_gone = is_local and not local_path(before[name]).exists()
+        return is_gone or _same_place(now[name], before[name])
+
+    changed = [k for k in different if k not in PATHS or not same(k)]
     if changed and not options.accept_changes:
         what = ", ".join(f"{spelt(k)} (was {before[k]!r}, is {now[k]!r})" for k in changed)
         raise UserError(
@@ -315,7 +323,9 @@ def parse_evaluation(argv: Sequence[str], program: str = "evaluate.py") -> argpa
         raise UserError("--predict requires --output FILE.jsonl, and --text does not take --output")
     if arguments.output:
         check_file(output := Path(arguments.output))
-        if not arguments.predict and output.exists() and not _holds_scores(output):
+        if arguments.predict and output.exists():
+            raise UserError(f"--output {output} exists already: name another file")
+        if output.exists() and not _holds_scores(output):
             raise UserError(f"--output {output} exists and holds no scores: name another file")
     return arguments
 

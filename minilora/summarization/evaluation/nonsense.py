@@ -12,7 +12,8 @@ Four shares of the summaries, each with its bootstrap interval:
 - repeats: a phrase said twice in a row ("the the", "a cake and a cake", "Tom and Tom"), or the same
   three words twice in a sentence, capitalised ones left out; not what the dialogue says so.
 
-They tell nothing about texts that are not in Latin letters, and are then not computed.
+They tell nothing about texts that are not in Latin letters, and are then not computed. Texts in
+other languages with Latin letters are measured by these rules of English.
 """
 
 import re

@@ -45,6 +45,7 @@ from .schedule import last_step, steps_per_epoch
 _NAMES = "|".join(name for names in PROJECTIONS for name in names)
 DECODER = rf"(.*\.)?decoder\..*\.({_NAMES})"
 """The regular expression of --targets decoder; PEFT reads it too."""
+KEPT = "use of the encoder's states"  # among a run's fingerprints
 
 
 @dataclass
@@ -161,7 +162,7 @@ def open_session(run: RunConfig) -> Session:
     prepare(model, run, autocast_dtype)
     keep(model, run, splits, autocast_dtype)
     # The encoder's dropout is off with kept states: a resumed run must be the same in this.
-    origin["use of the encoder's states"] = str(splits["train"].states is not None)
+    origin[KEPT] = str(splits["train"].states is not None)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     same = {"start": of_tensors(trained), "settings": run.to_dict()}
     processes.require_same(origin | same | {"precision": str(autocast_dtype)})

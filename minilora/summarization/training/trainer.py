@@ -38,7 +38,7 @@ from .fingerprint import differences
 from .first_steps import FirstSteps, problems
 from .log import Log, open_log, tells_of_more
 from .schedule import Group, epoch_groups, last_step, learning_rate, steps_per_epoch
-from .session import Session, save_trained, trained_path
+from .session import KEPT, Session, save_trained, trained_path
 from .stopping import StopRequest, stop_requests
 from .validation import describe, selection_score, validate
 
@@ -317,6 +317,9 @@ class Trainer:
         if other := differences(origin, self.session.origin):
             changed = f"changed since the run began: {', '.join(other)}"
             if not self.session.run.output.accept_changes:
+                if KEPT in other:
+                    choice = "on" if origin[KEPT] == "True" else "off"
+                    changed += f" (--cache-encoder {choice} --accept-changes has it as before)"
                 instead = "; restore what changed, or use --accept-changes to resume with it"
                 raise UserError(f"--resume {self.output}: {changed}{instead}")
             notices.append(changed)
