@@ -136,7 +136,8 @@ def test_merge_keeps_the_dtype_of_the_base(tmp_path: Path) -> None:
 
 def test_merge_of_a_run_takes_the_model_from_its_config(base: Path, tmp_path: Path) -> None:
     save_adapted("bart", Path("of/another/machine"), tmp_path / "run" / "adapter")
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": str(base)}))
+    settings = {"model": str(base), "method": "lora"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
     assert run("merge", tmp_path / "run", tmp_path / "out") == 0
     assert load("bart", tmp_path / "out")
 

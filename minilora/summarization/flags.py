@@ -177,13 +177,13 @@ def _require_same(before: dict[str, Any], run: RunConfig) -> None:
     different = [k for k in now if now[k] != before[k] and k not in RESUME_MAY_CHANGE]
     stored = read_object(Path(options.resume or "") / "config.json") or {}
 
-    def same(name: str) -> bool:
+    def leads_on(name: str) -> bool:
         """Whether it leads to the same place, or no more to any: the contents are compared then."""
         is_local = str(stored.get(name)).startswith((".", "/", "~"))
         is_gone = is_local and not local_path(before[name]).exists()
         return is_gone or _same_place(now[name], before[name])
 
-    changed = [k for k in different if k not in PATHS or not same(k)]
+    changed = [k for k in different if k not in PATHS or not leads_on(k)]
     if changed and not options.accept_changes:
         what = ", ".join(f"{spelt(k)} (was {before[k]!r}, is {now[k]!r})" for k in changed)
         raise UserError(
