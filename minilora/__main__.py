@@ -14,7 +14,6 @@ ADAPTER is the directory of an adapter or of a run, or an adapter's name on the 
 import argparse
 import importlib
 import logging
-import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -287,9 +286,10 @@ def _write_merged(
     if sample and before is not None:
         apart = (_outputs(written, sample) - before).abs().max().item()
         print(f"outputs on a sample, unmerged and from the checkpoint: {apart:.2g} apart")
-        bound = 1e-3 * before.abs().max().item() if dtype == torch.float32 else math.inf
-        if not apart < bound:  # NaN too, where 16 bits do not hold a weight
-            advice = "" if dtype == torch.float32 else "; --dtype fp32 holds larger weights"
+        exact = dtype == torch.float32
+        bound = 1e-3 * before.abs().max().item() if exact else sys.float_info.max
+        if not apart <= bound:  # NaN too, where 16 bits do not hold a weight
+            advice = "" if exact else "; --dtype fp32 holds larger weights"
             raise LoRAError(f"the merged outputs differ by {apart:.2g}: nothing is written{advice}")
 
 
