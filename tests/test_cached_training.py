@@ -224,8 +224,31 @@ def test_a_resumed_run_does_not_begin_to_drop_out_in_the_encoder(
     capsys.readouterr()
     monkeypatch.setattr(state_files, "ON_DISK", 1)  # no room any more
     assert train_main(["--resume", str(run), "--cache-directory", str(tmp_path / "other")]) == 2
-    said = "changed since the run began: use of the encoder's states; restore what changed, or"
+    said = "changed since the run began: use of the encoder's states (--cache-encoder on --accept-c"
     assert said in capsys.readouterr().err
+
+
+def test_a_run_that_found_no_room_for_states_goes_on_without_them(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(encoder_cache, "IN_MEMORY", 0)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(state_files, "ON_DISK", 1)
+        at_step(patch, 6, lambda: interrupt(signal.SIGINT))
+        assert (
+            train_main(flags(folder, "--output", run, "--cache-directory", tmp_path / "a")) == 130
+        )
+    capsys.readouterr()
+    resume = ["--resume", str(run)]
+    assert train_main(resume) == 2
+    found = re.search(r"\((--cache-encoder off --accept-changes) ", capsys.readouterr().err)
+    assert found is not None
+    assert train_main([*resume, *found[1].split()]) == 0
+    assert "changed since" not in capsys.readouterr().err
 
 
 # Evaluating ---------------------------------------------------------------------------------------

@@ -79,6 +79,20 @@ def test_all_goes_on_as_if_nothing_had_happened(tmp_path: Path, fp16: bool) -> N
     assert other.scaler.state_dict() == parts.scaler.state_dict()
 
 
+def test_the_random_state_of_apples_gpu_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", generator.get_state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", generator.set_state)
+    Parts(0).save(tmp_path)
+    first = torch.rand(3, generator=generator)
+    assert not torch.equal(torch.rand(3, generator=generator), first)
+    Parts(0).load(tmp_path)
+    assert torch.equal(torch.rand(3, generator=generator), first)
+
+
 def test_frozen_weights_are_not_in_it(tmp_path: Path) -> None:
     Parts(0, steps=1).save(tmp_path, step=1)
     other = Parts(5)

@@ -118,6 +118,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "a negative seed": (["--seed", "-1"], ["--seed"]),
     "a seed too large": (["--seed", str(2**64)], ["--seed", "2^63"]),
     "a negative decay": (["--weight-decay", "-1"], ["--weight-decay"]),
+    "an endless decay": (["--weight-decay", "inf"], ["--weight-decay must be finite, not inf"]),
     "a negative limit": (["--validation-limit", "-1"], ["--validation-limit"]),
     "lengths that contradict": (
         ["--min-length", "13"],
@@ -544,6 +545,15 @@ def test_scores_are_printed_before_they_are_written(
     assert (here / "new" / "evaluation.json").exists()
 
 
+def test_an_adapter_in_the_folder_of_its_base_belongs_to_no_run(here: Path) -> None:
+    shutil.copytree("../run/adapter", "../bart/adapter")
+    assert call(evaluate_main, "../bart/adapter", "--data", "../data", "--output", "e.json") == 0
+    own = json.loads((here.parent / "run" / "evaluation.json").read_text())
+    found = json.loads(Path("e.json").read_text())
+    assert found["generation"] != own["generation"]  # the preset's
+    assert found["finetuned"] != found["base"]
+
+
 def test_a_bare_adapter_is_scored_with_the_presets_settings(here: Path) -> None:
     shutil.copytree("../run/adapter", "bare")
     argv = ["bare", "--data", "../data", "--model", "../bart", "--output", "e.json"]
@@ -650,6 +660,10 @@ BAD_EVALUATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["not UTF-8 (byte 0xe9 at offset 8)"],
     ),
     "a text and a file for scores": (["../run", "--text", "x", "--output", "y"], ["--output"]),
+    "a file for summaries that exists": (
+        ["../run", "--predict", "../none.jsonl", "--output", "../blank.txt"],
+        ["--output ../blank.txt exists already: name another file"],
+    ),
     "a negative limit": (["../run", "--limit", "-1"], ["--limit"]),
     "no such split": (["../run", "--split", "dev"], ["--split", "'dev'"]),
     "no such data": (["../run", "--data", "../dtaa"], ["../dtaa: no such file"]),
@@ -673,7 +687,8 @@ def test_an_adapter_whose_keys_are_others(here: Path, capfd: Any) -> None:
 
 def test_a_run_without_an_adapter_yet(here: Path, capfd: Any) -> None:
     shutil.rmtree(here.parent / "run" / "adapter")
-    refused(evaluate_main, here, capfd, ["../run"], "no such directory")
+    says = "../run has no adapter yet: continue with python train.py --resume ../run"
+    refused(evaluate_main, here, capfd, ["../run", "--text", "../latin.txt"], says)
 
 
 # Through the shell --------------------------------------------------------------------------------

@@ -510,12 +510,26 @@ def test_the_oldest_files_go_first_and_it_is_said(
 ) -> None:
     size = 14 * 16 * 4  # of this test's states
     monkeypatch.setattr(state_files, "ON_DISK", 250 + size)
-    oldest, newest = put(tmp_path, "a", 200, 9), put(tmp_path, "c", 100, 1)
-    middle = put(tmp_path, "b", 150, 5)
+    oldest, newest = put(tmp_path, "a" * 32, 200, 9), put(tmp_path, "c" * 32, 100, 1)
+    middle = put(tmp_path, "b" * 32, 150, 5)
     kept(frozen(), None, "on", tmp_path)
     assert [path.exists() for path in (oldest, middle, newest)] == [False, True, True]
     said = [line for line in capsys.readouterr().err.splitlines() if "removed" in line]
     assert said == [f"note: {oldest} was removed: the oldest of the encoder's states"]
+
+
+@pytest.mark.usefixtures("to_disk")
+def test_other_files_in_the_directory_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_files, "ON_DISK", 250 + 14 * 16 * 4)
+    (tmp_path / "other").mkdir()
+    theirs = [put(tmp_path, "model", 900, 9), put(tmp_path / "other", "a" * 32, 900, 9)]
+    for name in (".download.partial", "other/.download.partial", f".{'a' * 32}.partial"):
+        theirs.append(tmp_path / name)
+        theirs[-1].touch()
+    kept(frozen(), None, "on", tmp_path)
+    assert all(path.exists() for path in theirs)
 
 
 @pytest.mark.usefixtures("to_disk")
@@ -589,10 +603,10 @@ def test_what_a_killed_process_left_is_no_file_and_is_swept(
             yield from (row for row, _ in zip(rows, range(2), strict=False))
             os._exit(7)
 
-        write_states(tmp_path / "a.safetensors", some(), (9, 9), torch.float32)
+        write_states(tmp_path / f"{'a' * 32}.safetensors", some(), (9, 9), torch.float32)
 
     assert in_forks(1, die, iter(torch.ones(3, 2, 9))) == [7]
-    assert files(tmp_path) == [".a.safetensors.partial"]
+    assert files(tmp_path) == [f".{'a' * 32}.safetensors.partial"]
     path = kept(frozen(), None, "on", tmp_path).path
     assert path is not None
     assert files(tmp_path) == [path.name]

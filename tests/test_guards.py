@@ -17,6 +17,7 @@ from transformers import BartForConditionalGeneration
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.data.batches import Encoded
 from minilora.summarization.errors import UserError
+from minilora.summarization.model.device import is_out_of_memory
 from minilora.summarization.settings import TrainingOptions
 from minilora.summarization.training import ddp, failures, trainer
 from minilora.summarization.training.fingerprint import differences
@@ -55,13 +56,13 @@ def row(name: str, source: int = 3, target: int = 2) -> Encoded:
     ],
 )
 def test_which_errors_are_of_memory(error: Exception, wanted: bool) -> None:
-    assert failures.is_out_of_memory(error) is wanted
+    assert is_out_of_memory(error) is wanted
 
 
 def test_an_allocation_that_fails_is_known_as_such() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert failures.is_out_of_memory(caught.value)
+    assert is_out_of_memory(caught.value)
 
 
 def scarce(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
@@ -96,7 +97,11 @@ def test_out_of_memory_names_the_batch_and_what_would_fit(
 
 @pytest.mark.parametrize(
     ("what", "says"),
-    [("AdamW", "AdamW updates the parameters: --method lora"), ("generate", "--evaluation-batch")],
+    [
+        ("AdamW", "AdamW updates the parameters: a lower --rank"),
+        ("generate", "while summarizing one dialogue: lower --beams or --max-source-length"),
+        ("base", "bart is moved to cpu: free some memory, or use --device cpu"),
+    ],
 )
 def test_out_of_memory_elsewhere_is_a_line_too(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, what: str, says: str
@@ -107,6 +112,8 @@ def test_out_of_memory_elsewhere_is_a_line_too(
     output = ("--output", tmp_path / "run")
     if what == "AdamW":
         monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    elif what == "base":
+        monkeypatch.setattr(BartForConditionalGeneration, "to", fail)
     else:
         assert train_main(flags(folder, *output, "--epochs", 1)) == 0
         capfd.readouterr()
@@ -125,8 +132,21 @@ def test_the_error_of_memory_suggests_what_has_the_same_batch() -> None:
         options = TrainingOptions(batch_size=size, accumulate=6)
         with pytest.raises(UserError) as caught, failures.step_memory([row("a")], options, 1):
             raise MemoryError
-        if found := re.search(r"--batch-size (\d+) --accumulate (\d+)", str(caught.value)):
-            assert int(found[1]) * int(found[2]) == size * 6 or size % 2
+        found = re.search(r"--batch-size (\d+) --accumulate (\d+)", str(caught.value))
+        assert bool(found) is (size > 1)
+        assert not found or int(found[1]) * int(found[2]) == size * 6
+        assert not found or 1 <= int(found[1]) <= size // 2
+
+
+def test_the_error_of_memory_does_not_suggest_what_is_there_already() -> None:
+    assert failures.smaller_evaluation_batch(5) == "lower --evaluation-batch-size, such as 2 for 5"
+    assert failures.smaller_evaluation_batch(1) == "lower --beams or --max-source-length"
+
+
+def test_of_many_dialogues_ten_are_named() -> None:
+    group = [[row(f"d{i}") for i in range(40)]]
+    with pytest.raises(UserError, match=r"dialogues d0, .*, d9 and 30 more: lower"):
+        failures.require_finite("loss", float("nan"), 1, group)
 
 
 # Numbers ------------------------------------------------------------------------------------------

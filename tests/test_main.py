@@ -136,7 +136,8 @@ def test_merge_keeps_the_dtype_of_the_base(tmp_path: Path) -> None:
 
 def test_merge_of_a_run_takes_the_model_from_its_config(base: Path, tmp_path: Path) -> None:
     save_adapted("bart", Path("of/another/machine"), tmp_path / "run" / "adapter")
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": str(base)}))
+    settings = {"model": str(base), "method": "lora"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
     assert run("merge", tmp_path / "run", tmp_path / "out") == 0
     assert load("bart", tmp_path / "out")
 
@@ -210,6 +211,18 @@ def test_merge_compares_what_images_and_sounds_give(
     merged = type(model).from_pretrained(tmp_path / "out").state_dict()
     wanted = minilora.unwrap(model).state_dict()
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in merged.items())
+
+
+def test_merge_refuses_weights_that_overflow_in_16_bits(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load("bart", base)
+    minilora.inject(model, minilora.LoRAConfig(rank=2, alpha=1e6, init="random"))
+    minilora.save_adapter(model, tmp_path / "adapter")
+    assert run("merge", tmp_path / "adapter", tmp_path / "out", "--dtype", "fp16") == 2
+    assert "differ by nan: nothing is written; --dtype fp32 " in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    assert run("merge", tmp_path / "adapter", tmp_path / "out", "--dtype", "bf16") == 0
 
 
 def test_merge_refuses_a_base_that_lacks_more_than_the_head(

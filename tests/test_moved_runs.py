@@ -10,6 +10,7 @@ import pytest
 from minilora.__main__ import main
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.presets import ASSETS, embedded, local_path, restored, stored
+from minilora.summarization.settings import SPLITS
 from tests.helpers import SMALL, records, save_bart, save_data
 
 
@@ -49,6 +50,18 @@ def test_a_moved_run_is_resumed_and_says_that_it_is_finished(project: Path, capf
     note = "note: moved/runs/x is finished: it is only scored again\n"
     assert note in capfd.readouterr().err
     assert records(project / "runs" / "x") == before
+
+
+def test_a_run_whose_data_have_moved_is_told_where_they_are(project: Path, capfd: Any) -> None:
+    (project / "runs" / "x").rename("alone")
+    data = [f"--{split}-file=moved/data/{split}.jsonl" for split in SPLITS]
+    argv = ["--resume", "alone", "--model", "moved/bart"]
+    capfd.readouterr()
+    assert train_main([*argv, *data]) == 0
+    assert "alone is finished" in capfd.readouterr().err
+    other = "--train-file=moved/data/test.jsonl"  # the content is compared
+    assert train_main([*argv, *data, other]) == 2
+    assert "changed since the run began: train data" in capfd.readouterr().err
 
 
 def test_a_run_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ CHAT = "Anna: I'll bring José's cake at 4.\nTom: great, see you in Łódź! i l
         ("They meet on Monday, in May, by a French and two Italians.", []),
         ("They meet on Sundays.", []),
         ("Today I'm late, and I know.", []),
+        ("Today I'd say that I'm late.", []),
         ("Anna brings Jose's cake to Lodz.", ["Lodz"]),  # ł is a letter of its own, é is not
         ("Anna lives with Tom-Anna.", []),  # hyphens part words
         ("Anna lives with Tom-Bella.", ["Bella"]),
@@ -108,6 +109,8 @@ def test_the_list_of_common_words() -> None:
         ["third", "3", "3rd", "three"],
         ["3.50", "3.5"],
         ["2,000,000", "2 million", "two million"],
+        ["1,500,000", "1.5 million", "1,500 thousand"],
+        ["30", "2.5 dozen"],
         ["７", "7", "seven"],  # full width
     ],
 )

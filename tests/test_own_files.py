@@ -277,6 +277,11 @@ REFUSED: dict[str, tuple[str, Content, str]] = {
         as_json([GOOD | {"dialogue": [{"speaker": 1, "text": "a"}]}]),
         " row 1 (id a-1): speaker of turn 1 of column 'dialogue' is int, not text",
     ),
+    "a turn with two texts": (
+        "a.json",
+        b'[{"dialogue": [{"text": "a", "text": "b"}], "summary": "c"}]',
+        " row 1: turn 1 of column 'dialogue' (text or content or value or utterance) occurs twice",
+    ),
     "no turns": ("a.json", as_json([GOOD | {"dialogue": []}]), " row 1 (id a-1): empty dialogue"),
 }  # fmt: skip
 
@@ -350,6 +355,16 @@ def test_of_columns_that_differ_in_case_the_one_of_this_name_is_read(
     path = write(tmp_path / "a.csv", as_csv([row]))
     (example,), _ = reading.load_file(path, DataOptions(dialogue_column="text"))
     assert (example.dialogue, example.references) == ("in text", ("in summary",))
+
+
+def test_a_column_that_occurs_twice_and_is_not_read_does_no_harm(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", b"id,id,dialogue,summary,x,x\n1,2,a,b,3,4\n")
+    (example,), _ = reading.load_file(path, DataOptions())
+    assert (example.id, example.dialogue, example.summary) == ("2", "a", "b")
+    turn = b'{"text": "a", "time": 1, "time": 2}'
+    path = write(tmp_path / "a.json", b'[{"dialogue": [%s], "summary": "c"}]' % turn)
+    (example,), _ = reading.load_file(path, DataOptions())
+    assert example.dialogue == "a"
 
 
 def test_a_column_called_data_holds_turns(tmp_path: Path) -> None:

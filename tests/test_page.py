@@ -3,6 +3,7 @@
 import json
 import re
 import tracemalloc
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from minilora.summarization import files
 from minilora.summarization.data.reading import Example
 from minilora.summarization.evaluation import compare, rouge
 from minilora.summarization.report import (
+    figures,
     markup,
     page,
     page_charts,
     page_dialogues,
     page_ranks,
     runs,
+    terminal,
 )
 from minilora.summarization.report.page_dialogues import shared_words
 from minilora.summarization.settings import RunConfig
@@ -164,6 +167,25 @@ def test_whatever_is_escaped_reads_back_and_holds_no_markup(text: str) -> None:
         assert re.sub("\ufffd", "", found or "") == re.sub(
             "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffd-\uffff]", "", text
         )
+
+
+def test_two_validations_in_an_epoch_are_one_epoch(run: Path) -> None:
+    """Of a run whose --max-steps was raised."""
+    read = runs.read_report(run)
+    two = tuple(record | {"epoch": 1} for record in read.validations[:2])
+    assert "in 1 epoch<" in page.render(replace(read, validations=two))
+
+
+def test_words_of_another_language_are_said_to_be_compared_with_english() -> None:
+    german = Example(
+        "a", "Anna: Das Meeting wurde gestern verschoben.", "Das Treffen wurde verlegt."
+    )
+    english = Example("b", "Ann: hi Bob", "Ann greets Bob.")
+    for example, noted in ((german, True), (english, False)):
+        side = [compare.Summary(example.summary, 5)]
+        evaluation = compare.compare(side, side, [example])
+        assert bool(figures.nonsense_note(evaluation)) is noted
+        assert ("compared with English" in terminal.format_comparison(evaluation)) is noted
 
 
 def test_what_was_trained_and_gained_is_said(html: str) -> None:

@@ -24,6 +24,7 @@ from minilora.summarization.data.batches import Encoded
 from minilora.summarization.data.reading import Example
 from minilora.summarization.errors import UserError
 from minilora.summarization.evaluation.compare import Summary
+from minilora.summarization.model import encoder_cache
 from minilora.summarization.predict import Row, read_chats
 from minilora.summarization.report import terminal
 from minilora.summarization.settings import DataOptions, RunConfig
@@ -245,6 +246,13 @@ def test_base_and_fine_tuned_model_share_the_states_of_their_encoder(
         return [Summary("text", 1)] * len(rows)
 
     monkeypatch.setattr(commands, "summarize", record)
+    digests, of_encoder = list[str](), encoder_cache.of_encoder
+
+    def digest(*of: Any) -> str:
+        digests.append(of_encoder(*of))
+        return digests[-1]
+
+    monkeypatch.setattr(encoder_cache, "of_encoder", digest)
     for targets, shared in ((r".*decoder.*q_proj", True), (["q_proj"], False)):
         model = small_bart().eval()
         minilora.inject(model, minilora.LoRAConfig(rank=2, targets=targets))
@@ -260,6 +268,8 @@ def test_base_and_fine_tuned_model_share_the_states_of_their_encoder(
             wanted = model.get_encoder()(input_ids=ids).last_hidden_state[0]
             kept = given[0].rows[tuple(ENCODED[0].source)]
             torch.testing.assert_close(kept, wanted, rtol=0, atol=1e-5)  # in another batch
+            models.summaries(RunConfig(), ENCODED[:2], base=True)
+            assert digests == [given[-1].encoder]  # once for all batches
 
 
 @pytest.mark.parametrize("name", ["base", "precision", "device", "method"])

@@ -323,7 +323,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "a column twice": (
         "a.json",
         b'[{"dialogue": "a", "summary": "b", "dialogue": "c"}]',
-        "row 1: a column occurs twice",
+        "row 1: column 'dialogue' occurs twice",
     ),
     "columns of lists": (
         "a.json",
@@ -341,7 +341,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "header twice": (
         "a.csv",
         b"dialogue,dialogue,summary\na,b,c\n",
-        "line 2: a column occurs twice",
+        "line 2: column 'dialogue' occurs twice",
     ),
     "quote never closed": (
         "a.csv",

@@ -310,6 +310,13 @@ def test_max_steps_ends_in_mid_epoch_with_a_validation(folder: Path, tmp_path: P
     assert records(tmp_path) == found
 
 
+def test_scores_of_an_earlier_adapter_are_removed(folder: Path, tmp_path: Path) -> None:
+    trainer = trainer_for(folder, tmp_path)
+    (tmp_path / "evaluation.json").touch()
+    trainer.save_trained()
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_the_best_adapter_is_kept_not_the_last(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 import minilora
 from minilora.__main__ import main
+from minilora.summarization import commands
 from minilora.summarization.cli import train_main
 from minilora.summarization.training import trainer
 from tests.faults import unreadable
@@ -170,11 +171,39 @@ def test_a_disk_that_is_really_read_only(folder: Path, tmp_path: Path, capfd: An
         shutil.copytree(folder / "half", run)
         remount = ["mount", "-o", "remount,ro", str(tmp_path / "disk")]
         subprocess.run(remount, check=True)
-        for argv in (["--resume", str(run)], flags(folder, tmp_path / "disk" / "new")):
+        new = flags(folder, tmp_path / "disk" / "new")
+        for argv, what in ((["--resume", str(run)], "/run"), (new, "")):
             assert train_main(argv) == 2
-            check_one_line(capfd.readouterr().err, "Read-only file system")
+            check_one_line(capfd.readouterr().err, f"disk{what} may not be written to: ")
         subprocess.run([*remount[:2], "remount,rw", remount[-1]], check=True)
         check_ends_the_same(run, folder / "whole")
+
+
+def test_no_model_is_loaded_for_a_directory_that_cannot_be_written(
+    folder: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(commands, "open_session", lambda _: pytest.fail("too late"))
+    monkeypatch.chdir(tmp_path)
+    *common, _, _ = flags(folder, tmp_path)
+    for argv, what, advice in (
+        (flags(folder, tmp_path / "new"), f"--output {tmp_path / 'new'}", "name another directory"),
+        (["--resume", str(run)], f"--resume {run}", "change its permissions, or copy the run"),
+        (common, "runs", "name another directory with --output"),
+    ):
+        assert train_main(argv) == 2
+        check_one_line(capfd.readouterr().err, what, " may not be written to: ", advice)
+
+
+def test_a_new_run_that_cannot_be_begun(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(commands, "write_config", full)
+    assert train_main(flags(folder, tmp_path / "run")) == 2
+    check_one_line(capfd.readouterr().err, "(No space left on device): free some space, or name")
 
 
 def test_files_that_may_not_grow(folder: Path, run: Path, capfd: Any) -> None:
@@ -285,6 +314,23 @@ def test_all_checkpoints_damaged_is_no_reason_to_begin_again_in_silence(
     assert train_main(["--resume", str(run)]) == 2
     check_one_line(capfd.readouterr().err, "all 2 checkpoints are damaged")
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_without_checkpoints_what_is_trained_is_not_replaced(
+    folder: Path, tmp_path: Path, run: Path, capfd: Any
+) -> None:
+    whole = tmp_path / "whole"
+    shutil.copytree(folder / "whole", whole)
+    for path in (whole, run):
+        shutil.rmtree(path / "checkpoints")
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    capfd.readouterr()
+    assert train_main(["--resume", str(whole), "--evaluate"]) == 2
+    check_one_line(capfd.readouterr().err, "its checkpoints/ is gone", "score it with evaluate.py")
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+    assert train_main(["--resume", str(run)]) == 0  # as killed before its first checkpoint
+    assert f"note: {run} has no checkpoint: it begins again at step 0" in capfd.readouterr().err
+    check_ends_the_same(run, folder / "whole")
 
 
 def test_a_lost_adapter_or_log_is_said_or_made_again(folder: Path, run: Path, capfd: Any) -> None:

@@ -12,12 +12,12 @@ from .settings import RunConfig
 
 
 def train_main(argv: Sequence[str] | None = None, program: str = "train.py") -> int:
-    """`python train.py ...`. Returns the exit code: 0, 2 on bad input, 130 when interrupted."""
+    """`python train.py ...`. Returns 0, 2 on bad input, 130 when interrupted."""
     return _entry_point(program, flags.parse_run, argv)
 
 
 def evaluate_main(argv: Sequence[str] | None = None, program: str = "evaluate.py") -> int:
-    """`python evaluate.py RUN ...`. Returns the exit code: 0, or 2 on bad input."""
+    """`python evaluate.py RUN ...`. Returns 0, 2 on bad input, 130 when interrupted."""
     return _entry_point(program, flags.parse_evaluation, argv)
 
 

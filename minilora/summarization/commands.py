@@ -26,7 +26,7 @@ from .evaluation.generate import evaluate, summarize
 from .evaluation.rouge import require_rouge, rouge_is_installed
 from .files import read_object, write_json
 from .model import loading, requirements, speed
-from .model.device import choose_device, choose_precision
+from .model.device import choose_device, choose_precision, out_of_memory
 from .model.encoder_cache import EncoderStates, keep_states
 from .model.loading import load_model
 from .model.start import base_of, run_of
@@ -36,11 +36,13 @@ from .report import terminal
 from .report.page import write_report
 from .settings import RunConfig
 from .training.card import write_card
-from .training.failures import out_of_memory, smaller_evaluation_batch, try_out
+from .training.failures import smaller_evaluation_batch, try_out
 from .training.lock import lock
 from .training.session import Session, Split, four_bits, open_session, trained_path, write_config
 from .training.stopping import stop_requests
 from .training.trainer import fit
+
+ELSEWHERE = "free some space, or name another directory with --output"
 
 # train.py -----------------------------------------------------------------------------------------
 
@@ -48,19 +50,21 @@ from .training.trainer import fit
 def train(run: RunConfig) -> int:
     """Fine-tune, score, and report. Returns the exit code: 0, or 130 when interrupted."""
     started = time.monotonic()
-    if (named := run.output.output) and not run.output.resume:
-        processes.on_rank0(lambda: flags.check_free(Path(named)))
+    processes.on_rank0(lambda: flags.check_output(run.output))
     session = open_session(run)
-    output = Path(processes.from_rank0(lambda: str(flags.output_directory(run))))
+    with _writing(Path("runs"), ELSEWHERE):
+        output = Path(processes.from_rank0(lambda: str(flags.output_directory(run))))
     with ExitStack() as held:  # process 0 holds the lock
-        processes.on_rank0(lambda: held.enter_context(lock(output)))
+        with _writing(output, ELSEWHERE):
+            processes.on_rank0(lambda: held.enter_context(lock(output)))
         return _train_into(output, run, session, started)
 
 
 def _train_into(output: Path, run: RunConfig, session: Session, started: float) -> int:
     if not run.output.resume:  # checked again: another run may have taken it meanwhile
         processes.on_rank0(lambda: flags.check_free(output))
-        processes.on_rank0(lambda: write_config(run, output))
+        with _writing(output, ELSEWHERE):
+            processes.on_rank0(lambda: write_config(run, output))
     if not all(processes.gather((output / "config.json").exists())):
         raise UserError(f"{output} must be on a file system that the machines share")
     _print(session.notices)
@@ -145,6 +149,8 @@ class Models:
     """None: `tuned` with its adapter disabled."""
     tokenizer: PreTrainedTokenizerBase
     autocast_dtype: torch.dtype | None
+    encoder: str = ""
+    """Digest of the tuned encoder, once it is known: nothing trains here."""
 
     def check(self, run: RunConfig) -> RunConfig:
         """The settings with lengths that the models allow; prints notes of corrections."""
@@ -169,8 +175,10 @@ class Models:
         options, sources = run.training, [row.source for row in encoded]
         if self.base is not None and options.cache_encoder == "auto":
             return None
-        how = (options.cache_encoder, options.cache_directory)
-        return keep_states(self.tuned, sources, self.autocast_dtype, *how)
+        how = (options.cache_encoder, options.cache_directory, self.encoder)
+        kept = keep_states(self.tuned, sources, self.autocast_dtype, *how)
+        self.encoder = kept.encoder if kept else ""
+        return kept
 
     def summaries(self, run: RunConfig, encoded: list[Encoded], base: bool) -> list[Row]:
         """Summaries of the user's chats, in order. A shared encoder is computed once.
@@ -212,6 +220,9 @@ def score(arguments: argparse.Namespace) -> int:
     needs_base = not files or arguments.base
     if needs_base and _is_model(directory) and "model" not in arguments.changes:
         raise UserError(f"{directory} is a model: name its base with --model BASE")
+    if not (trained := _trained(directory, run)).exists():
+        resume = f"{flags.command('train.py')} --resume {shlex.quote(str(directory))}"
+        raise UserError(f"{directory} has no {trained.name} yet: continue with {resume}")
     if not files:
         require_rouge()
     examples, split = _chats(run, files) if files else _examples(run, arguments)

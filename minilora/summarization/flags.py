@@ -24,6 +24,7 @@ from .settings import (
     SPLITS,
     DataOptions,
     GenerationOptions,
+    OutputOptions,
     RunConfig,
     spelt,
 )  # fmt: skip
@@ -176,7 +177,15 @@ def _require_same(before: dict[str, Any], run: RunConfig) -> None:
         if not same:
             raise UserError(f"--resume {options.resume} keeps its {name}: leave --{name} out")
     different = [k for k in now if now[k] != before[k] and k not in RESUME_MAY_CHANGE]
-    changed = [k for k in different if k not in PATHS or not _same_place(now[k], before[k])]
+    stored = read_object(Path(options.resume or "") / "config.json") or {}
+
+    def leads_on(name: str) -> bool:
+        """Whether it leads to the same place, or no more to any: the contents are compared then."""
+        is_local = str(stored.get(name)).startswith((".", "/", "~"))
+        is_gone = is_local and not local_path(before[name]).exists()
+        return is_gone or _same_place(now[name], before[name])
+
+    changed = [k for k in different if k not in PATHS or not leads_on(k)]
     if changed and not options.accept_changes:
         what = ", ".join(f"{spelt(k)} (was {before[k]!r}, is {now[k]!r})" for k in changed)
         raise UserError(
@@ -209,6 +218,17 @@ def output_directory(run: RunConfig) -> Path:
             path = path.with_name(f"{name}-{number}")
 
 
+def check_output(options: OutputOptions) -> None:
+    """Refuse, before the work starts, a directory that is in use or cannot be written."""
+    if options.resume:
+        instead = "change its permissions, or copy the run"
+        _require_writable(Path(options.resume), f"--resume {options.resume}", instead)
+    elif options.output:
+        check_free(Path(options.output))
+    else:
+        _require_writable(Path("runs"), "runs", "name another directory with --output")
+
+
 def check_free(output: Path) -> None:
     """Refuse a file, and a directory that holds a run or other files."""
     if output.exists() and not output.is_dir():
@@ -221,6 +241,7 @@ def check_free(output: Path) -> None:
     # A run that was killed early leaves names that begin with a dot.
     if output.is_dir() and any(path.name[0] != "." for path in output.iterdir()):
         raise UserError(f"--output {output} is not empty: name another directory")
+    _require_writable(output, f"--output {output}", "name another directory")
 
 
 def read_run(directory: Path) -> RunConfig:
@@ -282,7 +303,7 @@ def evaluation_parser(program: str = "evaluate.py") -> Parser:
 
 
 def parse_evaluation(argv: Sequence[str], program: str = "evaluate.py") -> argparse.Namespace:
-    """The flags; `changes` has settings that replace the run's. Flags without effect are refused.
+    """The flags; `changes` has settings that replace the run's. Most without effect are refused.
 
     Raises:
         UserError: flags that exclude each other, or a value out of its range.
@@ -306,7 +327,9 @@ def parse_evaluation(argv: Sequence[str], program: str = "evaluate.py") -> argpa
         raise UserError("--predict requires --output FILE.jsonl, and --text does not take --output")
     if arguments.output:
         check_file(output := Path(arguments.output))
-        if not arguments.predict and output.exists() and not _holds_scores(output):
+        if arguments.predict and output.exists():
+            raise UserError(f"--output {output} exists already: name another file")
+        if output.exists() and not _holds_scores(output):
             raise UserError(f"--output {output} exists and holds no scores: name another file")
     return arguments
 
@@ -317,10 +340,16 @@ def check_file(output: Path) -> None:
         raise UserError(f"--output {output} is a directory: name a file in it")
     if output.exists() and not output.is_file():  # a device or a pipe, such as /dev/stdout
         raise UserError(f"--output {output} is not a regular file: name another file")
-    folder = next(path for path in output.resolve().parents if path.exists())
+    _require_writable(output.resolve().parent, f"--output {output}", "name another file")
+
+
+def _require_writable(directory: Path, what: str, instead: str) -> None:
+    """Refuse a directory that cannot be written or, where it does not exist, cannot be made."""
+    place = directory.resolve()
+    folder = next(path for path in (place, *place.parents) if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         why = "may not be written to" if folder.is_dir() else "is a file"
-        raise UserError(f"--output {output}: {folder} {why}: name another file")
+        raise UserError(f"{what}: {folder} {why}: {instead}")
 
 
 def _holds_scores(path: Path) -> bool:

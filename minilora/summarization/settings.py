@@ -126,7 +126,11 @@ class TrainingOptions:
 
     epochs: int = _flag(2, "passes over the training split")
     max_steps: int = _flag(0, "stop after this many optimizer steps; 0: no limit")
-    learning_rate: float | None = _flag(None, "peak of the schedule; default: the preset's")
+    learning_rate: float | None = _flag(
+        None,
+        "peak of the schedule (LoRA+: A's); default: the preset's, divided by "
+        "sqrt(--lora-plus-ratio)",
+    )
     lora_plus_ratio: float = _flag(1.0, "LoRA+: B's learning rate divided by A's, such as 16")
     warmup: float = _flag(0.06, "share of the steps over which the learning rate rises")
     weight_decay: float = _flag(0.0, "decoupled weight decay (AdamW)")
@@ -252,9 +256,10 @@ class RunConfig:
         for name in ("prompt_before", "prompt_after"):
             if re.search("[\ud800-\udfff]", flat[name]):
                 raise UserError(f"{spelt(name)} is not UTF-8 text: type it in a UTF-8 terminal")
-        penalty, warmup = self.generation.length_penalty, self.training.warmup
-        if not math.isfinite(penalty):
-            raise UserError(f"--length-penalty must be finite, not {penalty}")
+        warmup = self.training.warmup
+        for name in ("length_penalty", "weight_decay"):
+            if not math.isfinite(flat[name]):
+                raise UserError(f"{spelt(name)} must be finite, not {flat[name]}")
         if self.model.seed >= 2**63:
             raise UserError(f"--seed must be below 2^63, not {self.model.seed}")
         if self.adapter.init == "loftq" and self.model.method != "qlora":

@@ -113,10 +113,12 @@ def short(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _object(pairs: list[tuple[str, object]]) -> object:
-    """A row as a dict; a column that occurs twice is an error."""
-    row = dict(pairs)
-    return row if len(row) == len(pairs) else BadRow("a column occurs twice")
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A row as a dict; a column that occurs twice has an error as its value."""
+    row: dict[str, object] = {}
+    for name, value in pairs:
+        row[name] = BadRow("occurs twice") if name in row else value
+    return row
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_object)
@@ -144,7 +146,8 @@ def _json_list(path: Path, text: str, opening: re.Match[str]) -> Rows:
         whole = _JSON.decode(('{"data": [' if opening["wrapped"] else "[") + text[position:])
     except (ValueError, RecursionError) as error:
         whole = BadRow(error)
-    if isinstance(whole, BadRow):  # or "data" occurs twice
+    twice = isinstance(whole, dict) and isinstance(whole["data"], BadRow)
+    if twice or isinstance(whole, BadRow):
         raise UserError(f"{place}: the list ends here, but the file does not end as it should")
 
 

@@ -148,7 +148,8 @@ def _example(row: dict[str, object], number: str, dialogue: str, summaries: list
     if given and not all(references):
         raise BadRow("empty summary")
     identity = row.get("id")
-    name = number if identity is None else _text_of(str(identity), "column 'id'") or number
+    unknown = isinstance(identity, BadRow | None)
+    name = number if unknown else _text_of(str(identity), "column 'id'") or number
     return Example(name, text, references[0], tuple(references[1:]))
 
 
@@ -171,6 +172,8 @@ def _turn(turn: object, what: str) -> str:
 
 
 def _text_of(value: object, what: str) -> str:
+    if isinstance(value, BadRow):
+        raise BadRow(f"{what} {value}")
     if not isinstance(value, str):
         raise BadRow(f"{what} is {_kind(value)}, not text")
     if "\0" in value:

@@ -19,7 +19,7 @@ from .rouge import MEASURES, Interval, bootstrap, rouge, tokenizer_for
 class Summary:
     text: str
     tokens: int
-    """As transformers counts gen_len: with start and end tokens, without padding."""
+    """As transformers counts gen_len: all but padding, with which T5 also starts."""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ Four shares of the summaries, each with its bootstrap interval:
 - foreign names: a capitalised word, not at a sentence's start, that is not in the dialogue.
   Weekdays, months and nationalities are no names; case, accents and 's do not matter.
 - foreign numbers: a number or time that is not in the dialogue as digits, word or clock form
-  (4, four, 4 pm, 16:00; half past four, 4:30). The word "one" is left out: it is a pronoun.
+  (4, four, 4 pm, 16:00; half past four, 4:30). "One", "first" and "second" alone are left out.
 - non-words: neither in the dialogue nor in `assets/words.txt`, a list of common English words.
   What is a name by the first rule is not looked up. This finds invented words, and names that
   are not in the dialogue at a sentence's start.
 - repeats: a phrase said twice in a row ("the the", "a cake and a cake", "Tom and Tom"), or the same
   three words twice in a sentence, capitalised ones left out; not what the dialogue says so.
 
-They tell nothing about texts that are not in Latin letters, and are then not computed.
+They tell nothing about texts that are not in Latin letters, and are then not computed. Texts in
+other languages with Latin letters are measured by these rules of English.
 """
 
 import re
@@ -69,7 +70,7 @@ def _told_apart(summary: str) -> Iterator[tuple[str, bool]]:
             word, before = found[0], text[start : found.start()]
             first = start == 0 or re.search(r'[:"]\s*$| \'$', before)
             start = found.end()
-            if len(word) > 1:  # a letter alone: a.m., 5 m, I
+            if len(_plain(word)) > 1:  # a letter alone: a.m., 5 m, I, I'll
                 name = word[0].isupper() and not first
                 yield word, name and not _names_nobody(word)
 

@@ -23,6 +23,9 @@ _IN_WORDS = re.compile(
     rf"\b(?:(?:an? (?:{_SCALE})|{_CARDINAL}|{_SCALE}|(?<![\d.,:])\d{{1,15}}(?= (?:{_SCALE})\b))"
     rf"(?:[ -](?:and )?(?:{_CARDINAL}|{_SCALE})\b)*(?:[ -](?:and )?(?:{_ORDINAL})\b)?|{_ORDINAL})\b"
 )
+_DECIMAL = re.compile(  # 1.5 million, 1,500 thousand; below 10^15
+    rf"(?<![\d.,:])(\d{{1,6}}\.\d{{1,6}}|\d{{1,3}}(?:,\d{{3}}){{1,2}}(?:\.\d{{1,6}})?) ({_SCALE})\b"
+)
 _AROUND_THE_HOUR = re.compile(  # "ten to six" may be two numbers: it is a time with "minutes" only
     r"\b(?:(half|quarter|\d\d?)(?: minutes?)? past|(quarter|\d\d? minutes?) to|half) (\d\d?)\b"
     r"(?![:.,]\d)"
@@ -41,10 +44,16 @@ def straight(text: str) -> str:
 
 def numbers(text: str) -> list[tuple[str, set[str]]]:
     """Every number of a text in digits, with its names: two numbers agree if they share one."""
-    text = _IN_WORDS.sub(_digits, straight(text).casefold())
+    text = _DECIMAL.sub(_product, straight(text).casefold())
+    text = _IN_WORDS.sub(_digits, text)
     text = re.sub(r"\b(?:noon|midday|midnight)\b", "12:00", text)
     text = _AROUND_THE_HOUR.sub(_time, text)
     return [(found[0], _names(found)) for found in _DIGITS.finditer(text)]
+
+
+def _product(found: re.Match[str]) -> str:
+    """1.5 million -> 1500000."""
+    return f"{float(found[1].replace(',', '')) * _SCALES[found[2]]:.15g}"
 
 
 def _digits(found: re.Match[str]) -> str:

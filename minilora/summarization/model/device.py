@@ -1,6 +1,8 @@
-"""Where and in which precision the model computes."""
+"""Where and in which precision the model computes, and when memory runs out."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -72,3 +74,27 @@ def peak_bytes(device: torch.device) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether GPU or main memory ran out; for the latter torch has no class of error."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in said for sign in signs)
+
+
+@contextmanager
+def out_of_memory(where: str, instead: str) -> Iterator[None]:
+    """Inside the block an allocation that fails ends in one line: "out of memory", where, instead.
+
+    Raises:
+        UserError: memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory {where}: {instead}") from None

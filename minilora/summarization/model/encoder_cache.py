@@ -88,6 +88,7 @@ def keep_states(
     autocast_dtype: torch.dtype | None,
     choice: str = "auto",
     directory: str | Path = "runs/.encoder-cache",
+    encoder: str = "",
 ) -> EncoderStates | None:
     """Compute the encoder's states of these dialogues, or read them from their file.
 
@@ -101,6 +102,7 @@ def keep_states(
         choice: the value of --cache-encoder. If the states cannot be kept, "auto" returns None:
             silently if the encoder trains, else with a note.
         directory: where the files are.
+        encoder: its digest, if it is known.
 
     Returns:
         The states; None if they are not kept.
@@ -114,7 +116,7 @@ def keep_states(
     try:
         if reason:
             raise UserError(reason)
-        return _keep(model.eval(), sources, autocast_dtype, Path(directory))
+        return _keep(model.eval(), sources, autocast_dtype, Path(directory), encoder)
     except (UserError, OSError) as error:
         if choice == "on":
             raise UserError(f"--cache-encoder on: {one_line(error)}") from None
@@ -161,7 +163,11 @@ def _trained(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _keep(
-    model: PreTrainedModel, sources: Iterable[Sequence[int]], dtype: torch.dtype | None, place: Path
+    model: PreTrainedModel,
+    sources: Iterable[Sequence[int]],
+    dtype: torch.dtype | None,
+    place: Path,
+    encoder: str,
 ) -> EncoderStates:
     # Equal dialogues have one entry. The longest come first, so a lack of memory shows at once.
     order = sorted({tuple(source) for source in sources}, key=lambda row: (-len(row), row))
@@ -170,7 +176,7 @@ def _keep(
     # Under autocast the decoder's linears would round the states to this dtype anyway. Layers of
     # the encoder add to them in the weights' dtype.
     kept = model.dtype if k is not None or dtype is None else dtype
-    encoder = of_encoder(model, k)
+    encoder = encoder or of_encoder(model, k)
     shape = (sum(map(len, order)), width)
     size = shape[0] * shape[1] * kept.itemsize
     if size <= IN_MEMORY and processes.world_size() == 1:

@@ -26,6 +26,7 @@ from ..data.batches import Encoded
 from ..errors import UserError, counted, one_line
 from ..files import put_directory
 from ..presets import local_path
+from .device import out_of_memory
 from .four_bits import FourBits
 
 ADAPTER_FILES = [
@@ -75,7 +76,9 @@ def load_model(
         raise UserError(f"model {name}: {four_bits.refused[0]}")
     check_complete(name, model, info)
     assert isinstance(model, PreTrainedModel)
-    model.eval().to(device)
+    instead = "free some memory, or use --device cpu"
+    with out_of_memory(f"while {name} is moved to {device}", instead):
+        model.eval().to(device)
     return model
 
 
@@ -149,7 +152,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
 def adapter_directory(name: str) -> Path:
     """The directory of a run or an adapter; a hub name is downloaded.
 
-    Only the adapter's two files are fetched, into huggingface_hub's cache.
+    Only the adapter's files are fetched, into huggingface_hub's cache.
 
     Raises:
         UserError: there is no such directory, and the hub does not have it.

@@ -24,7 +24,8 @@ FREE = ("dropout",)
 def run_of(directory: Path) -> Path:
     """The run in which an adapter or a model lies, however the path is spelt; else the path."""
     for path in (directory, directory.resolve()):
-        if path.name in ("adapter", "model") and (path.parent / "config.json").exists():
+        inside = path.name in ("adapter", "model")  # of a run, or of a model of transformers
+        if inside and "method" in (read_object(path.parent / "config.json") or {}):
             return path.parent
     return directory
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from minilora.files import PARTIAL, sync
 
 from ..errors import UserError
-from ..files import sweep
 
+OURS = "[0-9a-f]" * 32 + ".safetensors"  # FINGERPRINT; the directory may hold other files
 ON_DISK = 10 * 10**9  # bytes of all files together
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors
 
@@ -57,12 +57,13 @@ def make_room(place: Path, size: int) -> None:
     Raises:
         UserError: `size` is above the limit, or above the free space of the disk.
     """
-    sweep(place)
+    for path in place.glob(f".{OURS}{PARTIAL}"):
+        path.unlink(missing_ok=True)
     instead = "use --cache-directory for another disk, or --cache-encoder off"
     if size > ON_DISK:
         limit = f"at most {ON_DISK / 1e9:.0f} GB"
         raise UserError(f"its states take {size / 1e9:.1f} GB, {limit} are kept: {instead}")
-    files = sorted(place.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+    files = sorted(place.glob(OURS), key=lambda path: path.stat().st_mtime)
     total = sum(path.stat().st_size for path in files)
     for path in files:
         if total + size > ON_DISK:

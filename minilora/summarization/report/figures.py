@@ -25,5 +25,12 @@ def nonsense_table(evaluation: Evaluation) -> Table:
     return [("", "base", "fine-tuned", "reference"), *rows]
 
 
+def nonsense_note(evaluation: Evaluation) -> list[str]:
+    """A note where people's own summaries look like nonsense: they are not in English."""
+    if evaluation.intervals["reference"]["non_words"].mean <= 50:
+        return []
+    return ["Most references have a word outside the list: the words are compared with English."]
+
+
 def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"

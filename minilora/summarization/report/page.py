@@ -19,7 +19,7 @@ from ..errors import counted
 from ..evaluation.compare import Evaluation
 from ..presets import ASSETS
 from ..settings import GROUPS, in_words
-from .figures import Table, duration, nonsense_table, score_table
+from .figures import Table, duration, nonsense_note, nonsense_table, score_table
 from .markup import escape, html_table
 from .page_charts import curves
 from .page_dialogues import cards
@@ -118,7 +118,7 @@ def _cost(run: Run) -> str:
         trained, total = run.start["trainable"], run.start["total"]
         share = f"{trained / total:.2%} of {total:,}"
         facts.append(("trained parameters", f"{trained:,}", share))
-    count = len(run.validations)
+    count = len({record["epoch"] for record in run.validations})
     epochs = f"in {count} epoch{'s' * (count != 1)}" if count else "the first epoch is not over"
     facts.append(("steps", f"{len(run.steps):,}", epochs))
     if run.end:
@@ -145,6 +145,7 @@ def _scores(evaluation: Evaluation) -> str:
     ]
     if nonsense := nonsense_table(evaluation):
         parts += [f"<h3>{NONSENSE_TITLE}</h3>", _numbers(NONSENSE_TITLE, nonsense)]
+        parts += [f"<p>{note}</p>" for note in nonsense_note(evaluation)]
     return "".join(parts)
 
 

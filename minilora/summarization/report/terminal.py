@@ -15,11 +15,11 @@ from ..evaluation.rouge import tokenizer_for
 from ..settings import RunConfig
 from ..training.session import Session, trained_path
 from ..training.trainer import Outcome
-from .figures import Table, duration, nonsense_table, score_table
+from .figures import Table, duration, nonsense_note, nonsense_table, score_table
 
 NONSENSE_TITLE = """\
 Percentage of summaries with: a name or a number that is not in the dialogue; a word that is in
-neither the dialogue nor a word list; a repeated phrase"""
+neither the dialogue nor a list of English words; a repeated phrase"""
 
 
 def first(evaluation: Evaluation, k: int = 3) -> list[int]:
@@ -43,7 +43,7 @@ def format_comparison(evaluation: Evaluation) -> str:
     if tokenizer_for(evaluation.references) == "unicode":
         lines.append("ROUGE compares Unicode words: the references are not in a-z alone.")
     if nonsense := nonsense_table(evaluation):
-        lines += ["", NONSENSE_TITLE, *_columns(nonsense)]
+        lines += ["", NONSENSE_TITLE, *_columns(nonsense), *nonsense_note(evaluation)]
     else:
         lines.append(
             "Names, numbers and words are not checked: the texts are not in Latin letters."

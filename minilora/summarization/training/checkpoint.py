@@ -218,19 +218,21 @@ def _restore(
 
 def _random_states() -> dict[str, Tensor]:
     """The random states of this process, which dropout uses: the CPU's and its own GPU's."""
-    states = {f"random.{processes.rank()}.cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states[f"random.{processes.rank()}.cuda"] = torch.cuda.get_rng_state()
-    return states
+    generators = {"cpu": torch, **_gpus()}
+    return {f"random.{processes.rank()}.{k}": g.get_rng_state() for k, g in generators.items()}
 
 
 def _set_random_states(states: Mapping[str, Tensor]) -> None:
     """A process that did not exist when they were written keeps its own."""
-    if (state := states.get(f"random.{processes.rank()}.cpu")) is not None:
-        torch.set_rng_state(state)
-    state = states.get(f"random.{processes.rank()}.cuda")
-    if state is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state)
+    for kind, generator in {"cpu": torch, **_gpus()}.items():
+        if (state := states.get(f"random.{processes.rank()}.{kind}")) is not None:
+            generator.set_rng_state(state)
+
+
+def _gpus() -> dict[str, Any]:
+    """The modules of the GPUs that this process can use: NVIDIA's and AMD's, Apple's."""
+    found: dict[str, Any] = {"cuda": torch.cuda} if torch.cuda.is_initialized() else {}
+    return found | ({"mps": torch.mps} if torch.backends.mps.is_available() else {})
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,16 +1,19 @@
 """Failures in the middle of a run: lack of memory, numbers that are not finite, decoding."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import processes
 from ..data.batches import Encoded
+from ..data.formats import some
 from ..errors import UserError, counted, one_line
 from ..evaluation.generate import summarize
+from ..model.device import out_of_memory
 from ..settings import GenerationOptions, TrainingOptions
 from .schedule import Group
 
@@ -22,56 +25,37 @@ def require_finite(what: str, value: float, step: int, group: Group) -> None:
         UserError: it names the step and its dialogues.
     """
     if not math.isfinite(value):
-        ids = ", ".join(row.id for batch in group for row in batch)
+        ids = some(row.id for batch in group for row in batch)
         raise UserError(
             f"the {what} is {value} in step {step}, on the dialogues {ids}: lower "
             "--learning-rate or use --precision fp32"
         )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether GPU or main memory ran out; for the latter torch has no class of error."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    signs = ("out of memory", "can't allocate memory", "not enough memory")
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in said for sign in signs)
-
-
-@contextmanager
-def out_of_memory(where: str, instead: str) -> Iterator[None]:
-    """Inside the block an allocation that fails ends in one line: "out of memory", where, instead.
-
-    Raises:
-        UserError: memory ran out.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"out of memory {where}: {instead}") from None
-
-
-def smaller_evaluation_batch(size: int) -> str:
+def smaller_evaluation_batch(size: int, beams: str = "--beams") -> str:
     """The advice where writing summaries takes too much memory."""
-    return f"lower --evaluation-batch-size, such as {max(1, size // 2)} for {size}"
+    if size == 1:
+        return f"lower {beams} or --max-source-length"
+    return f"lower --evaluation-batch-size, such as {size // 2} for {size}"
 
 
 def step_memory(
     batch: Sequence[Encoded], training: TrainingOptions, step: int
 ) -> AbstractContextManager[None]:
     """`out_of_memory` for a batch of a step: it is named, with the flags that take less memory."""
-    size, half = training.batch_size, max(1, training.batch_size // 2)
-    same = f"--batch-size {half} --accumulate {training.accumulate * size // half}"
+    size, advice = training.batch_size, "lower --max-source-length"
+    if parts := [n for n in range(processes.world_size(), size) if size % n == 0]:
+        more = training.accumulate * size // parts[-1]
+        advice = (
+            f"use --batch-size {parts[-1]} --accumulate {more}: as many dialogues a step, with "
+            "less memory (in a resumed run with --accept-changes)"
+        )
     source = max((len(row.source) for row in batch), default=0)
     target = max((len(row.target) for row in batch), default=0)
     return out_of_memory(
         f"in step {step} on a batch of {counted(len(batch), 'dialogue')} of up to {source} tokens, "
-        f"summaries of up to {target} ({', '.join(row.id for row in batch)})",
-        f"use {same}: the same update with less memory"
-        if size > 1
-        else "lower --max-source-length",
+        f"summaries of up to {target} ({some(row.id for row in batch)})",
+        advice,
     )
 
 
@@ -88,9 +72,8 @@ def try_out(
         UserError: transformers raised an error, which the message quotes; or memory ran out.
     """
     short = replace(generation, min_length=0, max_length=min(3, generation.max_length))
-    smaller = smaller_evaluation_batch(generation.evaluation_batch_size)
     try:
-        with out_of_memory("while summarizing one dialogue", smaller):
+        with out_of_memory("while summarizing one dialogue", smaller_evaluation_batch(1)):
             summarize(model, tokenizer, [row], short, autocast_dtype)
     except UserError:
         raise

@@ -37,6 +37,12 @@ class Log:
         return self.file.tell()
 
 
+def tells_of_more(path: Path) -> bool:
+    """Whether a log goes on after the first validation, which is followed by a checkpoint."""
+    content = path.read_bytes() if path.exists() else b""
+    return b'{"kind": "end"' in content or content.count(b'{"kind": "validation"') > 1
+
+
 @contextmanager
 def open_log(path: Path, keep_bytes: int) -> Iterator[Log]:
     """Continue a log after its first `keep_bytes`, those that the checkpoint has seen.

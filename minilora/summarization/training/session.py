@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..evaluation.generate import generate_arguments
 from ..evaluation.rouge import rouge_is_installed
 from ..model import requirements, speed
-from ..model.device import autocast, choose_device, choose_precision
+from ..model.device import autocast, choose_device, choose_precision, out_of_memory
 from ..model.digest import of_tensors
 from ..model.encoder_cache import EncoderStates, keep_states
 from ..model.four_bits import FourBits
@@ -37,7 +37,7 @@ from ..model.start import apply_start, start
 from ..presets import EMBEDDED, stored
 from ..settings import FILES, PATHS, SPLITS, RunConfig, spelt
 from .card import write_card
-from .failures import out_of_memory, try_out
+from .failures import try_out
 from .fingerprint import fingerprints
 from .first_steps import STEPS
 from .schedule import last_step, steps_per_epoch
@@ -45,6 +45,7 @@ from .schedule import last_step, steps_per_epoch
 _NAMES = "|".join(name for names in PROJECTIONS for name in names)
 DECODER = rf"(.*\.)?decoder\..*\.({_NAMES})"
 """The regular expression of --targets decoder; PEFT reads it too."""
+KEPT = "use of the encoder's states"  # among a run's fingerprints
 
 
 @dataclass
@@ -163,7 +164,7 @@ def open_session(run: RunConfig) -> Session:
     prepare(model, run, autocast_dtype)
     keep(model, run, splits, autocast_dtype)
     # The encoder's dropout is off with kept states: a resumed run must be the same in this.
-    origin["use of the encoder's states"] = str(splits["train"].states is not None)
+    origin[KEPT] = str(splits["train"].states is not None)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     same = {"start": of_tensors(trained), "settings": run.to_dict()}
     processes.require_same(origin | same | {"precision": str(autocast_dtype)})
@@ -290,8 +291,12 @@ def _targets(values: list[str]) -> str | tuple[str, ...]:
 
 
 def save_trained(session: Session, output: Path) -> None:
-    """Write the adapter (or, after a full fine-tune, the model); an atomic write."""
+    """Write the adapter (or, after a full fine-tune, the model); an atomic write.
+
+    Scores of an earlier one are removed first: they are not those of the new one.
+    """
     path = trained_path(output, session.run)
+    (output / "evaluation.json").unlink(missing_ok=True)
     if session.run.model.method != "full":
         minilora.save_adapter(session.model, path)
         write_card(session.run, path)

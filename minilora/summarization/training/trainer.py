@@ -30,15 +30,15 @@ from ..data.batches import Encoded
 from ..errors import UserError
 from ..files import sweep
 from ..model import speed
-from ..model.device import peak_bytes
-from .checkpoint import Progress, load_checkpoint, save_checkpoint
+from ..model.device import out_of_memory, peak_bytes
+from .checkpoint import Progress, load_checkpoint, newest_first, save_checkpoint
 from .ddp import Replica
-from .failures import out_of_memory, require_finite, smaller_evaluation_batch, step_memory
+from .failures import require_finite, smaller_evaluation_batch, step_memory
 from .fingerprint import differences
 from .first_steps import FirstSteps, problems
-from .log import Log, open_log
+from .log import Log, open_log, tells_of_more
 from .schedule import Group, epoch_groups, last_step, learning_rate, steps_per_epoch
-from .session import Session, save_trained
+from .session import KEPT, Session, save_trained, trained_path
 from .stopping import StopRequest, stop_requests
 from .validation import describe, selection_score, validate
 
@@ -47,7 +47,10 @@ EFFECTS = {
     "torch": "the dropout masks are not those of an uninterrupted run",
     "precision": "the steps are not rounded as in an uninterrupted run",
 }
-UPDATING = ("while AdamW updates the parameters", "--method lora trains fewer of them")
+UPDATING = (
+    "while AdamW updates the parameters",
+    "a lower --rank, fewer --targets, or --method lora instead of full, trains fewer of them",
+)
 
 
 @dataclass
@@ -259,7 +262,8 @@ class Trainer:
         """
         progress = self.progress
         doing = f"validating after step {progress.step}"
-        instead = smaller_evaluation_batch(self.session.run.generation.evaluation_batch_size)
+        size = self.session.run.generation.evaluation_batch_size
+        instead = smaller_evaluation_batch(size, "--validation-beams")
         try:
             with self.stop.at_once(), out_of_memory(f"while {doing}", instead):
                 scores = validate(self.session)
@@ -301,20 +305,36 @@ class Trainer:
         """Continue from the newest checkpoint of `output`, if there is one. Returns notices.
 
         Raises:
-            UserError: the result would change, and --accept-changes was not given.
+            UserError: the result would change, and --accept-changes was not given; or it would be
+                replaced, since there is no checkpoint.
         """
         what = (self.session.model, self.optimizer, self.scaler)
         self.progress, origin, notices = load_checkpoint(self.output / "checkpoints", *what)
         processes.require_same({f"a checkpoint in {self.output}": self.progress.step})
+        if self.session.run.output.resume and not newest_first(self.output / "checkpoints"):
+            notices.append(self.begin_again())
         self.began = time.monotonic() - self.progress.seconds
         if other := differences(origin, self.session.origin):
             changed = f"changed since the run began: {', '.join(other)}"
             if not self.session.run.output.accept_changes:
+                if KEPT in other:
+                    choice = "on" if origin[KEPT] == "True" else "off"
+                    changed += f" (--cache-encoder {choice} --accept-changes has it as before)"
                 instead = "; restore what changed, or use --accept-changes to resume with it"
                 raise UserError(f"--resume {self.output}: {changed}{instead}")
             notices.append(changed)
             self.accepted = True
         return notices + self.go_on(origin)
+
+    def begin_again(self) -> str:
+        """Refuse to replace what a run has trained after its first checkpoint; returns a notice."""
+        trained = trained_path(self.output, self.session.run)
+        if trained.exists() and tells_of_more(self.output / "log.jsonl"):
+            raise UserError(
+                f"--resume {self.output}: its checkpoints/ is gone, and training would replace "
+                f"{trained}: score it with evaluate.py, or train into another --output"
+            )
+        return f"{self.output} has no checkpoint: it begins again at step 0"
 
     def go_on(self, origin: dict[str, str]) -> list[str]:
         """Find the place among the batches, and the last step; returns notices.

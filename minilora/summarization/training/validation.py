@@ -7,6 +7,7 @@ import torch
 
 from .. import processes
 from ..data.batches import by_length
+from ..data.formats import some
 from ..errors import UserError
 from ..evaluation.generate import summarize
 from ..evaluation.rouge import METRICS, rouge, rouge_is_installed
@@ -24,11 +25,11 @@ def validate(session: Session) -> Scores:
     loss, tokens = (sum(numbers) for numbers in zip(*parts, strict=True))
     if not rouge_is_installed():
         return {"loss": loss / tokens, **dict.fromkeys(METRICS)}
-    some = run.training.validation_limit or len(split)
+    limit = run.training.validation_limit or len(split)
     generation = replace(run.generation, beams=run.training.validation_beams)
     how = (generation, session.autocast_dtype, None, split.states)
-    summaries = summarize(model, session.tokenizer, split.encoded[:some], *how)
-    references = [example.references for example in split.examples[:some]]
+    summaries = summarize(model, session.tokenizer, split.encoded[:limit], *how)
+    references = [example.references for example in split.examples[:limit]]
     rows = rouge([summary.text for summary in summaries], references)
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     return {"loss": loss / tokens, **{name: round(mean, 4) for name, mean in means.items()}}
@@ -44,7 +45,7 @@ def _summed_losses(session: Session, split: Split) -> tuple[float, int]:
             batch = session.tensors([split.encoded[i] for i in chosen], "validation")
             summed, count = summed_loss(session.model, batch)
         if not math.isfinite(summed.item()):
-            ids = ", ".join(split.encoded[i].id for i in chosen)
+            ids = some(split.encoded[i].id for i in chosen)
             raise UserError(
                 f"the validation loss is {summed.item()} on the dialogues {ids}: lower "
                 "--learning-rate or use --precision fp32"
