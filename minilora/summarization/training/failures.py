@@ -47,8 +47,8 @@ def step_memory(
     if parts := [n for n in range(processes.world_size(), size) if size % n == 0]:
         more = training.accumulate * size // parts[-1]
         advice = (
-            f"use --batch-size {parts[-1]} --accumulate {more}: as many dialogues a step, with "
-            "less memory (in a resumed run with --accept-changes)"
+            f"use --batch-size {parts[-1]} --accumulate {more}: the same number of dialogues per "
+            "step, with less memory (in a resumed run with --accept-changes)"
         )
     source = max((len(row.source) for row in batch), default=0)
     target = max((len(row.target) for row in batch), default=0)
