@@ -70,12 +70,14 @@ def _logging(
     """Run a command and print what the library logs, such as rounding errors."""
     shown = logging.StreamHandler(sys.stdout)
     log = logging.getLogger("minilora")
+    level = log.level
     log.addHandler(shown)
     log.setLevel(logging.INFO)
     try:
         return command(parsed)
     finally:
         log.removeHandler(shown)
+        log.setLevel(level)
 
 
 def _parser() -> argparse.ArgumentParser:

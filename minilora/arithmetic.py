@@ -105,13 +105,12 @@ def combine(
         raise LoRAError(f"method must be 'cat', not {method!r}; for a lower rank: minilora.extract")
     if any(layer_for(a.config) is not LoRALinear or a.extras or a.config.beside for a in adapters):
         raise LoRAError("cannot combine DoRA, biases, whole modules, prompts: merge, then extract")
+    if len({a.config.init == "loftq" for a in adapters}) > 1:
+        raise LoRAError("LoftQ's base is quantized, the others' is not: combine those of one base")
     factors: dict[str, Factors] = {}
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
-        terms = [
-            (weight * adapter.scale_of(module), *adapter.pair(module))
-            for adapter, weight in zip(adapters, weights, strict=True)
-            if module in adapter.modules
-        ]
+        having = [(a, w) for a, w in zip(adapters, weights, strict=True) if module in a.modules]
+        terms = [(weight * one.scale_of(module), *one.pair(module)) for one, weight in having]
         factors[module] = _concatenate(module, terms)
     first, config = adapters[0], adapters[0].config
     if set(factors) != set(first.modules):  # what it targets is not what the sum has
@@ -139,8 +138,8 @@ def extract(
         parameters that are no target's weight: an adapter cannot hold those.
 
     Raises:
-        LoRAError: the models differ in shape, a target cannot be adapted, or a model carries an
-            adapter.
+        LoRAError: the models differ in shape, a target cannot be adapted or is not finite, or a
+            model carries an adapter.
 
     Example:
         >>> base, tuned = (nn.ModuleDict({"fc": nn.Linear(8, 8, bias=False)}) for _ in range(2))
@@ -162,8 +161,10 @@ def extract(
         raise LoRAError("the models differ in names or shapes: these are not one model's weights")
     factors, fits = {}, []
     for module, layer in found.items():
-        W = linears.dense_weight(layer).to(torch.float32)  # (out, in)
-        delta = linears.dense_weight(finetuned.get_submodule(module)).to(W) - W
+        W, tuned = (linears.dense_weight(m) for m in (layer, finetuned.get_submodule(module)))
+        delta = tuned.to(W.device) - W.to(torch.promote_types(W.dtype, torch.float32))  # (out, in)
+        if not delta.isfinite().all():
+            raise LoRAError(f"{module} holds values that are not finite")
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
         root = S[:rank].sqrt()  # in either factor
         factors[module] = root[:, None] * Vh[:rank], U[:, :rank] * root

@@ -129,6 +129,8 @@ class LoRAConfig:
             raise LoRAError("layers_pattern has no effect without layers: give layers too")
         if self.lora_bias and (self.dora or self.init not in ("kaiming", "random")):
             raise LoRAError("lora_bias goes with init 'kaiming' or 'random', and not with dora")
+        if self.dora and self.init == "pissa":
+            raise LoRAError("init 'pissa' does not go with dora: choose one")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else

@@ -36,10 +36,16 @@ HEADS = {
 pre_classifier), and of BART's head, which PEFT leaves out."""
 
 
-def bypasses(module: nn.Module | None, linear: str) -> bool:
-    """Whether the module reads the weight of a linear inside it, of this name, without a call."""
-    classes = (f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__)
-    return any(BYPASSING.fullmatch(f"{kind}.{linear.rpartition('.')[2]}") for kind in classes)
+def bypassed(named: dict[str, nn.Module], linear: str) -> str:
+    """How a module around the linear bypasses it: "lies in a KIND, which ..."; "" if none does.
+
+    `named` has the modules of the model by name, and the model itself by "".
+    """
+    end = linear.rpartition(".")[2]
+    for kind in [type(named[name]) for name in ["", *path(linear)[:-1]] if name in named]:
+        if any(BYPASSING.fullmatch(f"{c.__module__}.{c.__name__}.{end}") for c in kind.__mro__):
+            return f"lies in a {kind.__name__}, which reads the weight without calling the layer"
+    return ""
 
 
 def embeddings(model: nn.Module) -> list[Any]:

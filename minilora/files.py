@@ -30,7 +30,9 @@ def write_directory(directory: Path, contents: Mapping[str, bytes]) -> None:
     between, the directory lacks this file instead of being a mixture.
 
     Raises:
-        OSError: the directory cannot be written or the disk is full; the old files are untouched.
+        OSError: the directory cannot be written, a name in it is that of a directory, or the disk
+            is full. The old files are untouched, unless the renaming itself fails: then the last of
+            `contents` is missing.
     """
     if not directory.exists():
         with _staged(directory.parent, contents) as new:
@@ -39,10 +41,11 @@ def write_directory(directory: Path, contents: Mapping[str, bytes]) -> None:
     changed = {name: c for name, c in contents.items() if not _holds(directory / name, c)}
     with _staged(directory, changed) as new:
         moves = [(new / name, directory / name) for name in changed]
+        for _, path in moves:
+            path.parent.mkdir(exist_ok=True)
         if len(moves) > 1:
             moves[-1][1].unlink(missing_ok=True)
         for staged, path in moves:
-            path.parent.mkdir(exist_ok=True)
             staged.replace(path)
 
 
@@ -66,7 +69,7 @@ def _staged(place: Path, contents: Mapping[str, bytes]) -> Iterator[Path]:
 
 
 def _holds(path: Path, content: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == content
+    return path.exists() and path.read_bytes() == content  # raises if it is a directory
 
 
 def sync(path: Path) -> None:

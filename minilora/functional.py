@@ -30,7 +30,7 @@ def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, p: float = 0.
         p: probability that dropout zeroes an element of x (the others are scaled by 1 / (1 - p)).
 
     Returns:
-        (..., out) in the wider of y's and x's dtype.
+        (..., out) in the wider of y's dtype and the branch's: x's, or autocast's under autocast.
     """
     x = F.dropout(x, p, training=p > 0)  # (..., in)
     h = F.linear(x, A.to(x.dtype))  # (..., r)

@@ -107,7 +107,8 @@ def unwrap(model: nn.Module, dequantize: bool = False) -> nn.Module:
             cost is logged, by `logging.getLogger("minilora")`.
 
     Returns:
-        The same model, with the module types, state-dict keys and trainability it had before.
+        The same model, with the module types, state-dict keys and trainability it had before. One
+        without an adapter is returned as it is.
 
     Raises:
         LoRAError: a weight, or a prompt or prefix, cannot be merged; the model is left as it was.
@@ -136,7 +137,11 @@ def unload(model: nn.Module) -> nn.Module:
         model: as `inject` or `load_adapter` left it, merged or not.
 
     Returns:
-        The same model, with the modules, values and trainability it had before.
+        The same model, with the modules, values and trainability it had before. One without an
+        adapter is returned as it is.
+
+    Raises:
+        LoRAError: the model is in a `disabled` block, which merges again at its end.
 
     Example:
         >>> import torch
@@ -146,6 +151,8 @@ def unload(model: nn.Module) -> nn.Module:
         >>> torch.equal(unload(model)["q_proj"].weight, before)
         True
     """
+    if not getattr(injection_of(model), "enabled", True):
+        raise LoRAError("cannot unload inside `with minilora.disabled(model)`: unload after it")
     for layer in lora_layers(model).values():
         layer.unmerge()
     enable_extras(model, False)

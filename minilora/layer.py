@@ -111,7 +111,8 @@ class LoRALinear(nn.Module):
     def delta(self) -> Tensor:
         """Delta W = s B A: (out, in), float32 or wider, on the layer's device."""
         wide = torch.promote_types(self.lora_A.dtype, torch.float32)
-        with torch.autocast(self.lora_A.device.type, enabled=False):
+        # The meta device has no autocast.
+        with torch.autocast(self.lora_A.device.type.replace("meta", "cpu"), enabled=False):
             A, B = self.factors()
             return (B.to(wide) @ A.to(wide)) * self.scale  # (out, r) (r, in) -> (out, in)
 
@@ -140,9 +141,8 @@ class LoRALinear(nn.Module):
         if self.merged:
             return
         if not linears.is_mergeable(self.base):
-            what = f"cannot merge into a {type(self.base).__name__}: its weight is quantized, and"
-            advice = "minilora.unwrap(model, dequantize=True) merges"
-            raise LoRAError(f"{what} rounding would lose the update; {advice}")
+            what = f"cannot merge into a {type(self.base).__name__}: a quantized weight would lose"
+            raise LoRAError(f"{what} the update; minilora.unwrap(model, dequantize=True) merges")
         weight, bias = linears.dense_weight(self.base), self.bias  # (out, in), a view; (out,)
         new_weight, new_bias = self.merged_weight(weight).to(weight.dtype), self.merged_bias()
         if weight.isfinite().all() and not new_weight.isfinite().all():

@@ -51,8 +51,7 @@ def shape(base: nn.Module) -> tuple[int, int]:
     """(out, in)."""
     if isinstance(base, nn.Linear | LinearLike):
         return base.out_features, base.in_features
-    out, in_ = dense_weight(base).shape
-    return out, in_
+    return dense_weight(base).shape  # type: ignore[return-value]
 
 
 def is_mergeable(base: nn.Module) -> bool:
@@ -73,8 +72,7 @@ def adapter_placement(base: nn.Module) -> tuple[torch.device, torch.dtype]:
     if not is_linear(base):
         raise LoRAError(f"{cannot}: it is not a linear layer; name linear layers instead")
     if "weight" not in base._parameters | base._buffers:
-        what = "its weight is computed at every call, and a merge would be lost"
-        raise LoRAError(f"{cannot}: {what}; remove the parametrization first")
+        raise LoRAError(f"{cannot}: its weight is computed by a parametrization: remove it")
     weight = dense_weight(base)
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         what = "they must be real and of 16 bits or more; dequantize them or use minilora.quantize"

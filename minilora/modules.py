@@ -77,9 +77,9 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def require_grad(model: nn.Module, flags: Mapping[str, bool]) -> None:
-    """Let each parameter train, or not, by its plain name; one without a name here trains."""
+    """Let each parameter train, or not, by its plain name; one without a name here stays."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags.get(plain_name(name), True))
+        parameter.requires_grad_(flags.get(plain_name(name), parameter.requires_grad))
 
 
 Owners = dict[int, dict[str, nn.Module]]
@@ -136,11 +136,16 @@ def naming(name: object) -> Iterator[None]:
 
 @contextmanager
 def seeded(model: nn.Module, seed: int | None) -> Iterator[None]:
-    """In the block the seed decides; afterwards torch's random states are what they were before."""
-    if not isinstance(seed, int | None):
-        raise LoRAError(f"seed must be a whole number, not {seed!r}")
+    """In the block the seed decides; afterwards CPU and GPUs have their states from before."""
+    if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
+        raise LoRAError(f"seed must be a whole number of at most 64 bits, not {seed!r}")
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
-            torch.manual_seed(seed)
+            # torch.manual_seed would seed every GPU, also those that are not restored.
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                torch.cuda.default_generators[device.index].manual_seed(seed)
+            for kind in {p.device.type for p in model.parameters()} - {"cpu", "cuda", "meta"}:
+                getattr(torch, kind).manual_seed(seed)  # such as mps; not restored
         yield

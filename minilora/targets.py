@@ -54,11 +54,9 @@ def select(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
             raise LoRAError(f"layers: no target lies in a layer {index}")
     if config.targets == ALL_LINEAR:
         named = all_linear(model, config.task_type)
-    found: dict[nn.Module, str] = {}  # by module: one that has two names is wrapped once
-    for name, module in named:
-        if is_target(config, name):
-            found.setdefault(module, name)
-    selected = {name: module for module, name in found.items()}
+    # One that has two names is wrapped once, by the first that is a target.
+    first = {module: name for name, module in reversed(named) if is_target(config, name)}
+    selected = {name: module for name, module in named if first.get(module) == name}
     if not selected and config.targets:  # without targets: a prompt or prefix alone
         raise LoRAError("nothing left to adapt: `exclude` or `layers` rules out every target")
     check_modules(model, selected)
@@ -89,11 +87,8 @@ def check_modules(model: nn.Module, selected: dict[str, nn.Module]) -> None:
     for name, module in selected.items():
         with modules.naming(f"targets: {name}"):
             linears.adapter_placement(module)
-        for around in ["", *modules.path(name)[:-1]]:
-            if conventions.bypasses(named.get(around), name):
-                kind = type(named[around]).__name__
-                what = f"lies in a {kind}, which reads the weight without calling the layer"
-                raise LoRAError(f"targets: {name} {what}: the adapter would be ignored; exclude it")
+        if what := conventions.bypassed(named, name):
+            raise LoRAError(f"targets: {name} {what}: the adapter would be ignored; exclude it")
         if shared := modules.others(module, owned):
             what = f"targets: {name} shares its weight with {', '.join(shared)}"
             raise LoRAError(f"{what}: merging would change both; exclude it, or untie the weights")

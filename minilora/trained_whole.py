@@ -41,9 +41,7 @@ class TrainedWhole(Extra):
             if len(roots) > 1:
                 first, *rest = roots.values()
                 shared = f"also_train: {first} shares its weight with {', '.join(rest)}"
-                raise LoRAError(
-                    f"{shared}: training one would change both; untie the weights first"
-                )
+                raise LoRAError(f"{shared}: training one would change both; untie them first")
         for name, module in named_modules(model):
             if not linears.is_mergeable(module) and trained_whole(config, name):
                 what = f"also_train: {name} is a {type(module).__name__}, whose weight cannot train"
@@ -56,8 +54,7 @@ class TrainedWhole(Extra):
         bias, layers, found = self.config.bias, lora_layers(model), {}
         for key in tensors(model) if bias != "none" or self.config.also_train else ():
             parent, _, end = key.rpartition(".")
-            module = base_name(parent, layers)
-            if module is None:
+            if (module := base_name(parent, layers)) is None:
                 continue  # a tensor of the adapter
             if end == "bias" and module in self.adapted:
                 if bias != "none":

@@ -4,6 +4,7 @@ These mistakes raise no error: the optimizer does not have the adapter, no gradi
 steps are too small for the weights' dtype, or weight decay still moves a frozen weight.
 """
 
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class TrainingReport:
         count = "1 tensor trains" if len(self.moved) == 1 else f"{len(self.moved)} tensors train"
         share = "all" if least == 1 else f"at least {least:.0%}"
         same = "the base changed" if self.base_changed else "the base is bit for bit what it was"
-        text = f"{self.steps} steps: {count}, {share} of each moved; {same}"
+        text = f"{self.steps} step{'s' * (self.steps != 1)}: {count}, {share} of each moved; {same}"
         return "\n  ".join([text, *self.problems])
 
 
@@ -132,13 +133,15 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def checksum(tensor: Tensor) -> int:
-    """The sum over the entries' bits, each multiplied by a random odd number, modulo 2^64.
+    """The sum over the words of at most 32 bits, each times a random odd number, modulo 2^64.
 
-    An odd number has an inverse modulo 2^64, so a change of one entry always changes the sum. A
-    change of several is missed with a probability of at most 2^-32. It works in chunks: no copy.
+    An odd number has an inverse modulo 2^64, so a change of one word always changes the sum. A
+    change of several is missed with a probability below 2^-25. It works in chunks, without a copy:
+    a word's number is that of its place in the chunk times that of the chunk.
     """
     bits = tensor.detach().flatten().view(BITS.get(tensor.element_size(), torch.int32))
     draw = torch.Generator().manual_seed(0)
     odd = torch.randint(-(2**62), 2**62, (2**18,), generator=draw).to(bits.device) * 2 + 1
-    chunks = enumerate(bits.split(len(odd)))
-    return sum(int((chunk * odd[: len(chunk)]).sum()) * (2 * i + 1) for i, chunk in chunks) % 2**64
+    sums = (int((chunk * odd[: len(chunk)]).sum()) for chunk in bits.split(len(odd)))
+    factors = random.Random(0)
+    return sum(total * (factors.getrandbits(64) | 1) for total in sums) % 2**64

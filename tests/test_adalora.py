@@ -619,7 +619,8 @@ def test_a_lora_file_with_lambdas_is_refused(tmp_path: Path) -> None:
         ({"init": "pissa"}, "init 'pissa' does not go"),
         ({"interval": 0}, "interval must be a whole number"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\)"),
-        ({"final_steps": 0.5}, "final_steps must be"),
+        ({"final_steps": 0.5}, "final_steps must be a whole number of at least 0, not 0.5"),
+        ({"initial_steps": True}, "initial_steps must be a whole number of at least 0, not True"),
         ({"orthogonality": -1}, "orthogonality must be"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import minilora
 from minilora import Adapter, LoRAConfig, LoRAError
@@ -91,6 +91,7 @@ def test_combining_one_adapter_with_weight_one_is_the_adapter() -> None:
 
 def test_what_cannot_be_combined_is_refused() -> None:
     adapter = make(1)
+    loftq = replace(adapter.config, init="loftq")
     for adapters, weights, arguments, message in [
         ([], [], {}, "0 adapters"),
         ([adapter], [1.0, 2.0], {}, "one weight each"),
@@ -99,6 +100,7 @@ def test_what_cannot_be_combined_is_refused() -> None:
         ([make(1, dora=True)], [1.0], {}, "cannot combine DoRA"),
         ([make(1, bias="all")], [1.0], {}, "cannot combine DoRA"),
         ([make(1, lora_bias=True)], [1.0], {}, "cannot combine DoRA"),
+        ([adapter, replace(adapter, config=loftq)], [1.0, 1.0], {}, "LoftQ's base is quantized"),
     ]:
         with pytest.raises(LoRAError, match=message):
             minilora.combine(adapters, weights, **arguments)
@@ -186,6 +188,17 @@ def test_extracting_from_conv1d(tmp_path: Path) -> None:
         warnings.filterwarnings("error", message="fan_in_fan_out")  # PEFT warns if it is wrong
         theirs = peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path).eval()
     assert torch.allclose(logits(theirs), logits(finetuned), atol=1e-3)
+
+
+def test_a_small_update_of_float64_weights_is_kept() -> None:
+    base, tuned = (nn.ModuleDict({"fc": nn.Linear(8, 8)}).double() for _ in range(2))
+    update = 1e-9 * torch.outer(torch.ones(8), torch.arange(8.0)).double()  # float32 loses it
+    tuned["fc"].weight.data = base["fc"].weight.data + update
+    A, B = minilora.extract(tuned, base, rank=1).pair("fc")
+    assert torch.allclose((B @ A).double(), update, rtol=1e-4, atol=0)  # W + update rounds it too
+    tuned["fc"].weight.data[0, 0] = torch.nan
+    with pytest.raises(LoRAError, match="fc holds values that are not finite"):
+        minilora.extract(tuned, base, rank=1)
 
 
 def test_models_that_do_not_belong_together_are_refused() -> None:

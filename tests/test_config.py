@@ -67,6 +67,11 @@ def test_numbers_of_numpy_and_torch_become_python_s() -> None:
         LoRAConfig(rank=numpy.float64(4))
 
 
+def test_pissa_and_dora_are_refused_together_before_a_model_is_touched() -> None:
+    with pytest.raises(LoRAError, match="init 'pissa' does not go with dora"):
+        LoRAConfig(init="pissa", dora=True)
+
+
 def test_the_error_is_a_value_error() -> None:
     assert issubclass(LoRAError, ValueError)
 

@@ -759,6 +759,21 @@ def test_two_checks_say_the_same_and_leave_the_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class EmptyBuffer(LoRALinear):
+    """Right: an empty buffer has no memory that a copy could share."""
+
+    def add_parameters(self) -> None:
+        self.register_buffer("seen", torch.empty(0))
+        self.gain = nn.Parameter(torch.zeros(2))
+
+
+@pytest.mark.parametrize("also", ["gain", ["gain"], ("gain",)])
+def test_an_empty_buffer_and_names_in_any_sequence_are_no_fault(also: Any) -> None:
+    cases = {str(case): case for case in conformance.cases(EmptyBuffer, also=also)}
+    cases["parameters"]()
+    cases["deep copy"]()
+
+
 def test_make_must_give_a_module() -> None:
     with pytest.raises(TypeError, match=r"make must return a torch\.nn\.Module, not a NoneType"):
         conformance.check(lambda *_: None)  # type: ignore[arg-type, return-value]

@@ -122,6 +122,19 @@ def test_where_one_file_changes_there_is_no_moment_without_it(tmp_path: Path) ->
     assert seen[-1] == better
 
 
+@pytest.mark.parametrize("name", ["weights", "part"])
+def test_a_name_that_is_taken_leaves_the_old_files(name: str, tmp_path: Path) -> None:
+    write_directory(tmp_path / "a", OLD)
+    if name == "weights":
+        (tmp_path / "a" / name).unlink()
+        (tmp_path / "a" / name).mkdir()
+    else:
+        (tmp_path / "a" / name).write_bytes(b"a file")
+    with pytest.raises(OSError, match=name):
+        write_directory(tmp_path / "a", {"part/weights": b"new", **NEW})
+    assert (tmp_path / "a" / "config").read_bytes() == OLD["config"]
+
+
 def test_a_directory_is_removed_in_one_moment(tmp_path: Path) -> None:
     write_directory(tmp_path / "a", OLD)
     seen = at_every_line(lambda: remove_directory(tmp_path / "a"), lambda: contents(tmp_path / "a"))

@@ -320,8 +320,19 @@ def test_a_seed_decides_the_start_is_recorded_and_leaves_the_random_state() -> N
     torch.manual_seed(5)
     assert minilora.inject(model, config_for()).seed is None
     assert equal(weights(model), starts[0])
-    with pytest.raises(LoRAError, match="seed must be a whole number, not '5'"):
-        minilora.inject(tiny_bart(), config_for(), seed="5")  # type: ignore[arg-type]
+    for wrong in ("5", True, 2.5, 2**64):
+        with pytest.raises(LoRAError, match=f"seed must be a whole number .*, not '?{wrong}'?"):
+            minilora.inject(tiny_bart(), config_for(), seed=wrong)  # type: ignore[arg-type]
+
+
+def test_a_seed_reaches_no_gpu_that_the_model_is_not_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a GPU's state would not be restored; before CUDA starts, the seed would wait for it."""
+    model, seeded = tiny_bart(), list[int]()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    minilora.inject(model, config_for(), seed=5)
+    assert not seeded
+    torch.manual_seed(5)
+    assert seeded == [5]  # what it would have called
 
 
 @pytest.mark.parametrize("merged", [False, True])

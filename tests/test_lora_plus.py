@@ -97,9 +97,9 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(LoRAError, match="no B trains in the model"):
         parameter_groups(model, 1e-3)
     minilora.inject(model, config_for())
-    for rate, ratio in ((0, 16), (1e-3, 0), (1e-3, float("nan")), (float("inf"), 1)):
-        with pytest.raises(LoRAError, match="must be above 0"):
-            parameter_groups(model, rate, ratio)
+    for rate, ratio in ((0, 16), ("a", 16), (1e-3, 0), (1e-3, float("nan")), (float("inf"), 1)):
+        with pytest.raises(LoRAError, match="must be a finite number above 0"):
+            parameter_groups(model, rate, ratio)  # type: ignore[arg-type]
     frozen = nn.ModuleDict({"fc": nn.Linear(8, 8)})
     minilora.inject(frozen, LoRAConfig(rank=2, targets=("fc",)))
     frozen.requires_grad_(False)

@@ -1,6 +1,7 @@
 """`python -m minilora`: what it prints, what it writes, and how it refuses."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -319,6 +320,14 @@ def test_inspect_shows_the_singular_values_of_the_update(
         assert float(norm) == pytest.approx(expected.norm().item(), rel=1e-3)
         assert [float(value) for value in values] == pytest.approx(expected[:3].tolist(), rel=5e-3)
     assert "self_attn.q_proj.base_layer.bias" in printed
+
+
+def test_a_command_leaves_the_logger_as_it_was(tmp_path: Path) -> None:
+    minilora.save_adapter(adapted(), tmp_path)
+    log = logging.getLogger("minilora")
+    before = log.level, list(log.handlers)
+    assert run("inspect", tmp_path) == 0
+    assert (log.level, log.handlers) == before
 
 
 def test_inspect_shortens_many_singular_values() -> None:

@@ -89,6 +89,17 @@ def test_one_sum_that_does_not_fit_is_named_and_no_layer_is_merged() -> None:
     before.check(model)
 
 
+def test_a_bias_that_does_not_fit_is_refused_before_the_weight_is_written() -> None:
+    model = nn.ModuleDict({"q_proj": nn.Linear(8, 6)}).half()
+    minilora.inject(model, LoRAConfig(rank=2, targets=("q_proj",), lora_bias=True))
+    with torch.no_grad():
+        model["q_proj"].lora_bias.fill_(60_000)
+    before = State.of(model)
+    with pytest.raises(LoRAError, match=r"q_proj: b \+ s c does not fit torch.float16"):
+        minilora.merge(model)
+    before.check(model)
+
+
 def test_no_layer_is_merged_either_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     last = list(lora_layers(model).values())[-1]
@@ -219,12 +230,25 @@ def test_merging_inside_disabled_is_refused_and_the_base_stays(
     assert all(layer.merged == merged for layer in lora_layers(model).values())
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_unloading_inside_disabled_is_refused_and_the_base_keeps_its_weights(merged: bool) -> None:
+    model, base = adapted(), logits(tiny_bart())
+    if merged:
+        minilora.merge(model)
+    before = State.of(model)
+    with minilora.disabled(model), pytest.raises(LoRAError, match="cannot unload inside"):
+        minilora.unload(model)
+    before.check(model)
+    assert torch.equal(logits(minilora.unload(model)), base)
+
+
 @pytest.mark.parametrize("changes", [{}, {"dora": True}, {"init": "pissa"}, {"lora_bias": True}])
 def test_a_model_of_shapes_only_is_injected_and_not_merged(changes: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = nn.ModuleDict({"q_proj": nn.Linear(8, 6)})
     minilora.inject(model, LoRAConfig(rank=2, targets=("q_proj",), **changes))
     assert model["q_proj"](torch.empty(3, 8, device="meta")).shape == (3, 6)
+    assert model["q_proj"].delta().shape == (6, 8)
     with pytest.raises(LoRAError, match="q_proj: cannot merge on the meta device"):
         minilora.merge(model)
 

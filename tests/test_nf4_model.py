@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from torch import nn
 
 import minilora
@@ -44,6 +45,10 @@ def test_attention_is_query_and_value() -> None:
     ("options", "message"),
     [
         ({"targets": ("q_prj",)}, "'q_prj': nothing matches"),
+        ({"exclude": ["lm_head", "q_porj"]}, "quantize: exclude: 'q_porj': nothing matches"),
+        ({"exclude": "["}, r"quantize: exclude: '\[' is not a regular expression"),
+        ({"targets": "["}, r"quantize: targets: '\[' is not a regular expression"),
+        ({"exclude": None}, "quantize: exclude must be"),
         ({"targets": ("shared",)}, "model.shared is a .*Embedding"),
         ({"targets": ("lm_head",), "exclude": ()}, "lm_head shares its weight with .*shared"),
         ({"targets": ("q_proj",), "exclude": ("q_proj",)}, "no torch.nn.Linear"),
@@ -117,6 +122,32 @@ def test_attention_that_bypasses_its_linears_is_left_alone() -> None:
         assert layer(weight(2, 3, 16, scale=1)).isfinite().all()
     with pytest.raises(LoRAError, match="only plain linears"):
         minilora.quantize(nn.MultiheadAttention(16, 2), targets=("out_proj",))
+
+
+def test_linears_that_transformers_reads_without_a_call_are_left_alone() -> None:
+    config = transformers.WavLMConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, conv_dim=(8,), conv_stride=(2,), conv_kernel=(4,),
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = transformers.WavLMModel(config).eval()
+    x = weight(1, 400, scale=1)
+    before = model(x).last_hidden_state
+    report = minilora.quantize(model)
+    assert any(name.endswith("intermediate_dense") for name in report.modules)
+    assert not any(name.endswith("_proj") for name in report.modules)
+    assert 0 < (model(x).last_hidden_state - before).abs().max() < 10  # and no NaN
+    with pytest.raises(LoRAError, match=r"q_proj lies in a WavLMAttention, .*; exclude it"):
+        minilora.quantize(model, targets=["q_proj"])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_dequantized_weight_trains_if_it_did_before(frozen: bool) -> None:
+    model = nn.ModuleDict({"q_proj": nn.Linear(64, 64)}).requires_grad_(not frozen)
+    minilora.quantize(model)
+    minilora.inject(model, LoRAConfig(rank=2, targets=("q_proj",)))
+    minilora.unwrap(model, dequantize=True)
+    assert [p.requires_grad for p in model.parameters()] == [not frozen] * 2
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -25,6 +25,7 @@ from tests.conftest import (
     adapted,
     config_for,
     equal,
+    inputs,
     logits,
     randomize_adapter,
     tiny_bart,
@@ -211,6 +212,43 @@ def test_an_adapter_loaded_for_inference_is_frozen_and_can_be_thawed(saved: Path
     assert torch.equal(logits(model), logits(adapted()))
     minilora.load_adapter(model, saved)
     assert len(list(minilora.trainable_parameters(model))) == 2 * len(lora_layers(model))
+
+
+@pytest.mark.parametrize("base", [tiny_bart, adapted], ids=["plain", "adapted"])
+def test_a_gradient_from_before_moves_no_frozen_adapter(
+    saved: Path, base: Callable[[], nn.Module]
+) -> None:
+    model = base()
+    model(**inputs(model)).logits.sum().backward()
+    minilora.load_adapter(model, saved, inference=True)
+    loaded = State.of(model)
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    loaded.check(model)
+
+
+def test_one_tensor_under_two_keys_is_written(tmp_path: Path) -> None:
+    names, shared = ("q_proj", "v_proj"), torch.randn(4, 2)
+    tensors = {f"base_model.model.{n}.lora_A.weight": shared.T for n in names}
+    tensors |= {f"base_model.model.{n}.lora_B.weight": shared for n in names}
+    minilora.write_adapter(Adapter(LoRAConfig(rank=2, targets=names), tensors), tmp_path)
+    read = minilora.read_adapter(tmp_path).tensors
+    assert all(torch.equal(read[key], tensor) for key, tensor in tensors.items())
+
+
+def test_pissa_with_dora_is_refused_and_the_model_keeps_its_adapter(saved: Path) -> None:
+    path = saved / "adapter_config.json"
+    more = {"use_dora": True, "init_lora_weights": "pissa"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    tensors = safetensors.torch.load_file(saved / "adapter_model.safetensors")
+    for key in [key for key in tensors if key.endswith("lora_B.weight")]:
+        stem, rows = key.removesuffix("lora_B.weight"), len(tensors[key])
+        tensors[f"{stem}lora_magnitude_vector"] = torch.ones(rows)
+    safetensors.torch.save_file(tensors, saved / "adapter_model.safetensors")
+    model = adapted(rank=5)
+    before = State.of(model)
+    with pytest.raises(LoRAError, match="init 'pissa' does not go with dora"):
+        minilora.load_adapter(model, saved)
+    before.check(model)
 
 
 def test_loading_while_merged_is_refused(saved: Path) -> None:

@@ -187,6 +187,8 @@ def test_an_optimizer_that_takes_no_step_is_named() -> None:
     with verify_training(model, adamw(model)) as report:
         model(torch.ones(4, 8)).sum().backward()
     assert report.problems[0] == "the optimizer took no step"
+    assert str(report).startswith("0 steps: ")
+    assert str(TrainingReport(steps=1)).startswith("1 step: ")
 
 
 def test_a_model_in_which_nothing_trains_is_refused() -> None:
@@ -320,6 +322,11 @@ def test_a_checksum_sees_what_sums_do_not() -> None:
         negated = tensor.clone()
         negated[[a, b]] *= -1  # two sign bits
         assert checksum(negated) != before
+    words, chunk = torch.zeros(2**18 + 1, dtype=torch.int32), 2**18
+    unchanged = checksum(words)
+    for a, b in itertools.product(range(-5, 6), repeat=2):  # 3 and -1 cancel if chunks count 1, 3
+        words[0], words[chunk] = a, b
+        assert (checksum(words) == unchanged) == (a == b == 0)
     assert checksum(tensor.view(1, -1).T) == before  # strides do not count, values do
     assert checksum(torch.empty(0)) == checksum(torch.empty(0, 3))
     assert checksum(torch.tensor(1.0)) != checksum(torch.tensor(2.0))

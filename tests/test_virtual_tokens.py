@@ -641,6 +641,12 @@ BROKEN: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
     "not finite": (PROMPT, {}, {"prompt_embeddings": torch.full((3, 16), torch.nan)}, "not finite"),
     "another type": (PROMPT, {"peft_type": "P_TUNING"}, {}, "peft_type is 'P_TUNING'"),
     "a place": (ALL, {"places": ["heart"]}, {}, "places must be some of"),
+    "a number": (ALL, {"places": 5}, {}, "places must be a string or a sequence of strings, not 5"),
+    "null": (ALL, {"places": None}, {}, "places must be a string or a sequence of strings, not N"),
+    "a list": (ALL, {"places": [[1]]}, {}, "places must be a string or a sequence of strings"),
+    "no submodules": (PROMPT, {"num_transformer_submodules": 3}, {}, "must be 1 or 2, not 3"),
+    "a word": (PROMPT, {"num_transformer_submodules": "2"}, {}, "must be 1 or 2, not '2'"),
+    "true": (PROMPT, {"num_virtual_tokens": True}, {}, "num_virtual_tokens must be a whole"),
     "too few layers": (ALL, {}, {"cross": torch.ones(3, 32)}, "prefix/cross is a"),
     "width of another model": (
         PROMPT, {"token_dim": 8}, {"prompt_embeddings": torch.ones(3, 8)}, "does not fit the model"

@@ -79,9 +79,10 @@ class AdaLoRAConfig(LoRAConfig):
         if self.target_rank > self.rank:
             raise LoRAError(f"target_rank {self.target_rank} is above the rank, {self.rank}")
         for name in ("initial_steps", "final_steps", "orthogonality"):
-            number = int | float if name == "orthogonality" else int
-            if not isinstance(value := getattr(self, name), number) or not 0 <= value < 1e308:
-                raise LoRAError(f"{name} must be a number of at least 0, not {value!r}")
+            kind, what = (int, "a whole number") if "steps" in name else (int | float, "a number")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value < 1e308:
+                raise LoRAError(f"{name} must be {what} of at least 0, not {value!r}")
         if self.initial_steps + self.final_steps >= self.total_steps:
             raise LoRAError("initial_steps + final_steps must be less than total_steps")
         other = ("rank_pattern", "alpha_pattern", "rslora", "dora", "lora_bias")
@@ -91,7 +92,11 @@ class AdaLoRAConfig(LoRAConfig):
             raise LoRAError(f"init {self.init!r} does not go with AdaLoRA, which has its own start")
 
     def budget(self, step: int, modules: int) -> int:
-        """b(t), the number of nonzero singular values in the model after this step: equation 12."""
+        """b(t), the number of nonzero singular values in the model after this step.
+
+        Equation 12, with t - t_i in the numerator as in the authors' code. The paper prints
+        t - t_i - t_f, which would start above b(0).
+        """
         last_change = self.total_steps - self.final_steps
         left = 1 - (step - self.initial_steps) / (last_change - self.initial_steps)
         left = min(max(left, 0.0), 1.0)

@@ -24,7 +24,7 @@ class DoRALinear(LoRALinear):
         magnitude: parameter m (out,).
 
     Raises:
-        LoRAError: the base cannot be adapted, or the rank does not fit it.
+        LoRAError: the base cannot be adapted, or a number is out of range.
     """
 
     squares: Tensor
@@ -62,8 +62,8 @@ class DoRALinear(LoRALinear):
 
         ||w + s b A||^2 = ||w||^2 + 2 s <w A^T, b> + s^2 <b (A A^T), b> for a row w of W and b of B.
         """
-        kind = "cpu" if self.lora_A.is_meta else self.lora_A.device.type  # meta has no autocast
-        with torch.autocast(kind, enabled=False):
+        # The meta device has no autocast.
+        with torch.autocast(self.lora_A.device.type.replace("meta", "cpu"), enabled=False):
             A, B = self.lora_A.to(self.squares.dtype), self.lora_B.to(self.squares.dtype)
             WA = self._original().to(A.dtype) @ A.T  # (out, in) (in, r) -> (out, r)
             cross = (WA * B).sum(dim=1)  # (out,)

@@ -16,7 +16,7 @@ class LoRABiasLinear(LoRALinear):
         lora_bias: parameter c (out,), zero at the start.
 
     Raises:
-        LoRAError: the base cannot be adapted, or the rank does not fit it.
+        LoRAError: the base cannot be adapted, or a number is out of range.
     """
 
     def add_parameters(self) -> None:
@@ -38,9 +38,12 @@ class LoRABiasLinear(LoRALinear):
         """The bias b + s c: (out,), float32 or wider.
 
         Raises:
-            LoRAError: the base has no bias to merge into.
+            LoRAError: the base has no bias to merge into, or the sum does not fit its dtype.
         """
         if self.bias is None:
             raise LoRAError("cannot merge: lora_bias needs a bias in the base, which has none")
         c = self.lora_bias.to(torch.promote_types(self.lora_bias.dtype, torch.float32))
-        return self.bias.to(c.dtype) + self.scale * c
+        merged = self.bias.to(c.dtype) + self.scale * c
+        if self.bias.isfinite().all() and not merged.to(self.bias.dtype).isfinite().all():
+            raise LoRAError(f"b + s c does not fit {self.bias.dtype}: merge in a wider dtype")
+        return merged

@@ -1,11 +1,10 @@
 """LoRA+: B learns at a higher rate than A. Hayou et al. 2024, https://arxiv.org/abs/2402.12354."""
 
-import math
 from typing import Any
 
 from torch import nn
 
-from minilora.config import LoRAError
+from minilora.config import LoRAError, check
 from minilora.inject import lora_layers
 from minilora.modules import trainable_parameters
 
@@ -39,8 +38,7 @@ def parameter_groups(
         [(0.0001, torch.Size([2, 16])), (0.0008, torch.Size([4, 2]))]
     """
     for name, value in (("learning_rate", learning_rate), ("ratio", ratio)):
-        if not 0 < value < math.inf:
-            raise LoRAError(f"{name} must be above 0, not {value!r}")
+        check(name, value, "alpha")  # finite and above 0
     factors = {id(layer.lora_B) for layer in lora_layers(model).values()}
     slow, fast = list[nn.Parameter](), list[nn.Parameter]()
     for parameter in trainable_parameters(model):

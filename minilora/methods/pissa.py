@@ -30,9 +30,10 @@ class PiSSALinear(LoRALinear):
         y = W x + b + s (B A - B0 A0) x,    B A - B0 A0 = (B - B0) A + B0 (A - A0)
                                                         = [B - B0, B0] [A; A - A0]
 
-    which is plain LoRA of rank 2r (Meng et al., appendix C, write [B, -B0] [A; A0]). The factors
-    hold the small differences themselves, so nothing cancels in half precision. At the start, and
-    in `disabled`, the output is the base's, bit for bit. The cost is a product of rank 2r.
+    which is plain LoRA of rank 2r (Meng et al., equation 10, put the minus on the other factor:
+    [B, B0] [A; -A0]). The factors hold the small differences themselves, so nothing cancels in half
+    precision. At the start, and in `disabled`, the output is the base's, bit for bit. The cost is a
+    product of rank 2r.
 
     The arguments are those of `LoRALinear`. W may be quantized; unlike in QPiSSA, the quantized
     base stays as it is.

@@ -66,6 +66,7 @@ class PrefixConfig:
         check("length", self.length, "rank")
         if self.reparametrize is not None:
             check("reparametrize", self.reparametrize, "rank")
+        check("places", self.places, "targets")
         places = (self.places,) if isinstance(self.places, str) else tuple(self.places)
         if not places or not set(places) <= PLACES.keys():
             raise LoRAError(f"places must be some of {', '.join(PLACES)}, not {self.places!r}")
@@ -107,7 +108,8 @@ class Prefix(nn.Module):
             sizes |= {"W2": (layers, out, hidden), "b2": (layers, out)}
         dtype = torch.promote_types(like.dtype, torch.float32)
         for name, size in sizes.items():
-            # The scale of nn.Linear: 1 / sqrt(inputs). P and P' are normal.
+            # W1 and W2 as in nn.Linear, uniform in +-1 / sqrt(inputs); b1 and b2 in their own
+            # +-1 / sqrt(outputs). P and P' are normal.
             values = torch.empty(size).uniform_(-1, 1) / size[-1] ** 0.5
             values = torch.randn(size) if name == "P" else values
             self.weights[name] = nn.Parameter(values.to(like.device, dtype))
@@ -191,8 +193,7 @@ class PrefixTuning(VirtualTokens):
         """Add the parameters and the hooks."""
         for place, shape in self.shapes.items():
             stack = self.stacks[PLACES[place][0]]
-            like = stack.embed_tokens.weight
-            prefix = Prefix(shape, like, self.config.reparametrize)
+            prefix = Prefix(shape, stack.embed_tokens.weight, self.config.reparametrize)
             stack.add_module(f"prefix_{place}", prefix)
             for layer, attention in enumerate(attentions(stack, place)):
                 hook = partial(self.enter, place, layer)

@@ -16,7 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.config import LoRAError
+from minilora.config import LoRAError, check
 from minilora.methods.prefix_tuning import PrefixConfig
 from minilora.methods.prompt_tuning import PromptConfig
 from minilora.methods.virtual_tokens import ENCODER_DECODER
@@ -79,6 +79,7 @@ def read_prefix(entries: Entries, tensors: Tensors) -> tuple[PrefixConfig, dict[
     own = entries["peft_type"] == OWN_TYPE
     places = entries.get("places", ()) if own else ("decoder",)
     config = PrefixConfig(m, places, None, entries.get("task_type"))  # no MLP: it was folded into P
+    places = config.places
     if own:  # the number of layers follows from the tensors; a model checks it later
         ends = {place: tensors[place].shape[-1:].numel() for place in places if place in tensors}
         shapes = {place: (m, max(1, ends.get(place, 1) // (2 * d)) * 2 * d) for place in places}
@@ -104,15 +105,17 @@ def _counts(entries: Entries, *names: str) -> list[int]:
         if key not in KNOWN and value not in (None, False, "none", [], {}):
             raise LoRAError(f"{key} is {value!r}: minilora does not do this: use it with PEFT")
     for name in names:
-        if not isinstance(value := entries.get(name), int) or value < 1:
-            raise LoRAError(f"{name} must be a whole number of at least 1, not {value!r}")
+        check(name, entries.get(name), "rank")
     return [entries[name] for name in names]
 
 
 def _submodules(entries: Entries) -> int:
     """PEFT's num_transformer_submodules: 2 for an encoder-decoder unless the file says 1."""
-    default = 2 if entries.get("task_type") == ENCODER_DECODER else 1
-    return entries.get("num_transformer_submodules") or default
+    if (value := entries.get("num_transformer_submodules")) is None:
+        return 2 if entries.get("task_type") == ENCODER_DECODER else 1
+    if type(value) is not int or value not in (1, 2):
+        raise LoRAError(f"num_transformer_submodules must be 1 or 2, not {value!r}")
+    return value
 
 
 def _refuse_unlike(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -60,6 +60,7 @@ class NF4Linear(nn.Module):
         codes, absmax, scales, offset: buffers, their shapes are in `NF4`.
         bias: (out,), or None.
         dtype: what the weight would be in, and what `dense_weight` gives.
+        trained: whether the weight required a gradient; it will again when it is dequantized.
 
     Raises:
         LoRAError: the weight holds an infinity or NaN.
@@ -83,7 +84,7 @@ class NF4Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.dtype = linear.weight.dtype
+        self.dtype, self.trained = linear.weight.dtype, linear.weight.requires_grad
         weight = linear.weight.detach() if weight is None else weight
         for name, tensor in pack(weight, double)._asdict().items():
             self.register_buffer(name, tensor)
@@ -113,7 +114,10 @@ class NF4Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """For models that look at their linears: shape and dtype (out, in), without the values."""
+        """For models that look at their linears: shape and dtype (out, in), without the values.
+
+        In a module that computes with it, as some attentions do, `quantize` leaves the linear out.
+        """
         size = (self.out_features, self.in_features)
         return torch.empty(size, dtype=self.dtype, device="meta")
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from minilora.config import ALL_LINEAR, ATTENTION, LoRAError, matches
-from minilora.conventions import projections
+from minilora.config import ALL_LINEAR, ATTENTION, LoRAConfig, LoRAError, matches
+from minilora.conventions import bypassed, projections
 from minilora.inject import lora_layers
-from minilora.modules import named_modules, others, owners, plain_name, replace_modules
+from minilora.modules import named_modules, naming, others, owners, plain_name, replace_modules
 from minilora.nf4.linear import NF4Linear
 from minilora.reports import count
 from minilora.targets import all_linear, require
@@ -52,8 +52,8 @@ class QuantizeReport:
 
 def quantize(
     model: nn.Module,
-    targets: str | tuple[str, ...] = ALL_LINEAR,
-    exclude: str | tuple[str, ...] = ("lm_head",),
+    targets: str | Sequence[str] = ALL_LINEAR,
+    exclude: str | Sequence[str] = ("lm_head",),
     double: bool = True,
 ) -> QuantizeReport:
     """Replace linears by `NF4Linear`, in place; `minilora.inject` afterwards makes it QLoRA.
@@ -66,16 +66,18 @@ def quantize(
     Args:
         model: not yet injected.
         targets: which linears, as in `LoRAConfig`: names, a regular expression, "all-linear" (all
-            but the output head), or "attention".
-        exclude: linears to leave alone, such as those that LoftQ is to quantize.
+            but the output head, and those whose weight is read without calling them), or
+            "attention".
+        exclude: linears to leave alone, such as those that LoftQ is to quantize. "lm_head" may be
+            among them though the model has none.
         double: quantize the scales too: 4.127 bits per weight instead of 4.5.
 
     Returns:
         The modules and their sizes before and after.
 
     Raises:
-        LoRAError: nothing to quantize, or a linear that cannot be: it is named, and the model is
-            untouched.
+        LoRAError: nothing to quantize, an entry of targets or exclude that matches nothing, or a
+            linear that cannot be quantized: it is named, and the model is untouched.
 
     Example:
         >>> model = nn.ModuleDict({"q_proj": nn.Linear(128, 128)})
@@ -105,22 +107,31 @@ def quantize_report(model: nn.Module) -> QuantizeReport:
 
 def select_linears(
     model: nn.Module,
-    targets: str | tuple[str, ...] = ALL_LINEAR,
-    exclude: str | tuple[str, ...] = ("lm_head",),
+    targets: str | Sequence[str] = ALL_LINEAR,
+    exclude: str | Sequence[str] = ("lm_head",),
 ) -> dict[str, nn.Linear]:
     """The linears that `quantize` would replace, by dotted name, all checked."""
-    targets = projections(model) if targets == ATTENTION else targets
-    if targets == ALL_LINEAR:
-        named = [(name, m) for name, m in all_linear(model) if _is_plain(m)]
+    modules = {"": model} | dict(named_modules(model))
+    with naming("quantize"):
+        asked = LoRAConfig(targets=targets, exclude=exclude)  # type: ignore[arg-type]
+        require("targets", () if asked.targets == ATTENTION else asked.targets, [*modules])
+        away = asked.exclude  # many models have no lm_head
+        away = away if isinstance(away, str) else tuple(n for n in away if n != "lm_head")
+        require("exclude", away, [*modules])
+    # TransformerEncoderLayer calls its linears if their weights lie on another device than x.
+    reading = {n: m for n, m in modules.items() if not isinstance(m, nn.TransformerEncoderLayer)}
+    if asked.targets == ALL_LINEAR:
+        named = all_linear(model)
+        named = [(n, m) for n, m in named if _is_plain(m) and not bypassed(reading, n)]
     else:
-        require("quantize: targets", targets, [name for name, _ in named_modules(model)])
-        named = [(name, m) for name, m in named_modules(model) if matches(targets, name)]
-    owned = owners(model)
-    found = {
-        name: check_linear(name, module, others(module, owned))
-        for name, module in named
-        if not matches(exclude, name)
-    }
+        names = projections(model) if asked.targets == ATTENTION else asked.targets
+        named = [(name, m) for name, m in named_modules(model) if matches(names, name)]
+    owned, found = owners(model), dict[str, nn.Linear]()
+    for name, module in named:
+        if not matches(asked.exclude, name):
+            found[name] = check_linear(name, module, others(module, owned))
+            if what := bypassed(reading, name):
+                raise LoRAError(f"quantize: {name} {what}; exclude it")
     if not found:
         raise LoRAError("quantize: no torch.nn.Linear is targeted: change targets or exclude")
     return found
@@ -188,13 +199,13 @@ def dequantized(model: nn.Module) -> Iterator[None]:
 
 def _exact_linear(quantized: NF4Linear) -> nn.Linear:
     linear = nn.Linear(quantized.in_features, quantized.out_features, device="meta")
-    linear.weight = nn.Parameter(quantized.dense_weight(torch.float32), requires_grad=False)
+    linear.weight = nn.Parameter(quantized.dense_weight(torch.float32), quantized.trained)
     linear.register_parameter("bias", quantized.bias)
     return linear.train(quantized.training)
 
 
 def _round(linear: nn.Linear, dtype: torch.dtype) -> float:
     """Round the weight; the largest error of an entry."""
-    exact = linear.weight
-    linear.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
+    exact = linear.weight.detach()
+    linear.weight = nn.Parameter(exact.to(dtype), linear.weight.requires_grad)
     return (linear.weight.float() - exact).abs().max().item() if exact.numel() else 0.0

@@ -70,7 +70,7 @@ PAIR = torch.complex64  # two float32, moved as one number
 def dynamic_codebook() -> Tensor:
     """The 8-bit code of the scales: (256,), rising (Dettmers 2015, arXiv:1511.04561).
 
-    The signed "dynamic" type: seven decades from 10^-6 to 1. The e-th is divided into 2^e equal
+    The signed "dynamic" type: seven decades, from 10^-7 to 1. The e-th is divided into 2^e equal
     parts, and each part is represented by its middle. Both signs are there, and 0 and 1.
     """
     values = [0.0, 1.0]

@@ -53,11 +53,11 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         model: carries an adapter, from `inject` or `load_adapter`.
             After fully_shard every process must call this, to gather the tensors.
         directory: made if it is not there; gets adapter_config.json and
-            adapter_model.safetensors, replaced whole or not at all.
+            adapter_model.safetensors.
 
     Raises:
         LoRAError: the model carries no adapter, or is in a `disabled` block.
-        OSError: the directory cannot be written.
+        OSError: as in `write_adapter`.
 
     Example:
         >>> import tempfile
@@ -171,6 +171,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     assert injection is not None
     injection.extras += [] if swapped else [unnamed]
     _fill(model, adapter, config, inference)
+    model.zero_grad()  # gradients of the values before: an optimizer would move a frozen parameter
     for tensor in unnamed.find(model).values():
         tensor.requires_grad_(False)  # they are the base's
     injection.config = config

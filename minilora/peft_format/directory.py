@@ -32,7 +32,6 @@ NAMED = re.compile(
 """The adapter's name in a key, ".default" in most; PEFT takes it out when it saves."""
 REPEATED = re.compile(r"\.(original_module|modules_to_save)(?=\..*bias$)")
 """With bias="all" PEFT writes the biases of whole modules thrice; the plain name is trained."""
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Adapter:
                 held.pop(keys.PREFIX + name, None)
         problems = keys.compare(expected, held, self._explain)
         for key, tensor in self.tensors.items():
-            if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
                 problems.append(f"{key} is {keys.describe(tensor)}, which cannot be read exactly")
             elif not tensor.isfinite().all():
                 problems.append(f"{key} holds values that are not finite")
@@ -179,12 +178,13 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
 
     Args:
         adapter: as read, combined or extracted.
-        directory: made if it is not there; an adapter in it is replaced, whole or not at all.
+        directory: made if it is not there; an adapter in it is replaced.
 
     Raises:
         LoRAError: the directory's name is taken by a file, or it holds an adapter with a prompt or
             prefix, or with LoRA, that this one lacks.
-        OSError: it cannot be written; a file that was there before is untouched.
+        OSError: it cannot be written. An adapter that was there before is untouched, unless the
+            last step fails, the renaming: then it lacks its adapter_config.json.
 
     Example:
         >>> import tempfile
@@ -212,7 +212,8 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
             raise LoRAError(f"{directory / folder} holds another adapter: remove it first")
     contents = {}
     for folder, (entries, tensors) in parts.items():
-        tensors = {key: tensors[key].contiguous() for key in sorted(tensors)}
+        # Copies, since safetensors refuses one tensor under two keys.
+        tensors = {key: tensors[key].contiguous().clone() for key in sorted(tensors)}
         entries = entries | {"base_model_name_or_path": adapter.base_model}
         text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
         contents[folder + WEIGHTS_FILE] = safetensors.torch.save(tensors, {"format": "pt"})
@@ -248,10 +249,8 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
     try:
         held = safetensors.torch.load_file(directory / WEIGHTS_FILE)
     except FileNotFoundError:
-        raise LoRAError(
-            f"{WEIGHTS_FILE}: no such file. An adapter_model.bin is a pickle, which can run any "
-            "code: load it with PEFT where you trust it, and save it again as safetensors"
-        ) from None
+        what = f"{WEIGHTS_FILE}: no such file. An adapter_model.bin is a pickle, which can run any"
+        raise LoRAError(f"{what} code: if you trust it, make it safetensors with PEFT") from None
     except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise LoRAError(f"{WEIGHTS_FILE} is damaged: {error}") from None
     found = {NAMED.sub(r"\1", k).replace("_vector.weight", "_vector"): t for k, t in held.items()}
