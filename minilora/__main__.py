@@ -204,10 +204,10 @@ def inspection(adapter: Adapter) -> str:
         rows.append((module, str(A.shape[0]), *cells, " ".join(shown)))
     numbers = sum(tensor.numel() for tensor in adapter.tensors.values())
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in adapter.tensors.values()})
-    beside = [f"a {one.folder} of {one.length} tokens" for one in adapter.config.beside]
+    others = [f"a {one.folder} of {one.length} tokens" for one in adapter.config.virtual_tokens]
     what = [f"{kind}, {count(adapter.modules)}"] if adapter.modules else []
     lines = [
-        f"{', '.join(what + beside)}, {numbers:,} numbers in {', '.join(dtypes)}, "
+        f"{', '.join(what + others)}, {numbers:,} numbers in {', '.join(dtypes)}, "
         f"base {adapter.base_model or 'unknown'}",
         *(_align(rows) if adapter.modules else []),
     ]

@@ -1,7 +1,8 @@
 """LoRA, a prompt and a prefix in one model: `inject` takes a list, and `config_of` returns it.
 
-`inject.py` knows LoRA only. The configurations of a prompt and a prefix go into the field `beside`
-of LoRAConfig, which their extras read. A prompt or prefix alone is a LoRAConfig without targets.
+`inject.py` knows LoRA only. The configurations of a prompt and a prefix go into the field
+`virtual_tokens` of LoRAConfig, which their extras read. A prompt or prefix alone is a LoRAConfig
+without targets.
 """
 
 from collections.abc import Sequence
@@ -58,9 +59,10 @@ def inject(
     if len(lora) > 1 or len(lora) + len(kinds) < max(len(configs), 1):
         wanted = "a LoRAConfig, a PromptConfig, a PrefixConfig, or a list with one of each at most"
         raise LoRAError(f"config must be {wanted}, not {config!r}")
-    beside = tuple(c.completed(model) for c in kinds.values())
-    one = replace(lora[0], beside=beside) if lora else LoRAConfig(targets=(), beside=beside)
-    return inject_lora(model, one, seed)
+    tokens = tuple(c.completed(model) for c in kinds.values())
+    if lora:
+        return inject_lora(model, replace(lora[0], virtual_tokens=tokens), seed)
+    return inject_lora(model, LoRAConfig(targets=(), virtual_tokens=tokens), seed)
 
 
 def config_of(model: nn.Module) -> Any:
@@ -75,5 +77,8 @@ def config_of(model: nn.Module) -> Any:
     """
     if (config := lora_config_of(model)) is None:
         return None
-    configs = [*([replace(config, beside=())] if config.targets else []), *config.beside]
+    configs = [
+        *([replace(config, virtual_tokens=())] if config.targets else []),
+        *config.virtual_tokens,
+    ]
     return configs if len(configs) > 1 else configs[0]

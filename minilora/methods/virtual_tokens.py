@@ -48,17 +48,17 @@ class VirtualTokens(Extra):
 
     Args:
         model: not yet changed.
-        config: only its field `beside` is read.
+        config: only its field `virtual_tokens` is read.
 
     Attributes:
-        config: this method's configuration; None if `beside` has none: then nothing happens.
+        config: this method's configuration, or None: then nothing happens.
         enabled: False while swapped: the hooks change nothing.
     """
 
     folder: ClassVar[str]
 
     def __init__(self, model: nn.Module, config: LoRAConfig, _: object) -> None:
-        found = (c for c in config.beside if c.folder == self.folder)
+        found = (c for c in config.virtual_tokens if c.folder == self.folder)
         self.config: Any = next(found, None)
         self.enabled = True
         self.hooks: list[RemovableHandle] = []

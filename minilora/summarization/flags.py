@@ -204,9 +204,9 @@ def output_directory(run: RunConfig) -> Path:
     """The directory of the run. Without --output it is made here: no other run gets its name."""
     if named := run.output.resume or run.output.output:
         return Path(named)
-    method, beside = run.model.method, run.model.with_
+    method, second = run.model.method, run.model.with_
     size = f"-r{run.adapter.rank}" if method not in ("full", "prompt", "prefix") else ""
-    size += f"-{beside}" if beside != "none" else ""
+    size += f"-{second}" if second != "none" else ""
     name = f"{run.preset}-{method}{size}"
     path, number = Path("runs") / name, 1
     while True:

@@ -287,8 +287,8 @@ def in_words(flat: Mapping[str, Any]) -> str:
     words = {"lora": f"LoRA of rank {rank}", "qlora": f"QLoRA of rank {rank}"}
     words |= {"adalora": f"AdaLoRA of mean rank {rank}", "full": "every parameter fine-tuned"}
     words |= {"prompt": f"a prompt {tokens}", "prefix": f"a prefix {tokens}"}
-    what, beside = (words.get(flat.get(name, "")) for name in ("method", "with_"))
-    return (what or words["lora"]) + (f" with {beside}" if beside else "")
+    what, second = (words.get(flat.get(name, "")) for name in ("method", "with_"))
+    return (what or words["lora"]) + (f" with {second}" if second else "")
 
 
 def spelt(name: str) -> str:

@@ -105,8 +105,8 @@ def printable(text: str) -> str:
 
 
 def _method(run: RunConfig) -> str:
-    beside = run.model.with_
-    return run.model.method + (f" with a {beside}" if beside != "none" else "")
+    second = run.model.with_
+    return run.model.method + (f" with a {second}" if second != "none" else "")
 
 
 def header(session: Session, output: Path) -> str:

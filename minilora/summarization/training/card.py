@@ -71,8 +71,8 @@ def card(run: RunConfig, evaluation: Mapping[str, Any] | None) -> str:
     files = filter(None, (getattr(run.data, split) for split in FILES))
     base, *data = map(_shown, (run.model.model, *(list(files) or [run.data.data])))
     hub = [f"base_model: {base}\n", *(f"datasets: {name}\n" for name in data)]
-    method, beside, directory = run.model.method, run.model.with_, _peft_directory(run)
-    virtual = [kind for kind in ("prompt", "prefix") if kind in (method, beside)]
+    method, second, directory = run.model.method, run.model.with_, _peft_directory(run)
+    virtual = [kind for kind in ("prompt", "prefix") if kind in (method, second)]
     lora = [] if method in virtual else ["lora"]
     how = in_words(run.to_dict()) + (f", alpha {run.adapter.alpha:g}." if lora else ".")
     if method == "qlora":
