@@ -204,7 +204,7 @@ def inspection(adapter: Adapter) -> str:
         rows.append((module, str(A.shape[0]), *cells, " ".join(shown)))
     numbers = sum(tensor.numel() for tensor in adapter.tensors.values())
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in adapter.tensors.values()})
-    others = [f"a {one.folder} of {one.length} tokens" for one in adapter.config.virtual_tokens]
+    others = [f"a {one.folder} of {one.length} tokens" for one in adapter.config.prompts]
     what = [f"{kind}, {count(adapter.modules)}"] if adapter.modules else []
     lines = [
         f"{', '.join(what + others)}, {numbers:,} numbers in {', '.join(dtypes)}, "

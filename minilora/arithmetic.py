@@ -103,11 +103,9 @@ def combine(
         raise LoRAError(f"{len(adapters)} adapters, {len(weights)} weights: give one weight each")
     if method != "cat":
         raise LoRAError(f"method must be 'cat', not {method!r}; for a lower rank: minilora.extract")
-    configs = [adapter.config for adapter in adapters]
-    plain = all(layer_for(c) is LoRALinear and not c.virtual_tokens for c in configs)
-    if not plain or any(adapter.extras for adapter in adapters):
+    if any(layer_for(a.config) is not LoRALinear or a.extras or a.config.prompts for a in adapters):
         raise LoRAError("cannot combine DoRA, biases, whole modules, prompts: merge, then extract")
-    if len({c.init == "loftq" for c in configs}) > 1:
+    if len({a.config.init == "loftq" for a in adapters}) > 1:
         raise LoRAError("LoftQ's base is quantized, the others' is not: combine those of one base")
     factors: dict[str, Factors] = {}
     for module in sorted({module for adapter in adapters for module in adapter.modules}):

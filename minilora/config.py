@@ -76,8 +76,8 @@ class LoRAConfig:
             base is quantized to NF4, and s B A starts as an approximation of the error), or "pissa"
             (from the largest singular values of W, which leave the base: `methods/pissa.py`).
         task_type: PEFT's task type, such as "SEQ_2_SEQ_LM"; stored in the adapter's file.
-        virtual_tokens: configurations of a prompt and a prefix, which adapt no layer; `inject` sets
-            them when it gets a list.
+        prompts: configurations of a prompt and a prefix, which adapt no layer; `inject` sets them
+            when it gets a list.
 
     Raises:
         LoRAError: a value is out of range or of the wrong type; the message names the field.
@@ -105,7 +105,7 @@ class LoRAConfig:
     token_rows: tuple[int, ...] = ()
     init: Init = "kaiming"
     task_type: str | None = None
-    virtual_tokens: tuple[Any, ...] = ()
+    prompts: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         for name in RULES:
@@ -121,7 +121,7 @@ class LoRAConfig:
             for key, value in getattr(self, name).items():
                 check_regex(name, key, "({})")  # in a group, as `matches_end` uses it
                 check(f"{name}[{key!r}]", value, rule)
-        if not self.targets and not self.virtual_tokens:
+        if not self.targets and not self.prompts:
             raise LoRAError("targets is empty: name at least one module, such as 'q_proj'")
         if self.layers is not None and isinstance(self.targets, str) and self.targets != ATTENTION:
             raise LoRAError("layers needs targets as a list of names, not as one string")

@@ -188,7 +188,7 @@ def merge_layers(layers: dict[str, LoRALinear]) -> None:
 
 
 def config_of(model: nn.Module) -> LoRAConfig | None:
-    """The LoRAConfig the model carries, with its field `virtual_tokens`, or None.
+    """The LoRAConfig the model carries, with its field `prompts`, or None.
 
     Args:
         model: any module, wrapped by torch.compile or DistributedDataParallel or not.
@@ -262,7 +262,7 @@ def enable_extras(model: nn.Module, enabled: bool) -> bool:
 def unmergeable(model: nn.Module) -> str:
     """What cannot be merged: "prompt", "prefix", "prompt and prefix", or "" for neither."""
     injection = injection_of(model)
-    return " and ".join(c.folder for c in injection.config.virtual_tokens) if injection else ""
+    return " and ".join(c.folder for c in injection.config.prompts) if injection else ""
 
 
 # For plain LoRA these tables are empty; `minilora/methods/__init__.py` fills them and says how.

@@ -108,7 +108,7 @@ def as_lora(adapter: Adapter) -> Adapter:
             ranks[module] = len(kept)
             tensors[PREFIX + module + SUFFIXES["lora_A"]] = (lambda_ * Q)[kept]
             tensors[PREFIX + module + SUFFIXES["lora_B"]] = P[:, kept]
-    if not ranks and not config.virtual_tokens:
+    if not ranks and not config.prompts:
         raise LoRAError("every lambda of the adapter is zero, as before training: train it first")
     values = {field.name: getattr(config, field.name) for field in fields(LoRAConfig)}
     if len(ranks) < len(adapter.modules):

@@ -1,7 +1,7 @@
 """LoRA, a prompt and a prefix in one model: `inject` takes a list, and `config_of` returns it.
 
 `inject.py` knows LoRA only. The configurations of a prompt and a prefix go into the field
-`virtual_tokens` of LoRAConfig, which their extras read. A prompt or prefix alone is a LoRAConfig
+`prompts` of LoRAConfig, which their extras read. A prompt or prefix alone is a LoRAConfig
 without targets.
 """
 
@@ -59,10 +59,9 @@ def inject(
     if len(lora) > 1 or len(lora) + len(kinds) < max(len(configs), 1):
         wanted = "a LoRAConfig, a PromptConfig, a PrefixConfig, or a list with one of each at most"
         raise LoRAError(f"config must be {wanted}, not {config!r}")
-    tokens = tuple(c.completed(model) for c in kinds.values())
-    if lora:
-        return inject_lora(model, replace(lora[0], virtual_tokens=tokens), seed)
-    return inject_lora(model, LoRAConfig(targets=(), virtual_tokens=tokens), seed)
+    prompts = tuple(c.completed(model) for c in kinds.values())
+    one = replace(lora[0], prompts=prompts) if lora else LoRAConfig(targets=(), prompts=prompts)
+    return inject_lora(model, one, seed)
 
 
 def config_of(model: nn.Module) -> Any:
@@ -77,8 +76,5 @@ def config_of(model: nn.Module) -> Any:
     """
     if (config := lora_config_of(model)) is None:
         return None
-    configs = [
-        *([replace(config, virtual_tokens=())] if config.targets else []),
-        *config.virtual_tokens,
-    ]
+    configs = [*([replace(config, prompts=())] if config.targets else []), *config.prompts]
     return configs if len(configs) > 1 else configs[0]

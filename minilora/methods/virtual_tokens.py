@@ -48,7 +48,7 @@ class VirtualTokens(Extra):
 
     Args:
         model: not yet changed.
-        config: only its field `virtual_tokens` is read.
+        config: only its field `prompts` is read.
 
     Attributes:
         config: this method's configuration, or None: then nothing happens.
@@ -58,7 +58,7 @@ class VirtualTokens(Extra):
     folder: ClassVar[str]
 
     def __init__(self, model: nn.Module, config: LoRAConfig, _: object) -> None:
-        found = (c for c in config.virtual_tokens if c.folder == self.folder)
+        found = (c for c in config.prompts if c.folder == self.folder)
         self.config: Any = next(found, None)
         self.enabled = True
         self.hooks: list[RemovableHandle] = []

@@ -149,7 +149,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     if injection is not None and not injection.enabled:
         raise LoRAError("cannot load an adapter inside `with minilora.disabled(model)`")
     named = _base_modules(model, layers)
-    for method in adapter.config.virtual_tokens:
+    for method in adapter.config.prompts:
         adapter = replace(adapter, tensors=method.fitted(model, adapter.tensors))
     config = _as_read(adapter, named)
     selected, unnamed = _check_fit(model, adapter, config, named)

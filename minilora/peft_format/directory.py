@@ -84,7 +84,7 @@ class Adapter:
                 problems.append(f"{key} is {keys.describe(tensor)}, which cannot be read exactly")
             elif not tensor.isfinite().all():
                 problems.append(f"{key} holds values that are not finite")
-        if not self.modules and not config.virtual_tokens:
+        if not self.modules and not config.prompts:
             problems.append("it holds no lora_A and lora_B")
         keys.refuse("the adapter's tensors are wrong", problems)
 
@@ -164,9 +164,9 @@ def read_adapter(directory: str | Path) -> Adapter:
                 raise LoRAError("the adapter changed while it was being read: try again")
         configs.append(config)
         held |= tensors
-    tokens = tuple(c for c in configs if not isinstance(c, LoRAConfig))
-    lora = [replace(c, virtual_tokens=tokens) for c in configs if isinstance(c, LoRAConfig)]
-    config = lora[0] if lora else LoRAConfig(targets=(), virtual_tokens=tokens)
+    prompts = tuple(c for c in configs if not isinstance(c, LoRAConfig))
+    lora = [replace(c, prompts=prompts) for c in configs if isinstance(c, LoRAConfig)]
+    config = lora[0] if lora else LoRAConfig(targets=(), prompts=prompts)
     with naming(directory):
         if len(bases) > 1:
             raise LoRAError(f"its parts name different base models: {sorted(map(str, bases))}")
@@ -201,7 +201,7 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise LoRAError(f"{directory} is a file, not a directory")
     writers = {kind.config: kind.write for kind in KINDS.values()}
-    configs = adapter.config.virtual_tokens
+    configs = adapter.config.prompts
     parts = {f"{c.folder}/": writers[type(c)](c, adapter.tensors) for c in configs}
     if adapter.modules:
         entries = config_to_peft(adapter.config, adapter.modules)

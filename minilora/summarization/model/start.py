@@ -57,8 +57,8 @@ def decided(given: dict[str, Any]) -> dict[str, Any]:
     adapter = minilora.read_adapter(directory)
     if isinstance(adapter.config, AdaLoRAConfig):  # its budget was for another number of steps
         raise UserError(f"--adapter {name} is AdaLoRA: convert it with minilora.methods.as_lora")
-    if adapter.config.virtual_tokens:
-        what = " and ".join(config.folder for config in adapter.config.virtual_tokens)
+    if adapter.config.prompts:
+        what = " and ".join(config.folder for config in adapter.config.prompts)
         raise UserError(f"--adapter {name} holds a {what}: a run starts from LoRA only")
     base, found = base_of(directory, adapter), _settings(adapter.config)
     if "model" not in base | given:
