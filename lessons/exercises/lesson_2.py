@@ -17,7 +17,10 @@ def lora_forward(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, mask: Ten
 def lora_gradients(
     x: Tensor, A: Tensor, B: Tensor, s: float, mask: Tensor, G: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(dL/dA, dL/dB) of the layer above, without autograd."""
+    """(dL/dA, dL/dB) of the layer above, without autograd.
+
+    Replace x in the lesson's equations by what the branch sees, x * mask.
+    """
     raise NotImplementedError
 
 

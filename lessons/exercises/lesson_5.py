@@ -21,6 +21,7 @@ def kept_bytes(function: Callable[..., Tensor], *inputs: Tensor) -> int:
 def frozen_linear(x: Tensor, W: Tensor) -> Tensor:
     """The product x W^T, (n, out), for a frozen W (out, in): keeps only W.
 
-    Write a torch.autograd.Function whose backward gives dL/dx = G W, and apply it here.
+    Write a torch.autograd.Function whose backward gives dL/dx = G W, and apply it here. Use
+    `ctx.save_for_backward`; return None as the gradient of W.
     """
     raise NotImplementedError

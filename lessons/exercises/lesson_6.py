@@ -12,7 +12,10 @@ def bits(block: int, scales_block: int | None = None) -> float:
 
 
 def pack_pairs(codes: Tensor) -> Tensor:
-    """Codes (n,) in 0..15 as bytes (n / 2,) uint8: the first of each pair in the high half."""
+    """Codes (n,) in 0..15 as bytes (n / 2,) uint8: the first of each pair in the high half.
+
+    Shift or multiply by 16. The dtype of `codes` may be int64.
+    """
     raise NotImplementedError
 
 

@@ -1,5 +1,7 @@
 """Lesson 5: checked against real tensors and against autograd."""
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,6 +30,7 @@ def test_each_storage_is_counted_once_and_the_inputs_are_not(work):
     assert work.kept_bytes(lambda x: x.sin(), x) == 0  # keeps x, which is there anyway
     assert work.kept_bytes(lambda x: x.exp(), x) == x.nbytes  # keeps its result
     assert work.kept_bytes(lambda x: x.exp() * x, x) == x.nbytes  # twice the same result
+    assert work.kept_bytes(lambda x: x.exp()[1:].sin(), x) == x.nbytes  # a view of the same result
 
     def twice(x):
         y = x.exp()
@@ -45,7 +48,13 @@ def test_a_frozen_linear_keeps_nothing_but_its_weight(work):
     ):
         y = work.frozen_linear(x, W)
     assert y.requires_grad
-    assert kept == [W.shape]
+    assert [sorted(shape) for shape in kept] == [[9, 12]]  # W, or its transpose
     torch.testing.assert_close(y, F.linear(x, W))
     G = torch.randn(7, 9, dtype=torch.float64)
     torch.testing.assert_close(*(torch.autograd.grad(f, x, G) for f in (y, F.linear(x, W))))
+    z = 2 * x
+    alive = weakref.ref(z)
+    y = work.frozen_linear(z, W)
+    del z
+    assert y.requires_grad
+    assert alive() is None, "the input is kept"

@@ -13,6 +13,7 @@ def test_the_bits_are_those_of_the_stored_tensors(work, double):
     held = 8 * sum(tensor.nbytes for tensor in stored if tensor is not None and tensor.dim() > 0)
     assert work.bits(64, 256 if double else None) == pytest.approx(held / weights)
     assert work.bits(32) > work.bits(64)
+    assert work.bits(32, 128) == pytest.approx(4 + 8 / 32 + 32 / (32 * 128))
 
 
 def test_two_codes_share_a_byte(work):
@@ -33,7 +34,7 @@ def test_lloyd_beats_the_quantiles_on_a_normal(work):
     def error(levels):
         return (values[:, None] - levels).square().amin(dim=1).mean().item()
 
-    one, many = work.best_levels(values, start, 1), work.best_levels(values, start, 30)
+    one, many = (work.best_levels(values, start.clone(), steps) for steps in (1, 30))
     assert error(many) < error(one) < error(start)
     assert error(many) < 0.011  # the least for sixteen levels is 0.0095 (Max 1960)
     lonely = torch.tensor([-1.0, 1.0, 50.0])

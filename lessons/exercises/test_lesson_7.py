@@ -25,8 +25,8 @@ def test_the_rank_is_the_largest_that_fits(work, budget, rank):
 def test_the_interval_is_paired(work):
     hard = 20 * torch.randn(80)  # some dialogues are hard for both
     first, second = hard + 1 + 0.5 * torch.randn(80), hard + 0.5 * torch.randn(80)
-    low, high = work.paired_interval(first, second)
     expected = bootstrap((first - second).tolist())
+    low, high = work.paired_interval(first, second)
     assert low == pytest.approx(expected.low, abs=0.05)  # drawn from other random numbers
     assert high == pytest.approx(expected.high, abs=0.05)
     assert low > 0.5  # unpaired, the interval is twenty times as wide
