@@ -2,9 +2,9 @@
 
 Dettmers et al. 2023, https://arxiv.org/abs/2305.14314. Every 64 values share one scale, their
 largest absolute value. A value divided by its scale lies in [-1, 1] and is rounded to the nearest
-of 16 fixed values. Weights are approximately normal, so the 16 are quantiles of a normal: each is
-used about equally often. The scales cost 32 / 64 = 0.5 bits a value. "Double quantization" stores
-them in 8 bits, which costs 8 / 64 + 32 / (64 * 256) = 0.127 bits a value: 4.127 bits in all.
+of 16 fixed values. Weights are approximately normal, so the 16 are quantiles of a normal. The
+scales cost 32 / 64 = 0.5 bits a value. "Double quantization" stores them in 8 bits, which costs
+8 / 64 + 32 / (64 * 256) = 0.127 bits a value: 4.127 bits in all.
 
 Codes, scales and values are those of bitsandbytes, bit for bit (`tests/test_nf4_parity.py`).
 """
