@@ -178,6 +178,7 @@ def claim(gradients: list[Tensor], start: str) -> None:
 
 claim(by_hand, "A random, B = 0 (LoRA)")
 claim(by_library, "A random, B = 0 (LoRA)")
+assert torch.equal(LoRALinear(base, rank=4, alpha=8)(x), base(x))  # bit for bit
 stuck = curves["both zero"][1]
 assert not stuck.lora_A.any() and not stuck.lora_B.any()  # exactly zero after 150 steps
 

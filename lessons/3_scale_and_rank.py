@@ -146,7 +146,7 @@ def tried(method: str, rate: float) -> float:
     return workshop.loss_on(tuned, held_out)
 
 
-RATES = {"full": [1e-4, 4e-4, 1.6e-3, 6.4e-3], "LoRA": [4e-4, 1.6e-3, 6.4e-3, 2.56e-2]}
+RATES = {"full": [2.5e-5, 1e-4, 4e-4, 1.6e-3], "LoRA": [4e-4, 1.6e-3, 6.4e-3, 2.56e-2]}
 losses = {method: [tried(method, rate) for rate in rates] for method, rates in RATES.items()}
 best = {m: RATES[m][losses[m].index(min(losses[m]))] for m in RATES}
 print({m: [round(v, 2) for v in losses[m]] for m in losses}, "best rates:", best)
@@ -182,11 +182,12 @@ plt.show()
 
 # %% [markdown]
 # **What to see.** Left: straight lines with the four slopes derived above. Neither rule fits every
-# optimizer; each makes one optimizer independent of the rank. Middle: over several steps of Adam,
-# and in norm (which also counts what does not go downhill), rank 64 is below rank 4 with $\alpha/r$
+# optimizer; each makes one optimizer independent of the rank. Middle: over several steps of Adam, and
+# in norm (which also counts what does not go downhill), rank 64 is below rank 4 with $\alpha/r$
 # (solid) and above it with $\alpha/\sqrt r$ (dashed): here neither rule is neutral. Right: LoRA's
 # best learning rate is higher than that of full fine-tuning, and would be much too high for full
-# fine-tuning. So a comparison of the two at one common rate says nothing.
+# fine-tuning. So one common rate favours one of the two: compare the printed losses at 0.0004 and at
+# 0.0016, which both have tried.
 #
 # ## The claim
 #
@@ -207,7 +208,7 @@ claim(EXPECTED, best)
 as_for_sgd = {(o, rule): EXPECTED["SGD", rule] for o, rule in EXPECTED}
 workshop.must_fail(lambda: claim(as_for_sgd, best), "SGD's exponents are expected of Adam")
 workshop.must_fail(
-    lambda: claim(EXPECTED, dict.fromkeys(best, best["full"])), "both use one learning rate"
+    lambda: claim(EXPECTED, best | {"LoRA": best["full"]}), "full fine-tuning is called LoRA"
 )
 
 # %% [markdown]

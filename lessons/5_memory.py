@@ -16,8 +16,12 @@
 # | activations | what the backward pass needs | **about a quarter less** | as LoRA |
 #
 # Why not much less? A trained linear layer keeps its input $x$ for $\partial L / \partial W =
-# G^\top x$; a frozen one does not. But the gradient passes *through* the frozen layers to the
-# adapters below, so every GELU, LayerNorm and softmax keeps as much as before.
+# G^\top x$. A frozen one does not, unless it has an adapter, which needs $x$ for
+# $\partial L / \partial A$. But the gradient passes *through* the frozen layers to the adapters below,
+# so every GELU, LayerNorm and softmax keeps as much as before.
+#
+# (The sum of the four is not the peak. Temporary buffers, and gradients of activations during the
+# backward pass, are not counted: `nvidia-smi` shows more.)
 
 # %%
 import copy
@@ -179,11 +183,11 @@ linear = sum(m.weight.nbytes for n, m in large.named_modules()
 saved = linear - round(linear / 4 * 4.127 / 8)
 totals["QLoRA"] = totals["LoRA"] | {"weights": totals["LoRA"]["weights"] - saved}
 
-for title, unit, table in (("pocket-bart", 2**20, pocket), ("BART-large", 2**30, totals)):
-    print(f"{title:14}" + "".join(f"{part:>13}" for part in [*table["full"], "sum"]))
+for title, unit, table in (("pocket-bart, MiB", 2**20, pocket), ("BART-large, GiB", 2**30, totals)):
+    print(f"{title:16}" + "".join(f"{part:>13}" for part in [*table["full"], "sum"]))
     for name, parts in table.items():
         figures = [*parts.values(), sum(parts.values())]
-        print(f"{name:14}" + "".join(f"{figure / unit:13.2f}" for figure in figures))
+        print(f"{name:16}" + "".join(f"{figure / unit:13.2f}" for figure in figures))
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, sharey=False)
@@ -202,13 +206,15 @@ right.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
-# **What to see.** LoRA removes nearly all memory of gradients and optimizer. QLoRA also removes
-# most of the weights. The largest part remains with both: activations shrink by only about a
-# quarter. Frozen linear layers keep no inputs, but everything else keeps as much as before.
+# **What to see.** LoRA removes nearly all memory of gradients and optimizer. QLoRA also removes most
+# of the weights. The largest part remains with both: activations shrink by only about a quarter.
+# Frozen linear layers without an adapter keep no inputs, but everything else keeps as much as before.
 # Activations grow with the batch, so a larger batch soon costs more than LoRA saves. Shorter
 # sequences, less padding, recomputation (gradient checkpointing) and fused attention make them
 # smaller. Dropout on the adapter's input need not cost much: a mask of one byte per element is
-# enough. With autograd it keeps another copy of $x$ for every adapted layer.
+# enough. With autograd each adapted layer keeps its own $D(x)$, the input after dropout, and a mask,
+# which on a CPU has four bytes per element. All counts here are a CPU's; on a GPU masks, BART's own
+# too, have one byte.
 #
 # ## The claim
 #
@@ -226,7 +232,9 @@ def claim(table: dict[str, dict[str, int]]) -> None:
     share = lora["activations"] / full["activations"]
     assert 0.5 < share < 1, f"activations are {share:.0%} of full fine-tuning's"
     kept = [table[name]["activations"] for name in ("LoRA", "dropout", "by autograd")]
-    assert kept[0] < kept[1] < kept[2], "dropout costs nothing, or autograd's no more"
+    assert kept[0] < kept[1] < kept[2], (
+        "dropout keeps no more, or autograd no more than the library"
+    )
     four = lora["weights"] - table["QLoRA"]["weights"]
     assert four > 0, "four bits save nothing"
 
@@ -238,6 +246,9 @@ assert report.before / report.after > 7
 
 workshop.must_fail(lambda: claim(totals | {"LoRA": totals["full"]}), "LoRA is full fine-tuning")
 workshop.must_fail(lambda: claim(pocket | {"dropout": pocket["LoRA"]}), "dropout is off")
+inputs = pocket["LoRA"] | {"activations": pocket["full"]["activations"]}
+workshop.must_fail(lambda: claim(pocket | {"LoRA": inputs}), "frozen layers keep their inputs")
+workshop.must_fail(lambda: claim(pocket | {"QLoRA": pocket["LoRA"]}), "the base is not quantized")
 
 # %% [markdown]
 # ## Exercises
@@ -247,4 +258,5 @@ workshop.must_fail(lambda: claim(pocket | {"dropout": pocket["LoRA"]}), "dropout
 #
 # 1. `training_bytes`: weights, gradients and moments of a model of $P$ parameters, of which $T$ train.
 # 2. `kept_bytes`: the counting hook, for any function of tensors.
-# 3. `frozen_linear`: a frozen layer as an `autograd.Function` that keeps only its weight.
+# 3. `frozen_linear`: a frozen layer as an `autograd.Function` that keeps only its weight (what
+#    PyTorch's own linear does for a frozen $W$).

@@ -44,7 +44,7 @@ def test_the_layer_made_of_it_passes_all_that_applies(work):
     Layer(nn.Linear(5, 4, bias=False), 2, 3, 0.0)(torch.ones(2, 5))  # written at all?
     linear = partial(nn.Linear, bias=False)
     report = conformance.check(Layer, linear=linear)
-    # The lesson states (n, in) and not the order of the sums: other shapes and the last bit are free.
+    # The lesson states x (n, in), and no order of the sums: other shapes and the last bit are free.
     failed = set(report.named("failed")) - {"start", "inputs"}
     assert not failed, f"\n{report}"
 
