@@ -6,9 +6,10 @@ minilora's `summarize` batches dialogues of like length, and the beams of a dial
 encoder output. With the adapter in the decoder only, base and fine-tuned model share it too: a row
 has the time for both models, halved. It is compared with PEFT and Seq2SeqTrainer.predict, at the
 default batch size of 8 and at minilora's, and at its best: dialogues sorted by length, no pass for
-the loss. Weights, adapter, beams and lengths are the same. There are two models: pocket-bart, whose summaries have different lengths, and BART-base's dimensions with
-random weights, whose summaries always have the largest length. Each contestant has a process of its
-own; they take turns by parts of the dialogues, and each part has short and long ones.
+the loss. Weights, adapter, beams and lengths are the same. There are two models: pocket-bart, whose
+summaries have different lengths, and BART-base's dimensions with random weights, whose summaries
+always have the largest length. Each contestant has a process of its own; they take turns by parts
+of the dialogues, and each part has short and long ones.
 
 The summaries are compared one by one. In bf16 another padding gives another rounding, which can
 decide between two beams of nearly equal score. So fp32 shows whether the summaries are the same.

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -430,6 +431,100 @@ def test_one_command_for_a_gpu_runs_from_a_tree_without_optional_packages(tmp_pa
     for name in ("minilora, unmerged", "PEFT, unmerged"):  # bf16: 8 bits
         assert rows[name]["logits_differ_from_the_base_by"] > 0.02
         assert rows[name]["logits_differ_from_merged_by"] < 0.02
+
+
+class Unlucky:
+    """A step that ends with an error from the given call on."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self, _: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("unlucky")
+
+
+def gpu_run(folder: Path) -> Any:
+    run = script("gpu_clock").Run("cpu", 5.0, folder, True, scratch=str(folder))
+    run.left = ["training_8"]
+    return run
+
+
+def test_a_part_that_fails_keeps_what_it_measured(tmp_path: Path) -> None:
+    run = gpu_run(tmp_path)
+
+    def work(_: float) -> None:
+        run.partial = {"results": {"a": 1}}
+        raise RuntimeError("unlucky")
+
+    run.part("training_8", work)
+    result = json.loads((tmp_path / "gpu_training_8.json").read_text())
+    assert result["results"] == {"a": 1}
+    assert result["error"] == "RuntimeError: unlucky"
+
+
+@pytest.mark.parametrize("unlucky", ["minilora", "PEFT + loop"])
+def test_a_contestant_that_fails_on_a_gpu_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unlucky: str
+) -> None:
+    """Of minilora's windows the second fails, of PEFT's the first."""
+    training, contestants = script("gpu_training"), script("gpu_contestants")
+    monkeypatch.setattr(training, "start_loss", lambda *_: 1.0)
+    calls = {"minilora": 7, "PEFT + loop": 5}  # five are warm-up, two a window
+
+    def builders(*_: Any) -> dict[str, Any]:
+        def build(name: str) -> Any:
+            step = Unlucky(calls[name] if name == unlucky else 100)
+            return contestants.Contestant(torch.nn.Linear(2, 2), step)
+
+        trainer = contestants.Contestant(torch.nn.Linear(2, 2), window=lambda steps: (0.1, steps))
+        found = {name: lambda name=name: build(name) for name in calls}
+        return found | {"PEFT + Seq2SeqTrainer": lambda: trainer, "broken": lambda: 1 / 0}
+
+    monkeypatch.setattr(training, "builders", builders)
+    run = gpu_run(tmp_path)
+    rows = script("gpu_models").examples(64, 100, 0.1)
+    result = training.training(run, None, rows, 8, time.monotonic() + 60)
+    found = {name: len(row["windows"]) for name, row in result["results"].items()}
+    wanted = {"minilora": 3, "PEFT + loop": 3, "PEFT + Seq2SeqTrainer": 3}
+    if unlucky == "minilora":
+        wanted["minilora"] = 1
+    else:
+        del wanted["PEFT + loop"]
+    assert found == wanted
+    assert any(note.startswith(f"{unlucky}, round") for note in result["notes"])
+    assert "broken: ZeroDivisionError: division by zero" in result["notes"]
+    assert run.partial["results"] == result["results"]
+    trainer = result["results"]["PEFT + Seq2SeqTrainer"]
+    assert trainer["peak_bytes_with_the_longest_batch"] is None
+    assert trainer["minilora_times_as_fast"] > 0
+    table = script("tables").gpu_training(result)
+    assert [row[0] for row in table[1:]] == list(result["results"])
+    assert len({len(row) for row in table}) == 1
+
+
+@pytest.mark.slow
+def test_summaries_on_a_gpu_are_measured_without_the_base_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation, models = script("gpu_evaluation"), script("gpu_models")
+    run = gpu_run(tmp_path)
+    base = models.make_bart(run)
+    logits = evaluation.first_logits
+
+    def unlucky(run: Any, model: Any, rows: Any) -> Any:
+        if not any("lora" in name for name, _ in model.named_parameters()):  # base and merged
+            raise RuntimeError("unlucky")
+        return logits(run, model, rows)
+
+    monkeypatch.setattr(evaluation, "first_logits", unlucky)
+    rows = models.examples(16, base.config.vocab_size, 0.1)
+    result = evaluation.evaluation(run, base, rows, time.monotonic() + 60)
+    assert result["results"].keys() == {"minilora, unmerged", "PEFT, unmerged", evaluation.BOTH}
+    assert not any("base" in key for row in result["results"].values() for key in row)
+    assert "base: RuntimeError: unlucky" in result["notes"]
+    assert run.partial == result
 
 
 # For the start of a Python: these look as if they were not installed.
