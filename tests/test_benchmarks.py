@@ -340,6 +340,27 @@ def test_a_table_without_a_result_says_what_would_measure_it() -> None:
         pytest.skip("measured")
     line = "Not measured yet: `python benchmarks/training.py --size base --device cuda`."
     assert tables.render(text) == text.replace("old", line)
+    line = "Not measured yet: `python benchmarks/gpu.py --minutes 8`."
+    assert tables.waiting("gpu_training_8") == line
+    assert tables.gpu_training({"skipped": "needs 15 s"}) == []
+
+
+def test_the_tuned_trainer_is_never_its_default() -> None:
+    """One that sorts the dialogues, or a dash as long as none is measured."""
+    tables = script("tables")
+    training, evaluation, exactness = map(tables.load, ("training_base", "evaluation", "exactness"))
+    rows = evaluation["results"]["pocket"]["fp32"]
+    rates = {"minilora": 8.0, "PEFT, batch 8": 2.0, "PEFT, batch 32": 3.0}
+    for more, wanted in (({}, "–"), ({"PEFT, sorted by length, batch 8": 2.5}, "2.5")):
+        rows.clear()
+        rows |= {name: {"dialogues_per_second": rate} for name, rate in (rates | more).items()}
+        found = tables.beside_peft(training, evaluation, exactness)
+        (row,) = (row for row in found if row[0].startswith("summarizing"))
+        assert row[1:] == ["8.0", "2.0", wanted]
+
+
+def test_without_a_package_its_version_is_none() -> None:
+    assert script("common").version_of("no-such-package") is None
 
 
 def test_the_readme_is_what_the_results_say() -> None:
