@@ -453,11 +453,11 @@ def waiting(name: str) -> str:
     """The line in place of a table that is not measured yet."""
     if name == "samsum":
         return "Not measured yet: `benchmarks/pocket.py` with `--data` and `--name samsum`."
-    if name.startswith("gpu_"):
-        return "Not measured yet: `python benchmarks/gpu.py --minutes 8`."
     if name.endswith("_avx2"):
         script = name.removesuffix("_avx2")
         return f"Not measured yet: `benchmarks/{script}.py` on a processor without AVX-512."
+    if name.startswith("gpu_"):
+        return "Not measured yet: `python benchmarks/gpu.py --minutes 8`."
     if (Path(__file__).parent / f"{name}.py").exists():
         return f"Not measured yet: `python benchmarks/{name}.py`."
     script, *flags = name.split("_")

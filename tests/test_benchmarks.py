@@ -525,6 +525,30 @@ def test_a_contestant_that_fails_on_a_gpu_does_not_end_the_others(
     assert len({len(row) for row in table}) == 1
 
 
+def test_what_does_not_compile_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, contestants = script("gpu_training"), script("gpu_contestants")
+
+    def build(*how: Any, compile: bool = False) -> Any:
+        calls = {(False, False): 100, (True, False): 0, (True, True): 12}[compile, "on" in how]
+        return contestants.Contestant(None, Unlucky(calls))
+
+    monkeypatch.setattr(training, "with_minilora", build)
+    monkeypatch.setattr(training, "timed", lambda _, work: float(bool(work())))
+    run, rows = gpu_run(tmp_path), script("gpu_models").examples(240, 100, 0.1)
+    run.device = "cuda"
+    result = training.compiled(run, None, rows, time.monotonic() + 60)
+    cached = "minilora, decoder only, cached, compiled"
+    found = {name: len(row["windows"]) for name, row in result["results"].items()}
+    assert found == {"minilora": 5, cached: 1}  # four steps first, five a window
+    assert "minilora, compiled: RuntimeError: unlucky" in result["notes"]
+    assert f"{cached}, round 2: RuntimeError: unlucky" in result["notes"]
+    assert run.partial == result
+    late = training.compiled(run, None, rows, time.monotonic())
+    assert (late["results"], len(late["notes"])) == ({}, 3)
+
+
 @pytest.mark.slow
 def test_summaries_on_a_gpu_are_measured_without_the_base_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
