@@ -5,10 +5,11 @@
 minilora's `summarize` batches dialogues of like length, and the beams of a dialogue share its
 encoder output. With the adapter in the decoder only, base and fine-tuned model share it too: a row
 has the time for both models, halved. It is compared with PEFT and Seq2SeqTrainer.predict, at the
-default batch size of 8 and at minilora's. Weights, adapter, beams and lengths are the same. There
-are two models: pocket-bart, whose summaries have different lengths, and BART-base's dimensions with
-random weights, whose summaries always have the largest length. Each contestant has a process of its
-own; they take turns by parts of the dialogues, and each part has short and long ones.
+default batch size of 8 and at minilora's, and at its best: dialogues sorted by length, no pass for
+the loss. Weights, adapter, beams and lengths are the same. There are two models: pocket-bart, whose
+summaries have different lengths, and BART-base's dimensions with random weights, whose summaries
+always have the largest length. Each contestant has a process of its own; they take turns by parts
+of the dialogues, and each part has short and long ones.
 
 The summaries are compared one by one. In bf16 another padding gives another rounding, which can
 decide between two beams of nearly equal score. So fp32 shows whether the summaries are the same.
@@ -54,7 +55,7 @@ def minilora_summarize(
     """As evaluate.py summarizes; `both`: with the base, from one set of the encoder's states."""
     import minilora
     from minilora.summarization.evaluation.generate import summarize
-    from minilora.summarization.model.encoder_cache import keep_states
+    from minilora.summarization.model.encoder_cache import keep_states, of_encoder
     from minilora.summarization.model.speed import hold_frozen_linears
 
     model = load_model(str(folder / "model"), torch.device(device))
@@ -63,8 +64,11 @@ def minilora_summarize(
     dtype = None if precision == "fp32" else DTYPES[precision]
     hold_frozen_linears(model.requires_grad_(False), dtype)
 
+    encoder = of_encoder(model) if both else ""  # as a command does, once
+
     def run(rows: Sequence[Encoded]) -> list[str]:
-        states = keep_states(model, [r.source for r in rows], dtype, "on") if both else None
+        kept = (model, [row.source for row in rows], dtype, "on")
+        states = keep_states(*kept, encoder=encoder) if both else None
         how = (tokenizer, rows, options, dtype, None, states)
         texts = [summary.text for summary in summarize(model, *how)]
         if both:
@@ -82,8 +86,12 @@ def predict(
     options: Any,
     adapter: str,
     batch_size: int | None = None,
+    by_length: bool = False,
 ) -> Any:
-    """Seq2SeqTrainer.predict, in the order of the data, as people run it; then the texts."""
+    """Seq2SeqTrainer.predict; then the texts, in the order of the data.
+
+    Without a batch size as people run it: the Trainer's own, and labels, so with the loss.
+    """
     import datasets
     import peft
     from transformers import (
@@ -127,7 +135,11 @@ def predict(
         "do_sample": False,
     }
 
-    def run(rows: Sequence[Encoded]) -> list[str]:
+    def run(given: Sequence[Encoded]) -> list[str]:
+        order = list(range(len(given)))
+        if by_length:
+            order.sort(key=lambda i: -len(given[i].source))
+        rows = [given[i] for i in order]
         data = datasets.Dataset.from_dict(
             {
                 "input_ids": [row.source for row in rows],
@@ -139,7 +151,8 @@ def predict(
         found: Any = trainer.predict(data, **settings).predictions
         found[found == -100] = tokenizer.pad_token_id
         texts = tokenizer.batch_decode(found, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        written = dict(zip(order, texts, strict=True))
+        return [written[i].strip() for i in range(len(given))]
 
     return run
 
@@ -152,6 +165,12 @@ def builders(batch_size: int, adapter: str = "decoder") -> dict[str, Any]:
         **({BOTH: partial(ours, both=True)} if adapter == "decoder" else {}),
         f"{TRAINER} (batch 8, with loss)": theirs,
         f"{TRAINER}, batch {batch_size}": partial(theirs, batch_size=batch_size),
+        **{
+            f"{TRAINER}, sorted by length, batch {size}": partial(
+                theirs, batch_size=size, by_length=True
+            )
+            for size in (8, batch_size)
+        },
     }
 
 

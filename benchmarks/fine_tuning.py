@@ -7,7 +7,7 @@ what they keep in memory.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -241,8 +241,8 @@ def peft_trainer(
 
     Args:
         setting: the setting of all contestants.
-        grouped: batches of like length, `train_sampling_strategy="group_by_length"`; otherwise
-            shuffled. Either way padded to the longest of the batch.
+        grouped: batches of like length, as transformers' group_by_length makes them of examples
+            that it sorts all at once; otherwise shuffled. Padded to the longest of the batch.
         base: dtype of the frozen linear weights: fp32 as people load them, or bf16. On a GPU this
             is the dtype of all weights; on a CPU LayerNorm does not support it under autocast.
         fixed: `padding="max_length"` for all, 1,024 and 128 tokens: a notebook's preprocessing.
@@ -258,6 +258,7 @@ def peft_trainer(
         TrainerCallback,
         default_data_collator,
     )
+    from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
     torch.manual_seed(setting.seed)
     on_gpu = setting.device.startswith("cuda")
@@ -295,8 +296,6 @@ def peft_trainer(
         max_steps=setting.steps,
         learning_rate=rate,
         optim="adamw_torch_fused",
-        train_sampling_strategy="group_by_length" if grouped else "random",
-        length_column_name="length",
         seed=setting.seed,
         data_seed=setting.seed,
         report_to="none",
@@ -306,8 +305,26 @@ def peft_trainer(
         dataloader_pin_memory=on_gpu,
     )
 
+    class Grouped(LengthGroupedSampler):  # type: ignore[misc]
+        """Transformers' own sorts a fourth of few examples at a time, and pads more than on many.
+
+        The longest would come first, all in the warm-up, so the batches are shuffled.
+        """
+
+        def __iter__(self) -> Iterator[int]:
+            size = self.batch_size
+            found = get_length_grouped_indices(self.lengths, size, -(-len(data) // size))
+            batches = list(torch.tensor(found).split(size))
+            order = torch.randperm(len(data) // size).tolist()  # one that is not full stays last
+            return iter(torch.cat([*(batches[i] for i in order), *batches[len(order) :]]).tolist())
+
     class SameSchedule(Seq2SeqTrainer):  # type: ignore[misc]
         """With minilora's schedule, step by step."""
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            if grouped:
+                return Grouped(setting.batch_size, lengths=[*map(len, data["input_ids"])])
+            return super()._get_train_sampler(train_dataset)
 
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
             last = setting.steps
@@ -374,8 +391,6 @@ def _dataset(rows: Sequence[Encoded], pad: int, setting: Setting, fixed: bool) -
         "attention_mask": column([[1] * len(row.source) for row in rows], s, 0),
         "labels": column([row.target for row in rows], t, IGNORED),
     }
-    if not fixed:
-        columns["length"] = [len(row.source) for row in rows]  # type: ignore[misc]
     return datasets.Dataset.from_dict(columns)
 
 

@@ -1,5 +1,6 @@
 """The minutes of benchmarks/gpu.py: each part gets its share, and its result is written at once."""
 
+import functools
 import gc
 import subprocess
 import tempfile
@@ -37,6 +38,8 @@ class Run:
     start: float = field(default_factory=time.monotonic)
     left: list[str] = field(default_factory=lambda: list(SHARES))
     report: dict[str, str] = field(default_factory=dict)
+    partial: dict[str, Any] = field(default_factory=dict)
+    """What the running part has measured so far: written if it ends with an error."""
 
     @property
     def cuda(self) -> bool:
@@ -60,11 +63,12 @@ class Run:
             self.finish(name, {"skipped": f"{why} {max(0, seconds):.0f} s"}, 0.0)
             return
         began = time.monotonic()
+        self.partial = {}
         try:
             result = work(began + seconds) or {}
         except Exception as error:  # also out of memory: the next part may fit
             traceback.print_exc()
-            result = {"error": f"{type(error).__name__}: {error}"[:2000]}
+            result = {**self.partial, "error": f"{type(error).__name__}: {error}"[:2000]}
             result["traceback"] = traceback.format_exc()[-4000:]
         self.finish(name, result, time.monotonic() - began)
         release()
@@ -87,6 +91,7 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+@functools.cache
 def driver() -> dict[str, Any]:
     """Of the GPU: card, driver, memory, and the CUDA that torch was built for."""
     if not torch.cuda.is_available():

@@ -32,7 +32,7 @@ def evaluation(run: Run, base: Any, rows: Any, deadline: float) -> dict[str, Any
     import minilora
     from minilora import LoRAConfig
     from minilora.summarization.evaluation.generate import summarize
-    from minilora.summarization.model.encoder_cache import keep_states
+    from minilora.summarization.model.encoder_cache import keep_states, of_encoder
     from minilora.summarization.model.speed import hold_frozen_linears
     from minilora.summarization.settings import GenerationOptions
 
@@ -53,10 +53,14 @@ def evaluation(run: Run, base: Any, rows: Any, deadline: float) -> dict[str, Any
 
     notes: list[str] = []
     models: dict[str, Any] = {}
+    logits: dict[str, torch.Tensor] = {}
+    chosen = sorted(rows, key=lambda row: len(row.source))[len(rows) // 2 :][:size]
 
     def add(name: str, make: Callable[[], Any]) -> None:
         try:
-            models[name] = make()
+            model = make()
+            logits[name] = first_logits(run, model, chosen[:4])
+            models[name] = model
         except Exception as error:
             traceback.print_exc()
             notes.append(f"{name}: {type(error).__name__}: {error}"[:600])
@@ -81,17 +85,40 @@ def evaluation(run: Run, base: Any, rows: Any, deadline: float) -> dict[str, Any
     add("PEFT, unmerged", lambda: start(peft_model(base)))
     add(BOTH, lambda: ours(False, DECODER))
     tokenizer: Any = Ids()
-    chosen = sorted(rows, key=lambda row: len(row.source))[len(rows) // 2 :][:size]
-    logits = {name: first_logits(run, model, chosen[:4]) for name, model in models.items()}
+    encoder = of_encoder(models[BOTH]) if BOTH in models else ""  # its digest, outside the timing
     seconds: dict[str, list[float]] = {name: [] for name in models}
     texts: dict[str, list[str]] = {}
+    results: dict[str, Any] = {}
+    about = {
+        "batch": size,
+        "beams": 4,
+        "tokens_of_a_summary": length,
+        "precision": "bf16 autocast; minilora and the base hold linears in bf16, PEFT as people do",
+        "two models": "seconds of one of the two, the adapter in the decoder only",
+        "logits": "largest difference, as a share of the largest logit; B is random",
+    }
+
+    def figures(name: str) -> dict[str, Any]:
+        """Ratios and differences only to those that are there."""
+        median = statistics.median(seconds[name])
+        row = {"dialogues_per_second": size / median, "seconds": seconds[name]}
+        if "base" in models:
+            pairs = zip(seconds[name], seconds["base"], strict=True)
+            row["times_the_base"] = statistics.median(a / b for a, b in pairs)
+            same = [a == b for a, b in zip(texts[name], texts["base"], strict=True)]
+            row["same_texts_as_the_base"] = sum(same) / len(same)
+        for other, key in (("base", "the_base"), ("minilora, merged", "merged")):
+            if other in logits:
+                row[f"logits_differ_from_{key}_by"] = apart(logits[name], logits[other])
+        return row
+
     rounds = 2 if run.small else 5
     for i in range(rounds + 1):
         if i > 2 and time.monotonic() + (time.monotonic() - began) / i > deadline:
             notes.append(f"{rounds + 1 - i} of {rounds} rounds left out, the time was over")
             break
-        names = list(models)
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        names, first = list(models), i % max(1, len(models))
+        for name in names[first:] + names[:first]:
             written: list[Any] = []
 
             def write(model: Any = models[name], written: list[Any] = written) -> None:
@@ -99,7 +126,7 @@ def evaluation(run: Run, base: Any, rows: Any, deadline: float) -> dict[str, Any
 
             def write_both(model: Any = models[name], written: list[Any] = written) -> None:
                 sources = [row.source for row in chosen]
-                states = keep_states(model, sources, torch.bfloat16, "on", run.scratch)
+                states = keep_states(model, sources, torch.bfloat16, "on", run.scratch, encoder)
                 how = (tokenizer, chosen, options, torch.bfloat16, None, states)
                 written += summarize(model, *how)
                 with minilora.disabled(model):
@@ -116,34 +143,11 @@ def evaluation(run: Run, base: Any, rows: Any, deadline: float) -> dict[str, Any
             texts[name] = [summary.text for summary in written]
             if i:  # the first round is warm-up
                 seconds[name].append(spent)
-    results = {}
-    for name in models:
-        same = [a == b for a, b in zip(texts[name], texts["base"], strict=True)]
-        median = statistics.median(seconds[name])
-        results[name] = {
-            "dialogues_per_second": size / median,
-            "seconds": seconds[name],
-            "times_the_base": statistics.median(
-                a / b for a, b in zip(seconds[name], seconds["base"], strict=True)
-            ),
-            "same_texts_as_the_base": sum(same) / len(same),
-            "logits_differ_from_the_base_by": apart(logits[name], logits["base"]),
-            "logits_differ_from_merged_by": apart(logits[name], logits["minilora, merged"]),
-        }
-        print(
-            f"{name:24} {size / median:8.2f} dialogues/s "
-            f"{results[name]['times_the_base']:5.2f} x the base's time, "
-            f"logits differ from the base's by "
-            f"{results[name]['logits_differ_from_the_base_by']:.4f}, from the merged model's by "
-            f"{results[name]['logits_differ_from_merged_by']:.4f}"
-        )
+        if i:
+            results = {name: figures(name) for name in models}
+            run.partial = {"about": about, "results": results, "notes": notes}
+    for name, row in results.items():
+        shown = (f"{key} {value:.4f}" for key, value in row.items() if key != "seconds")
+        print(f"{name:24}", *shown, sep="  ")
     print(*notes, sep="\n")
-    about = {
-        "batch": size,
-        "beams": 4,
-        "tokens_of_a_summary": length,
-        "precision": "bf16 autocast; minilora and the base hold linears in bf16, PEFT as people do",
-        "two models": "seconds of one of the two, the adapter in the decoder only",
-        "logits": "largest difference, as a share of the largest logit; B is random",
-    }
     return {"about": about, "results": results, "notes": notes}

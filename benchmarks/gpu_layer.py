@@ -18,6 +18,13 @@ def layers(run: Run, deadline: float) -> dict[str, Any]:
         shapes = [(64, 64, 64), (64, 128, 64)]
     results: dict[str, Any] = {}
     notes: list[str] = []
+    about: dict[str, Any] = {
+        "layers": "q and v, which read one input",
+        "rank": RANK,
+        "dropout": layer.DROPOUT,
+    }
+    about["bf16, no autocast"] = "PEFT computes the branch in float32, minilora in bf16"
+    run.partial = {"about": about, "results": results, "notes": notes}
     for width, out, tokens in shapes:
         for precision in ("bf16 autocast", "bf16"):
             name = f"{width} -> {out}, {tokens} tokens, {precision}"
@@ -39,7 +46,6 @@ def layers(run: Run, deadline: float) -> dict[str, Any]:
                     f"saved {row['saved_bytes'] / 1e6:7.1f} MB, "
                     f"peak {row.get('peak_bytes', 0) / 1e6:7.1f} MB"
                 )
-            run.write("layer", {"results": results, "notes": notes})
+            run.write("layer", run.partial)
     print(*notes, sep="\n")
-    about = {"layers": "q and v, which read one input", "rank": RANK, "dropout": layer.DROPOUT}
-    return {"about": about, "results": results, "notes": notes}
+    return run.partial

@@ -6,7 +6,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from gpu_clock import Run, allocated, release, timed
 from gpu_contestants import CACHED, DECODER, Contestant, Group, builders, with_minilora
 from gpu_models import ALPHA, DROPOUT, LARGE, PAD, RANK, TINY
+
+OURS = "minilora"
 
 
 @contextlib.contextmanager
@@ -62,7 +64,17 @@ def training(run: Run, base: Any, rows: Any, batch: int, deadline: float) -> dic
     ready: dict[str, Contestant] = {}
     pace: dict[str, float] = {}
     peaks: dict[str, int] = {}
-    losses: dict[str, float] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    about = {
+        "model": "BART of random weights",
+        "config": TINY if run.small or not run.cuda else LARGE,
+        "adapter": f"rank {RANK}, alpha {ALPHA}, dropout {DROPOUT} on q_proj and v_proj",
+        "precision": "bf16 autocast",
+        "batch": batch,
+        "examples": len(rows),
+        "tokens": "real ones of source and target; padding is not counted",
+        "timing": "medians of windows that take turns; ratios within a round",
+    }
     notes = [
         "a ratio to contestants with other targets is not one at equal targets",
         "eager; compiled layers are measured in gpu_compiled.json",
@@ -75,58 +87,51 @@ def training(run: Run, base: Any, rows: Any, batch: int, deadline: float) -> dic
         try:
             contestant = Contestant(None)
             with own_memory(contestant):
-                built = build()
+                built: Any = build()
             built.held = contestant.held
-            losses[name] = start_loss(run, built.model, rows[:8])
+            facts[name] = {
+                "loss_at_the_start": start_loss(run, built.model, rows[:8]),
+                "trainable": sum(p.numel() for p in built.model.parameters() if p.requires_grad),
+                "cache_seconds": built.cache_seconds,
+            }
             with own_memory(built) as peak:
                 pace[name] = warm(run, built, longest, groups)
             ready[name], peaks[name] = built, peak[0]
-        except torch.cuda.OutOfMemoryError as error:
-            notes.append(f"{name}: out of memory: {str(error)[:200]}")
-        except Exception as error:
+        except Exception as error:  # also out of memory: the next may fit
             traceback.print_exc()
             notes.append(f"{name}: {type(error).__name__}: {error}"[:600])
+        built = None  # of a failed one nothing may stay
         release()
     rounds = 3 if run.small else 5
     seconds = max(0.5, deadline - time.monotonic())
     steps = int(seconds / (rounds * sum(pace.values()))) if pace else 0
     steps = max(2, min(steps, 2 if run.small else 20))
     windows: dict[str, list[dict[str, float]]] = {name: [] for name in ready}
-    names = list(ready)
+    results: dict[str, Any] = {}
     for i in range(rounds):
         if i > 1 and time.monotonic() > deadline:
             notes.append(f"{rounds - i} of {rounds} rounds left out, the time was over")
             break
+        names, first = list(ready), i % max(1, len(ready))
         own = [groups[(i * steps + j) % len(groups)] for j in range(steps)]
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            contestant = ready[name]
-            with own_memory(contestant) as peak:
-                if contestant.window is not None:
-                    spent, tokens = contestant.window(steps)
-                else:
-                    assert contestant.step is not None
-                    step = contestant.step
-                    spent = timed(run.device, lambda step=step, own=own: [step(g) for g in own])
-                    tokens = tokens_of(own)
-            peaks[name] = max(peaks[name], peak[0])
-            windows[name].append(
-                {"seconds": spent, "tokens": tokens, "steps": steps, "peak_bytes": peak[0]}
+        for name in names[first:] + names[:first]:
+            try:
+                spent, tokens, most = one_window(run, ready[name], own)
+            except Exception as error:
+                traceback.print_exc()
+                notes.append(f"{name}, round {i + 1}: {type(error).__name__}: {error}"[:600])
+                del ready[name]
+                release()
+                continue
+            facts[name]["peak_bytes_with_the_longest_batch"] = (
+                None if ready[name].window else max(peaks[name], most)  # the Trainer never got it
             )
-    results = {
-        name: {
-            "tokens_per_second": statistics.median(w["tokens"] / w["seconds"] for w in found),
-            "seconds_per_step": statistics.median(w["seconds"] / w["steps"] for w in found),
-            "peak_bytes": max(w["peak_bytes"] for w in found),
-            "peak_bytes_with_the_longest_batch": peaks[name],
-            "loss_at_the_start": losses[name],
-            "trainable": sum(p.numel() for p in ready[name].model.parameters() if p.requires_grad),
-            "cache_seconds": ready[name].cache_seconds,
-            "windows": found,
-        }
-        for name, found in windows.items()
-    }
-    compare(results, "minilora", "minilora", notes)
-    compare(results, CACHED, "cached", notes)
+            windows[name].append(
+                {"seconds": spent, "tokens": tokens, "steps": steps, "peak_bytes": most}
+            )
+            peaks[name] = max(peaks[name], most)
+        results = figures(windows, facts)
+        run.partial = {"about": about, "results": results, "notes": notes}
     for name, row in results.items():
         print(
             f"batch {batch:3} {name:28} {row['tokens_per_second']:10,.0f} tokens/s "
@@ -135,18 +140,42 @@ def training(run: Run, base: Any, rows: Any, batch: int, deadline: float) -> dic
             f"{row.get('minilora_times_as_fast', 0):5.2f} times as fast, cached "
             f"{row.get('cached_times_as_fast', 0):5.2f}"
         )
+    notes += [f"no ratios: {name} is missing" for name in (OURS, CACHED) if name not in results]
     print(*notes, sep="\n")
-    about = {
-        "model": "BART of random weights",
-        "config": TINY if run.small or not run.cuda else LARGE,
-        "adapter": f"rank {RANK}, alpha {ALPHA}, dropout {DROPOUT} on q_proj and v_proj",
-        "precision": "bf16 autocast",
-        "batch": batch,
-        "examples": len(rows),
-        "tokens": "real ones of source and target; padding is not counted",
-        "timing": "medians of windows that take turns; ratios within a round",
-    }
     return {"about": about, "results": results, "notes": notes}
+
+
+def one_window(run: Run, contestant: Contestant, groups: list[Group]) -> tuple[float, int, int]:
+    """Seconds, real tokens and peak bytes of a turn."""
+    with own_memory(contestant) as peak:
+        if contestant.window is not None:
+            spent, tokens = contestant.window(len(groups))
+        else:
+            assert contestant.step is not None
+            step = contestant.step
+            spent = timed(run.device, lambda: [step(group) for group in groups])
+            tokens = tokens_of(groups)
+    return spent, tokens, peak[0]
+
+
+def figures(
+    windows: Mapping[str, list[dict[str, float]]], facts: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Each contestant that has a window, with its ratios to minilora's."""
+    results: dict[str, Any] = {
+        name: {
+            "tokens_per_second": statistics.median(w["tokens"] / w["seconds"] for w in found),
+            "seconds_per_step": statistics.median(w["seconds"] / w["steps"] for w in found),
+            "peak_bytes": max(w["peak_bytes"] for w in found),
+            **facts[name],
+            "windows": found,
+        }
+        for name, found in windows.items()
+        if found
+    }
+    compare(results, OURS, "minilora")
+    compare(results, CACHED, "cached")
+    return results
 
 
 def warm(run: Run, contestant: Contestant, longest: Group, groups: list[Group]) -> float:
@@ -161,10 +190,9 @@ def warm(run: Run, contestant: Contestant, longest: Group, groups: list[Group]) 
     return timed(run.device, lambda: [step(group) for group in groups[1:4]]) / 3
 
 
-def compare(results: dict[str, Any], ours: str, short: str, notes: list[str]) -> None:
+def compare(results: dict[str, Any], ours: str, short: str) -> None:
     """Speed of ours over each: the median of the rounds' ratios; and of memory."""
     if ours not in results:
-        notes.append(f"no ratios: {ours} is missing")
         return
 
     def speed(window: dict[str, float]) -> float:
@@ -190,7 +218,7 @@ def waits(run: Run, base: Any, rows: Any, _: float) -> dict[str, Any]:
     found: Counter[str] = Counter()
 
     def note(message: Any, *_: Any, **__: Any) -> None:
-        if "synchroniz" not in str(message):
+        if "called a synchronizing" not in str(message):  # also torch's notice of this mode
             return
         stack = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
         own = [f for f in stack if "/minilora/" in f.filename] or stack[-1:]
@@ -216,35 +244,54 @@ def compiled(run: Run, base: Any, rows: Any, deadline: float) -> dict[str, Any]:
     if not run.cuda:
         return {"skipped": "skipped: needs CUDA"}
     groups = groups_of(rows, 8)
-    pair = {
-        "minilora": with_minilora(run, base, rows, 8),
-        "minilora, compiled": with_minilora(run, base, rows, 8, compile=True),
-        f"{CACHED}, compiled": with_minilora(run, base, rows, 8, DECODER, "on", compile=True),
+    makes = {
+        OURS: lambda: with_minilora(run, base, rows, 8),
+        "minilora, compiled": lambda: with_minilora(run, base, rows, 8, compile=True),
+        f"{CACHED}, compiled": lambda: with_minilora(
+            run, base, rows, 8, DECODER, "on", compile=True
+        ),
     }
-    first: dict[str, float] = {}
-    for name, contestant in pair.items():
-        assert contestant.step is not None
-        began = time.monotonic()
-        for group in groups[:4]:
-            contestant.step(group)
-        first[name] = time.monotonic() - began
-    results: dict[str, Any] = {
-        name: {"windows": [], "first_four_steps": first[name]} for name in pair
-    }
+    ready: dict[str, Any] = {}
+    results: dict[str, Any] = {}
+    notes: list[str] = []
+    run.partial = {"results": results, "notes": notes}
+    for name, make in makes.items():
+        if time.monotonic() > deadline:
+            notes.append(f"{name}: left out, the time of this part was over")
+            continue
+        try:
+            step: Any = make().step
+            began = time.monotonic()
+            for group in groups[:4]:
+                step(group)
+        except Exception as error:
+            traceback.print_exc()
+            notes.append(f"{name}: {type(error).__name__}: {error}"[:600])
+            step = None
+            release()
+            continue
+        ready[name] = step
+        results[name] = {"windows": [], "first_four_steps": time.monotonic() - began}
     for i in range(5):
         own = groups[4 + 5 * i : 9 + 5 * i]
-        for name, contestant in pair.items():
-            step: Any = contestant.step
-            spent = timed(run.device, lambda step=step, own=own: [step(group) for group in own])
-            results[name]["windows"].append({"seconds": spent, "tokens": tokens_of(own)})
+        for name, step in list(ready.items()):
+            try:
+                spent = timed(run.device, lambda step=step, own=own: [step(group) for group in own])
+            except Exception as error:
+                traceback.print_exc()
+                notes.append(f"{name}, round {i + 1}: {type(error).__name__}: {error}"[:600])
+                del ready[name]
+                continue
+            row = results[name]
+            row["windows"].append({"seconds": spent, "tokens": tokens_of(own)})
+            speeds = (w["tokens"] / w["seconds"] for w in row["windows"])
+            row["tokens_per_second"] = statistics.median(speeds)
         if i and time.monotonic() > deadline:
             break
     for name, row in results.items():
-        row["tokens_per_second"] = statistics.median(
-            w["tokens"] / w["seconds"] for w in row["windows"]
-        )
         print(
-            f"{name:24} {row['tokens_per_second']:10,.0f} tokens/s, "
+            f"{name:24} {row.get('tokens_per_second', 0):10,.0f} tokens/s, "
             f"the first four steps took {row['first_four_steps']:.1f} s"
         )
-    return {"results": results}
+    print(*notes, sep="\n")
+    return run.partial

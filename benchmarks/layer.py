@@ -270,6 +270,7 @@ def main() -> None:
         "dropout": DROPOUT,
         "saved_bytes": "kept by autograd, each storage once, parameters left out",
         "loralib_in_bf16": "adapters in bf16: it casts nothing",
+        "PEFT_in_bf16": "computes the branch in float32, minilora in bf16",
     }
     device = "" if options.device == "cpu" else f"_{torch.device(options.device).type}"
     result = {"settings": settings, "notes": notes, "results": results}

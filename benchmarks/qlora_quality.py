@@ -121,6 +121,10 @@ def main() -> None:
     result = {"flags": flags, "code": code_version(), "jobs": options.jobs, "seeds": options.seeds}
     result["means"] = means(rows)
     result["rows"] = [{key: row[key] for key in row if key != "each"} for row in rows]
+    if options.jobs > 1:
+        import torch
+
+        torch.set_num_threads(1)  # as each run, for the caption
     print(write_result(options.name, result))
 
 

@@ -6,9 +6,9 @@ pocket-bart on bookings, rank 8 on q_proj and v_proj of all layers or of the dec
 with and without the encoder's states computed once before (that time counts), and PEFT +
 Seq2SeqTrainer as people run it. All have the same start for the same targets and take turns. After
 every quarter of an epoch the loss of the validation dialogues is computed in the same way for all.
-There are three seeds, which set the start of the adapter, the order of the batches and dropout.
-Over examples the curves of the same targets should be equal, over time they should not. Validation
-does not count in the time. The first steps, the warm-up, count in the examples but not in the time.
+There are three seeds, which set the start of the adapter, the order of the batches and dropout. If
+the speed costs nothing, curves of the same targets are equal over examples. Validation does not
+count in the time. The first steps, the warm-up, count in the examples but not in the time.
 
 With matplotlib a plot, quality.svg, is written beside the JSON.
 """

@@ -1,6 +1,6 @@
 """How long until the command line answers: help, a typo, a hub name offline, an early Ctrl-C.
 
-    python benchmarks/startup.py [--rounds 9]
+    python benchmarks/startup.py [--rounds 5]
 
 Each contestant is a process of its own, from its start to its end. They take turns. The base is
 `python -c "import torch"`: no command of minilora can answer before PyTorch is imported. An answer
@@ -69,7 +69,7 @@ def check(code: int, expected: tuple[int, ...], error: str) -> None:
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--rounds", type=int, default=9)
+    flags.add_argument("--rounds", type=int, default=5)
     options = flags.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     rounds, moments = (1, MOMENTS[:2]) if options.small else (options.rounds, MOMENTS)

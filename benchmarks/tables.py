@@ -11,6 +11,7 @@ names the command that measures it.
 import json
 import os
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
 Rows = list[list[str]]
+MEDIAN = "tokens_per_second_median_of_rounds"  # of the ratios of speed
 
 
 def merge_latency(result: dict[str, Any]) -> Rows:
@@ -110,7 +112,7 @@ def training(result: dict[str, Any]) -> Rows:
         cells = [
             name,
             f"{row['tokens_per_second']:,.0f}",
-            f"{other['speed']:.2f}x as fast" if other else "",
+            f"{other['tokens_per_second_median_of_rounds']:.2f}x as fast" if other else "",
             f"{row['share_of_matrix_rate']:.0%}",
             f"{row['peak_bytes'] / 2**30:.2f} GiB",
             f"{row['validation_loss']:.3f}",
@@ -125,7 +127,7 @@ def cached(result: dict[str, Any]) -> Rows:
     if not ratios:
         return []
     measures = {
-        "speed": ("speed after the first epoch", "{:.2f}x"),
+        MEDIAN: ("speed after the first epoch", "{:.2f}x"),
         "speed_of_three_epochs": ("of three epochs", "{:.2f}x"),
         "memory": ("peak memory", "{:.2f}"),
         "validation_loss": ("validation loss", "{:.3f}"),
@@ -150,6 +152,12 @@ def with_equal_targets(name: str) -> str:
     return name.replace("PEFT + ", "PEFT, decoder only + ")
 
 
+def times(row: dict[str, Any], other: dict[str, Any]) -> float:
+    """The median over the parts of the dialogues: the time of one, of the other's."""
+    pairs = zip(row["seconds_of_parts"], other["seconds_of_parts"], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
 def evaluation(result: dict[str, Any]) -> Rows:
     """One row a model, precision and contestant."""
     once = "minilora, base and fine-tuned model, encoder computed once"
@@ -159,18 +167,36 @@ def evaluation(result: dict[str, Any]) -> Rows:
         for precision, contestants in precisions.items():
             for name, row in contestants.items():
                 cells = [f"{model}, {precision}: {name}", f"{row['dialogues_per_second']:.2f}"]
-                cells.append(f"{row['times_minilora']:.2f}")
+                cells.append(f"{row['times_minilora_median']:.2f}")
                 both = contestants.get(once)
-                cells.append(f"{row['seconds'] / both['seconds']:.2f}" if both else "")
+                cells.append(f"{times(row, both):.2f}" if both else "")
                 cells.append(f"{row['same_texts_as_minilora']:.1%}")
                 rows.append([*cells, f"{row['peak_bytes'] / 2**30:.2f} GiB"])
     return rows
 
 
+def gpu_training(result: dict[str, Any]) -> Rows:
+    """One row a contestant of benchmarks/gpu.py: speed, ratios of the rounds, and memory."""
+    if not result.get("results"):  # skipped, or failed before the first round
+        return []
+    about = result["about"]
+    head = [f"BART-large's dimensions, {about['precision']}, batch {about['batch']}"]
+    head += ["real tokens/s", "minilora is", "cached, decoder only, is", "peak memory"]
+    rows = [head]
+    for name, row in result["results"].items():
+        cells = [name, f"{row['tokens_per_second']:,.0f}"]
+        for ours in ("minilora", "cached"):
+            ratio = row.get(f"{ours}_times_as_fast")
+            cells.append(f"{ratio:.2f}x as fast" if ratio else "")
+        rows.append([*cells, f"{row['peak_bytes'] / 2**30:.2f} GiB"])
+    return rows
+
+
 def quality(result: dict[str, Any]) -> Rows:
     """One row a contestant: final loss and time."""
-    name = result["settings"]["data"]["name"]
-    head = [f"pocket-bart on {name}", "validation loss", "training", "time to an equal loss"]
+    settings = result["settings"]
+    head = [f"pocket-bart on {settings['data']['name']}, rate {settings['learning_rate']:g}"]
+    head += ["validation loss", "training", "time to an equal loss"]
     rows = [[*head, "relative to the encoder computed once"]]
     for name, row in result["results"].items():
         once = result.get("beside_cached", {}).get(name, {})
@@ -282,8 +308,9 @@ def beside_peft(
     once = [f"{training['results'][name]['tokens_per_second']:,.0f}" for name in decoder]
     summarized = evaluation["results"]["pocket"]["fp32"]
     rates = {name: row["dialogues_per_second"] for name, row in summarized.items()}
-    theirs = [rate for name, rate in rates.items() if name.startswith("PEFT")]
-    speeds = (rates["minilora"], theirs[0], max(theirs))  # the first is the Trainer's own default
+    default = next(rate for name, rate in rates.items() if name.startswith("PEFT"))
+    tuned = [rate for name, rate in rates.items() if "sorted by length" in name]
+    speeds = (rates["minilora"], default, max(tuned, default=None))
     changed = {
         name: row["bf16"]["drift_other_adapters"]["100"]["changed"]
         for name, row in exactness["results"].items()
@@ -300,11 +327,11 @@ def beside_peft(
         ["peak memory of training", *(f"{row['peak_bytes'] / 2**30:.2f} GiB" for row in trained)],
         ["validation loss after training", *(f"{row['validation_loss']:.3f}" for row in trained)],
         [
-            "summarizing with pocket-bart, dialogues per second",
-            *(f"{speed:.1f}" for speed in speeds),
+            "summarizing with pocket-bart, dialogues per second (PEFT's default: with the loss)",
+            *("–" if speed is None else f"{speed:.1f}" for speed in speeds),
         ],
         [
-            "bf16 weights changed by 100 merges and unmerges (right: PEFT's best mode)",
+            "bf16 weights changed by 100 merges and unmerges, each of another adapter",
             *(f"{s:.1%}" for s in shares),
         ],
     ]
@@ -330,6 +357,8 @@ TABLES: dict[str, Callable[..., Rows]] = {
     "training_large": training,
     "training_base_cuda": training,
     "training_large_cuda": training,
+    "gpu_training_8": gpu_training,
+    "gpu_training_64": gpu_training,
     "evaluation": evaluation,
     "evaluation_cuda": evaluation,
     "quality": quality,
@@ -346,17 +375,24 @@ TABLES: dict[str, Callable[..., Rows]] = {
 def beside_the_trainer(
     key: str, form: str, ours: str = "minilora", theirs: Callable[[str], str] = str
 ) -> str:
-    """A ratio to PEFT with the Trainer: as people run it, and at its best."""
-    training = load("training_base")
-    ratios, names = training[f"{ours}_to_others"], ("PEFT + Trainer", at_its_best(training))
-    found = sorted(ratios[theirs(name)][key] for name in names)
-    return " to ".join(f"{ratio:{form}}" for ratio in found)
+    """A ratio to PEFT with the Trainer, as people run it."""
+    ratio = load("training_base")[f"{ours}_to_others"][theirs("PEFT + Trainer")][key]
+    return f"{ratio:{form}}"
 
 
-def drift() -> str:
+def loss_above() -> str:
+    """By how much minilora's loss on real weights is above PEFT's, at equal examples."""
+    return f"{load('quality')['results']['PEFT + Trainer']['minilora_loss_relative']:.0%}"
+
+
+def on_pocket_bart(key: str) -> str:
+    """Time of PEFT with the Trainer, of minilora's: of an epoch, or to an equal loss."""
+    return f"{load('quality')['results']['PEFT + Trainer'][key]:.1f}"
+
+
+def drift(key: str) -> str:
     """The share of bf16 weights that 100 merges and unmerges with PEFT change."""
-    merged = load("exactness")["results"]["PEFT"]["bf16"]
-    return f"{merged['drift_other_adapters']['100']['changed']:.0%}"
+    return f"{load('exactness')['results']['PEFT']['bf16'][key]['100']['changed']:.0%}"
 
 
 def rouge(key: str) -> str:
@@ -373,11 +409,15 @@ def kills() -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    "speed": lambda: beside_the_trainer("speed", ".1f"),
-    "speed_cached": lambda: beside_the_trainer("speed", ".1f", "cached"),
-    "speed_cached_equal": lambda: beside_the_trainer("speed", ".1f", "cached", with_equal_targets),
+    "speed": lambda: beside_the_trainer(MEDIAN, ".1f"),
+    "speed_cached": lambda: beside_the_trainer(MEDIAN, ".1f", "cached"),
+    "speed_cached_equal": lambda: beside_the_trainer(MEDIAN, ".1f", "cached", with_equal_targets),
+    "speed_pocket": lambda: on_pocket_bart("times_minilora"),
+    "speed_pocket_equal": lambda: on_pocket_bart("times_minilora_to_equal_loss"),
+    "loss_above": loss_above,
     "memory": lambda: beside_the_trainer("memory", ".0%"),
-    "drift": drift,
+    "drift": lambda: drift("drift_other_adapters"),
+    "drift_same": lambda: drift("drift"),
     "kills": kills,
     "minutes": lambda: f"{load('default_run')['whole_process_seconds'] / 60:.0f} minutes",
     "before": lambda: rouge("base"),
@@ -416,6 +456,8 @@ def waiting(name: str) -> str:
     if name.endswith("_avx2"):
         script = name.removesuffix("_avx2")
         return f"Not measured yet: `benchmarks/{script}.py` on a processor without AVX-512."
+    if name.startswith("gpu_"):
+        return "Not measured yet: `python benchmarks/gpu.py --minutes 8`."
     if (Path(__file__).parent / f"{name}.py").exists():
         return f"Not measured yet: `python benchmarks/{name}.py`."
     script, *flags = name.split("_")

@@ -4,7 +4,7 @@
     python benchmarks/training.py --pieces 4 --most 1      a fourth of it; call it again for more
 
 Contestants: minilora; PEFT + Seq2SeqTrainer as people run it (shuffled, padded to the longest of
-the batch); the same at its best (batches of like length, fused AdamW, an fp32 or a bf16 base); with
+the batch); the same at its best (batches of like length, an fp32 or a bf16 base); with
 the fixed-length preprocessing of many notebooks (every example 1,024 + 128 tokens); and full
 fine-tuning with the Trainer at its best; and minilora and PEFT with adapters in the decoder only,
 minilora with the encoder's states computed once before. All run in one precision with the same
@@ -23,7 +23,7 @@ highest, and the validation loss is the mean. A call measures the pieces that th
 Figures: examples per second over all windows, and the median of the windows; real source and target
 tokens per second; peak memory of the process after loading; loss per target token on validation
 dialogues before and after. Speeds are compared by real tokens, because the examples of the warm-up
-differ (group_by_length begins with the longest). Over the same examples both measures agree.
+differ. Over the same examples both measures agree.
 """
 
 import json

@@ -4,7 +4,7 @@ BART's denoising (Lewis et al. 2020, section 2) and retelling, by the stages of 
 learning rate warms up, is constant, and falls linearly to zero over the last part of the time
 (warm-up, stable, decay; Hu et al. 2024, section 4).
 
-    python pretraining/train.py --minutes 9 --device cuda --workers 13
+    python pretraining/train.py --minutes 9 --device cuda --workers 14
     python pretraining/train.py --minutes 600 --workers 1                  # CPU
     torchrun --nproc-per-node 2 pretraining/train.py --minutes 600 ...     # a process for each core
 
@@ -71,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--minutes", type=float, default=9.0, help="of training, evaluation not counted")
+    add("--wall", type=float, default=1e9, help="seconds from the start to the last step")
     add("--data", type=Path, default=Path("build/pocket-bart/data"))
     add("--tokenizer", type=Path, default=Path("build/pocket-bart/tokenizer.json"))
     add("--out", type=Path, default=Path("build/pocket-bart/run"))
@@ -190,7 +191,7 @@ def main() -> None:
         print(f"{model.num_parameters() / 1e6:.2f} M parameters, {state}, "
               f"{time.monotonic() - began:.0f} s to start", flush=True)  # fmt: skip
 
-    asked = stopped = False  # by a signal to this process; any process was asked
+    asked = stopped = False  # by a signal to this process; any process was asked, or is late
 
     def stop(*_: object) -> None:
         nonlocal asked
@@ -232,7 +233,8 @@ def main() -> None:
         loss = loss_of(model, batch, arguments.device, arguments.precision)
         loss.backward()
         now = time.monotonic()
-        own = [(batch["labels"] != PAD).sum(), batch["attention_mask"].sum(), asked]
+        late = now - began > arguments.wall
+        own = [(batch["labels"] != PAD).sum(), batch["attention_mask"].sum(), asked or late]
         # The first process's clock counts, so that all have the same rate.
         targets, read, stops, seconds = average(
             model, [*map(float, own), now - clock if rank == 0 else 0.0]

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -229,6 +230,9 @@ def test_padding_is_counted(trained: dict[str, Any]) -> None:
     positions = {n: sum(w["positions"] for w in trained[n]["windows"]) for n in names(trained)}
     assert positions["PEFT + Trainer, fixed length"] == TRAIN * (64 + 64)
     assert positions["minilora"] < positions["PEFT + Trainer, fixed length"]
+    # Of so few examples transformers' own group_by_length sorts none.
+    grouped, shuffled = positions["PEFT + Trainer, best, bf16 base"], positions["PEFT + Trainer"]
+    assert grouped < 1.05 * positions["minilora"] < shuffled
 
 
 @pytest.mark.slow
@@ -323,6 +327,7 @@ def test_summaries_are_those_of_the_trainer(tmp_path: Path) -> None:
         for name, build in evaluation.builders(3).items()
     }
     ours = texts.pop("minilora")
+    assert "PEFT + Seq2SeqTrainer.predict, sorted by length, batch 3" in texts
     assert len(set(ours)) > 1
     assert max(len(text) for text in ours) > 3
     assert all(theirs == ours for theirs in texts.values())
@@ -335,6 +340,27 @@ def test_a_table_without_a_result_says_what_would_measure_it() -> None:
         pytest.skip("measured")
     line = "Not measured yet: `python benchmarks/training.py --size base --device cuda`."
     assert tables.render(text) == text.replace("old", line)
+    line = "Not measured yet: `python benchmarks/gpu.py --minutes 8`."
+    assert tables.waiting("gpu_training_8") == line
+    assert tables.gpu_training({"skipped": "needs 15 s"}) == []
+
+
+def test_the_tuned_trainer_is_never_its_default() -> None:
+    """One that sorts the dialogues, or a dash as long as none is measured."""
+    tables = script("tables")
+    training, evaluation, exactness = map(tables.load, ("training_base", "evaluation", "exactness"))
+    rows = evaluation["results"]["pocket"]["fp32"]
+    rates = {"minilora": 8.0, "PEFT, batch 8": 2.0, "PEFT, batch 32": 3.0}
+    for more, wanted in (({}, "–"), ({"PEFT, sorted by length, batch 8": 2.5}, "2.5")):
+        rows.clear()
+        rows |= {name: {"dialogues_per_second": rate} for name, rate in (rates | more).items()}
+        found = tables.beside_peft(training, evaluation, exactness)
+        (row,) = (row for row in found if row[0].startswith("summarizing"))
+        assert row[1:] == ["8.0", "2.0", wanted]
+
+
+def test_without_a_package_its_version_is_none() -> None:
+    assert script("common").version_of("no-such-package") is None
 
 
 def test_the_readme_is_what_the_results_say() -> None:
@@ -426,6 +452,124 @@ def test_one_command_for_a_gpu_runs_from_a_tree_without_optional_packages(tmp_pa
     for name in ("minilora, unmerged", "PEFT, unmerged"):  # bf16: 8 bits
         assert rows[name]["logits_differ_from_the_base_by"] > 0.02
         assert rows[name]["logits_differ_from_merged_by"] < 0.02
+
+
+class Unlucky:
+    """A step that ends with an error from the given call on."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self, _: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("unlucky")
+
+
+def gpu_run(folder: Path) -> Any:
+    run = script("gpu_clock").Run("cpu", 5.0, folder, True, scratch=str(folder))
+    run.left = ["training_8"]
+    return run
+
+
+def test_a_part_that_fails_keeps_what_it_measured(tmp_path: Path) -> None:
+    run = gpu_run(tmp_path)
+
+    def work(_: float) -> None:
+        run.partial = {"results": {"a": 1}}
+        raise RuntimeError("unlucky")
+
+    run.part("training_8", work)
+    result = json.loads((tmp_path / "gpu_training_8.json").read_text())
+    assert result["results"] == {"a": 1}
+    assert result["error"] == "RuntimeError: unlucky"
+
+
+@pytest.mark.parametrize("unlucky", ["minilora", "PEFT + loop"])
+def test_a_contestant_that_fails_on_a_gpu_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unlucky: str
+) -> None:
+    """Of minilora's windows the second fails, of PEFT's the first."""
+    training, contestants = script("gpu_training"), script("gpu_contestants")
+    monkeypatch.setattr(training, "start_loss", lambda *_: 1.0)
+    calls = {"minilora": 7, "PEFT + loop": 5}  # five are warm-up, two a window
+
+    def builders(*_: Any) -> dict[str, Any]:
+        def build(name: str) -> Any:
+            step = Unlucky(calls[name] if name == unlucky else 100)
+            return contestants.Contestant(torch.nn.Linear(2, 2), step)
+
+        trainer = contestants.Contestant(torch.nn.Linear(2, 2), window=lambda steps: (0.1, steps))
+        found = {name: lambda name=name: build(name) for name in calls}
+        return found | {"PEFT + Seq2SeqTrainer": lambda: trainer, "broken": lambda: 1 / 0}
+
+    monkeypatch.setattr(training, "builders", builders)
+    run = gpu_run(tmp_path)
+    rows = script("gpu_models").examples(64, 100, 0.1)
+    result = training.training(run, None, rows, 8, time.monotonic() + 60)
+    found = {name: len(row["windows"]) for name, row in result["results"].items()}
+    wanted = {"minilora": 3, "PEFT + loop": 3, "PEFT + Seq2SeqTrainer": 3}
+    if unlucky == "minilora":
+        wanted["minilora"] = 1
+    else:
+        del wanted["PEFT + loop"]
+    assert found == wanted
+    assert any(note.startswith(f"{unlucky}, round") for note in result["notes"])
+    assert "broken: ZeroDivisionError: division by zero" in result["notes"]
+    assert run.partial["results"] == result["results"]
+    trainer = result["results"]["PEFT + Seq2SeqTrainer"]
+    assert trainer["peak_bytes_with_the_longest_batch"] is None
+    assert trainer["minilora_times_as_fast"] > 0
+    table = script("tables").gpu_training(result)
+    assert [row[0] for row in table[1:]] == list(result["results"])
+    assert len({len(row) for row in table}) == 1
+
+
+def test_what_does_not_compile_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, contestants = script("gpu_training"), script("gpu_contestants")
+
+    def build(*how: Any, compile: bool = False) -> Any:
+        calls = {(False, False): 100, (True, False): 0, (True, True): 12}[compile, "on" in how]
+        return contestants.Contestant(None, Unlucky(calls))
+
+    monkeypatch.setattr(training, "with_minilora", build)
+    monkeypatch.setattr(training, "timed", lambda _, work: float(bool(work())))
+    run, rows = gpu_run(tmp_path), script("gpu_models").examples(240, 100, 0.1)
+    run.device = "cuda"
+    result = training.compiled(run, None, rows, time.monotonic() + 60)
+    cached = "minilora, decoder only, cached, compiled"
+    found = {name: len(row["windows"]) for name, row in result["results"].items()}
+    assert found == {"minilora": 5, cached: 1}  # four steps first, five a window
+    assert "minilora, compiled: RuntimeError: unlucky" in result["notes"]
+    assert f"{cached}, round 2: RuntimeError: unlucky" in result["notes"]
+    assert run.partial == result
+    late = training.compiled(run, None, rows, time.monotonic())
+    assert (late["results"], len(late["notes"])) == ({}, 3)
+
+
+@pytest.mark.slow
+def test_summaries_on_a_gpu_are_measured_without_the_base_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation, models = script("gpu_evaluation"), script("gpu_models")
+    run = gpu_run(tmp_path)
+    base = models.make_bart(run)
+    logits = evaluation.first_logits
+
+    def unlucky(run: Any, model: Any, rows: Any) -> Any:
+        if not any("lora" in name for name, _ in model.named_parameters()):  # base and merged
+            raise RuntimeError("unlucky")
+        return logits(run, model, rows)
+
+    monkeypatch.setattr(evaluation, "first_logits", unlucky)
+    rows = models.examples(16, base.config.vocab_size, 0.1)
+    result = evaluation.evaluation(run, base, rows, time.monotonic() + 60)
+    assert result["results"].keys() == {"minilora, unmerged", "PEFT, unmerged", evaluation.BOTH}
+    assert not any("base" in key for row in result["results"].values() for key in row)
+    assert "base: RuntimeError: unlucky" in result["notes"]
+    assert run.partial == result
 
 
 # For the start of a Python: these look as if they were not installed.

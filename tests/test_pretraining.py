@@ -446,6 +446,11 @@ def test_pretraining_writes_weights_and_goes_on(
     assert np.isfinite(last["narrative_right"])
     assert "MODEL" in (tmp_path / "run" / "samples.txt").read_text()
 
+    short = pretrain(tiny_data, tmp_path / "short", "--minutes", "9", "--wall", "0")
+    assert short.returncode == 0, short.stderr
+    end = json.loads((tmp_path / "short" / "log.jsonl").read_text().splitlines()[-1])
+    assert (end["done"], end["step"]) == (True, 1)
+
     refused = pretrain(tiny_data, tmp_path / "run", *keep)
     assert refused.returncode == 1
     assert "minutes are done: give more --minutes" in refused.stderr
