@@ -410,10 +410,8 @@ def kills() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "speed": lambda: beside_the_trainer(MEDIAN, ".1f"),
-    "speed_cached": lambda: beside_the_trainer(MEDIAN, ".1f", "cached"),
     "speed_cached_equal": lambda: beside_the_trainer(MEDIAN, ".1f", "cached", with_equal_targets),
     "speed_pocket": lambda: on_pocket_bart("times_minilora"),
-    "speed_pocket_equal": lambda: on_pocket_bart("times_minilora_to_equal_loss"),
     "loss_above": loss_above,
     "memory": lambda: beside_the_trainer("memory", ".0%"),
     "drift": lambda: drift("drift_other_adapters"),
