@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
@@ -268,7 +268,13 @@ def test_a_long_dialogue_loses_its_end(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=80), st.integers(60, 120))
+@given(
+    st.tuples(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=12), st.integers(0, 40)
+    ).map(lambda drawn: drawn[0] * drawn[1]),
+    st.integers(60, 120),
+)
+@example("Ann: hello there? " * 20, 60)
 def test_cutting_keeps_both_ends(bart: Any, dialogue: str, limit: int) -> None:
     options = DataOptions(
         prompt_before="Read: ", prompt_after="\\nSummary:", max_source_length=limit
