@@ -232,9 +232,9 @@ def test_short_texts_are_the_tokenizers_own(name: str, request: pytest.FixtureRe
     tokenizer = request.getfixturevalue(name)
     encoded, truncation = batches.encode(EXPECTED * 300, tokenizer, PROMPT)
     assert [row.id for row in encoded] == ["a-1", "a-2"] * 300
-    for row, example in zip(encoded, EXPECTED * 300, strict=True):
-        assert row.source == tokenizer(read(example.dialogue, PROMPT)).input_ids
-        assert row.target == tokenizer(text_target=example.summary).input_ids
+    for row, expected in zip(encoded, EXPECTED * 300, strict=True):
+        assert row.source == tokenizer(read(expected.dialogue, PROMPT)).input_ids
+        assert row.target == tokenizer(text_target=expected.summary).input_ids
     assert truncation == batches.Truncation(0, 0, 600)
 
 

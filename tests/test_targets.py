@@ -64,8 +64,11 @@ def test_the_index_of_a_layer_is_the_first_number_after_a_name(
 
 
 PARTS = st.sampled_from(["model", "layers", "experts", "h", "0", "1", "12", "attn", "q", "v"])
-NAMES = st.lists(PARTS, min_size=1, max_size=6).map(".".join)
-LISTS = st.lists(NAMES, min_size=1, max_size=2).map(tuple)
+LAYERS, NUMBERS = st.sampled_from(["model.layers", "model.h", "layers"]), ["0", "1", "12"]
+ENDS = st.sampled_from(["q", "attn.q", "v"])
+NAMES = st.tuples(LAYERS, st.sampled_from(NUMBERS), ENDS).map(".".join)  # which rules are about
+NAMES |= st.lists(PARTS, min_size=1, max_size=6).map(".".join)
+LISTS = st.lists(ENDS | NAMES, min_size=1, max_size=2).map(tuple)
 EXPRESSIONS = st.sampled_from([r".*\.q", r"q", r"model\..*", r".*attn.*", r".*\.1\..*"])
 
 
