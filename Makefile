@@ -2,10 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := dev,plot,lessons
-# One without pip, or without the Python it was made with, is made anew.
-VENV = $(BIN)/python -m pip --version >/dev/null 2>&1 || { \
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
-	"Python 3.10 or newer is needed: make PYTHON=python3.12")' && $(PYTHON) -m venv --clear .venv; }
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test lint format unit quick bench figures lessons docs docs-check api faults clean help
@@ -72,6 +68,11 @@ faults: .venv/development  ## kill and resume fifty runs; memory and files over 
 
 clean:  ## remove the environment and the files that tools write
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# An environment without pip, or without the Python it was made with, is made anew.
+VENV = $(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	"Python 3.10 or newer is needed: make PYTHON=python3.12")' && $(PYTHON) -m venv --clear .venv; }
 
 .venv/runtime: pyproject.toml constraints.txt
 	$(VENV)
