@@ -274,7 +274,8 @@ def test_a_whole_model_trains_merges_and_is_the_base_when_disabled() -> None:
     with minilora.disabled(model):
         assert torch.equal(logits(model), base)
     minilora.merge(model)
-    assert (logits(model) - expected).abs().max() < 1e-3
+    # float32 rounds the merged weights: 2e-5 of logits of 6
+    assert (logits(model) - expected).abs().max() < 1e-4
     with minilora.disabled(model):
         assert torch.equal(logits(model), base)
     minilora.unmerge(model)

@@ -106,7 +106,7 @@ def test_merge_writes_what_plain_transformers_loads(
     before = logits(plain)
     assert set(merged.state_dict()) == set(plain.state_dict())
     minilora.load_adapter(plain, adapter)
-    assert (logits(merged) - logits(plain)).abs().max() < 1e-3
+    assert (logits(merged) - logits(plain)).abs().max() < 1e-4  # float32 rounds merged weights
     assert (logits(merged) - before).abs().max() > 0.1
     minilora.unwrap(plain)
     for key, tensor in plain.state_dict().items():
