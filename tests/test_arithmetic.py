@@ -107,6 +107,21 @@ def test_what_cannot_be_combined_is_refused() -> None:
             minilora.combine(adapters, weights, **arguments)
 
 
+def test_what_two_models_have_is_refused_and_their_names_are_kept_if_equal() -> None:
+    one, other = Adapter(make(1).config, make(1).tensors, "a"), make(2)
+    widened = {
+        key: torch.cat([tensor, tensor], dim=1) if ".lora_A." in key else tensor
+        for key, tensor in other.tensors.items()
+    }
+    with pytest.raises(
+        LoRAError, match=r"_proj is \(16, 16\) and \(16, 32\) \(out, in\): combine adapters of one"
+    ):
+        minilora.combine([one, Adapter(other.config, widened)], [1.0, 1.0])
+    for name, kept in (("a", "a"), ("b", None), (None, None)):
+        named = Adapter(other.config, other.tensors, name)
+        assert minilora.combine([one, named], [1.0, 1.0]).base_model == kept
+
+
 def test_singular_values_need_no_dense_product() -> None:
     torch.manual_seed(0)
     A, B = torch.randn(3, 50_000), torch.randn(40_000, 3)  # B A would take 8 GB
@@ -129,6 +144,8 @@ def test_extracting_from_a_full_fine_tune(rank: int) -> None:
         finetuned.model.encoder.layers[0].fc1.bias += 1
     made = minilora.extract(finetuned, base, rank)
     assert made.left_out == ("model.encoder.layers.0.fc1.bias",)
+    kept = f"{len(made.fits)} modules, {made.energy:.2%} of the update's energy kept"
+    assert str(made) == f"{kept}; 1 changed parameters left out"
     for fit in made.fits:
         expected = (
             finetuned.get_submodule(fit.module).weight - base.get_submodule(fit.module).weight

@@ -337,8 +337,10 @@ def samsum_like(count: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(("size", "targets"), [(8, 1.6), (32, 1.95)])
 def test_little_padding(size: int, targets: float) -> None:
-    """1.03 and 1.04; targets, which vary among dialogues of one length, 1.55 and 1.89. Batches drawn
-    at random: 2.2 and 3.0; 1.84 and 2.5."""
+    """1.03 and 1.04, where batches drawn at random have 2.2 and 3.0.
+
+    Targets vary among dialogues of one length: 1.55 and 1.89, at random 1.84 and 2.5.
+    """
     lengths = samsum_like(14_731)
     for side, limit in ((0, 1.05), (1, targets)):
         real = sum(pair[side] for pair in lengths)
