@@ -114,7 +114,8 @@ def test_what_two_models_have_is_refused_and_their_names_are_kept_if_equal() -> 
         for key, tensor in other.tensors.items()
     }
     with pytest.raises(
-        LoRAError, match=r"_proj is \(16, 16\) and \(16, 32\) \(out, in\): combine adapters of one"
+        LoRAError,
+        match=r"_proj has shapes \[\(16, 16\), \(16, 32\)\] \(out, in\): combine adapters",
     ):
         minilora.combine([one, Adapter(other.config, widened)], [1.0, 1.0])
     for name, kept in (("a", "a"), ("b", None), (None, None)):
