@@ -259,8 +259,8 @@ def test_texts_in_other_letters_are_not_computed() -> None:
 
 
 WORDS = st.sampled_from(
-    ["Anna", "anna’s", "the", "25", "half past four", "two hundred", "Łódź", "blorf", "$5k", ".",
-     "\n"]
+    ["Anna", "anna’s", "the the", "25", "half past four", "two hundred", "Łódź", "blorf", "$5k",
+     ".", "\n"]
 )  # fmt: skip
 TEXTS = st.lists(WORDS | st.text(max_size=3), max_size=12).map(" ".join)
 

@@ -82,6 +82,7 @@ EXPRESSIONS = st.sampled_from([r".*\.q", r"q", r"model\..*", r".*attn.*", r".*\.
 )
 @example("model.layers.1.q", ("model.layers.1.q",), (), (0,), ())  # said outright: always
 @example("model.h.1.q", ("q",), (), (1,), ("(layers|h)",))
+@example("model.layers.1.q", ("q",), (), (0,), ())  # met by name, of another layer
 def test_peft_asks_for_the_same_modules(
     module: str,
     targets: str | tuple[str, ...],
