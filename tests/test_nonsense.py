@@ -1,7 +1,7 @@
 """What counts as nonsense: names, numbers and words that the dialogue does not have, repeats."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.summarization.evaluation.nonsense import (
@@ -265,6 +265,7 @@ WORDS = st.sampled_from(
 TEXTS = st.lists(WORDS | st.text(max_size=3), max_size=12).map(" ".join)
 
 
+@settings(max_examples=100)
 @given(TEXTS, TEXTS)
 def test_no_text_is_too_odd(summary: str, dialogue: str) -> None:
     """Nothing raises, and a summary that is the dialogue has nothing foreign."""
