@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 .PHONY: train test lint format unit quick bench figures lessons docs docs-check api faults clean help
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: .venv/runtime  ## set up, then fine-tune the embedded model on the embedded dialogues
 	$(BIN)/python train.py --rank 8
@@ -66,19 +66,24 @@ figures: .venv/development  ## the published figures: over two hours on a machin
 lessons: .venv/development  ## execute the lessons, write them as notebooks with their outputs
 	$(BIN)/python lessons/render.py
 
-faults: .venv/development  ## kill and resume fifty runs; memory and files over 2,000 steps
+faults: .venv/development  ## kill and resume fifty runs; memory and files over 2,000 steps (Linux)
 	$(BIN)/python -m tests.faults --kills 50
 	$(BIN)/python -m tests.soak
 
 clean:  ## remove the environment and the files that tools write
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# An environment without pip, or without the Python it was made with, is made anew.
+VENV = $(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	"Python 3.10 or newer is needed: make PYTHON=python3.12")' && $(PYTHON) -m venv --clear .venv; }
+
 .venv/runtime: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
 .venv/development: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@

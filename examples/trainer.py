@@ -1,7 +1,8 @@
 """LoRA with Hugging Face's Trainer: python examples/trainer.py
 
 The Trainer trains every parameter that requires a gradient. After `inject` these are A and B.
-The BART is tiny and random, so that nothing is downloaded.
+It needs one more package: pip install accelerate. The BART is tiny and random, so that nothing is
+downloaded.
 """
 
 import torch

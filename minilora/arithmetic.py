@@ -179,9 +179,9 @@ def extract(
 
 def _concatenate(module: str, terms: Sequence[tuple[float, Tensor, Tensor]]) -> Factors:
     """A_1 .. A_n below each other and w_1 B_1 .. w_n B_n side by side, in float64."""
-    shapes = {(B.shape[0], A.shape[1]) for _, A, B in terms}
+    shapes = sorted({(B.shape[0], A.shape[1]) for _, A, B in terms})
     if len(shapes) > 1:
-        raise LoRAError(f"{module} is {' and '.join(map(str, sorted(shapes)))} (out, in)")
+        raise LoRAError(f"{module} has shapes {shapes} (out, in): combine adapters of one model")
     As, Bs = zip(*((A.double(), weight * B.double()) for weight, A, B in terms), strict=True)
     return torch.cat(As), torch.cat(Bs, dim=1)
 

@@ -2,12 +2,19 @@
 
 import copy
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+# Read when transformers is imported. The cache is empty, whatever the user's holds, and belongs to
+# this process: another one of xdist has its own, a program that a test starts inherits it.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="minilora-tests-")
+os.environ["HF_HUB_CACHE"] = os.environ["HF_HOME"] + "/hub"
+os.environ["HF_DATASETS_CACHE"] = os.environ["HF_HOME"] + "/datasets"
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
@@ -49,6 +56,10 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 VOCABULARY = 40

@@ -77,9 +77,10 @@ def test_forward_and_delta_are_the_equation(
     expected = nn.functional.linear(
         x.double(), linears.dense_weight(layer.base).double() + delta, layer.bias.double()
     )
-    # 64 units in the last place of sums of this size, which the parts' sizes bound
+    # 8 units in the last place of sums of this size, which the parts' sizes bound: 1.3 occur, and
+    # in bf16 the base alone is 6 or more away
     size = x.double().abs() @ (delta.abs() + linears.dense_weight(layer.base).double().abs()).T
-    tolerance = 64 * torch.finfo(dtype).eps * (size + 1)
+    tolerance = 8 * torch.finfo(dtype).eps * (size + 1)
     assert ((layer(x).double() - expected).abs() <= tolerance).all()
     assert torch.allclose(layer.delta().double(), delta, rtol=1e-5, atol=1e-6)
     assert delta.abs().max() > 0
@@ -129,7 +130,8 @@ def test_merging_is_exact_and_so_is_its_way_back(dtype: torch.dtype) -> None:
     assert torch.equal(
         layer.weight, (weight.to(wide) + (P @ (lambda_ * Q)) * layer.scale).to(dtype)
     )
-    assert torch.allclose(layer(x), y, atol=64 * torch.finfo(dtype).eps * y.abs().max().item())
+    tolerance = 16 * torch.finfo(dtype).eps * y.abs().max().item()  # 3.7 units in the last place
+    assert torch.allclose(layer(x), y, atol=tolerance, rtol=0)  # occur, from the order of the sums
     assert not torch.equal(layer.weight, weight)
     layer.unmerge()
     assert torch.equal(layer.weight, weight)

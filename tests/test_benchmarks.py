@@ -363,12 +363,6 @@ def test_without_a_package_its_version_is_none() -> None:
     assert script("common").version_of("no-such-package") is None
 
 
-def test_the_readme_is_what_the_results_say() -> None:
-    command = [sys.executable, str(FOLDER / "tables.py"), "--check"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout
-
-
 def test_minutes_are_at_the_median_pace_and_pauses_do_not_count() -> None:
     pocket = script("pocket")
     steps = [{"kind": "step", "tokens": n, "seconds": 0.01 * n} for n in (100, 200, 300, 3000)]

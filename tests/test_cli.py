@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, with links to the folder's contents beside it."""
+    """An empty working directory, with copies of the folder's contents beside it."""
     for path in folder.iterdir():
         shutil.copytree(path, tmp_path / path.name)
     (tmp_path / "here").mkdir()

@@ -80,6 +80,8 @@ def test_layers_goes_with_a_list_of_names_only() -> None:
     for targets in ("all-linear", r".*q_proj"):
         with pytest.raises(LoRAError, match="layers needs targets as a list"):
             LoRAConfig(targets=targets, layers=(0,))
+    with pytest.raises(LoRAError, match="layers_pattern has no effect without layers"):
+        LoRAConfig(layers_pattern=("layers",))
 
 
 def test_sequences_become_tuples_a_set_is_sorted_and_one_index_is_a_sequence_of_one() -> None:

@@ -568,6 +568,8 @@ def test_by_hand_training_a_merged_layer_in_peft_moves_nothing() -> None:
     y = layer.train()(torch.ones(2, 48))
     if y.requires_grad:
         pytest.skip(f"PEFT {peft.__version__} does this right")
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        y.sum().backward()
 
 
 def test_by_hand_dora_in_peft_merges_elsewhere_and_wants_a_batch() -> None:
@@ -575,8 +577,11 @@ def test_by_hand_dora_in_peft_merges_elsewhere_and_wants_a_batch() -> None:
     place = layer.base_layer.weight.data_ptr()
     shape = layer(torch.ones(48)).shape
     layer.merge()
-    if layer.base_layer.weight.data_ptr() == place and shape == (32,):
+    elsewhere = layer.base_layer.weight.data_ptr() != place
+    if not elsewhere and shape == (32,):
         pytest.skip(f"PEFT {peft.__version__} does this right")
+    if peft.__version__ == "0.21.2":
+        assert (elsewhere, shape) == (True, (1, 32))
 
 
 def test_by_hand_a_parametrization_removed_leaves_the_weight_in_new_storage() -> None:

@@ -71,7 +71,8 @@ def test_forward_is_the_equation(kind: str, dtype: torch.dtype, bias: bool) -> N
     x = torch.randn(2, 5, IN).to(dtype)
     y, expected = layer(x), reference(layer, x)
     assert y.dtype == dtype
-    tolerance = 64 * torch.finfo(dtype).eps * expected.abs().max().item()
+    # units in the last place: 3.6 occur, and in bf16 the base alone is 41 or more away
+    tolerance = 8 * torch.finfo(dtype).eps * expected.abs().max().item()
     assert (y.double() - expected).abs().max() <= tolerance
     assert (layer.base(x).double() - expected).abs().max() > 0.5
 
@@ -273,7 +274,8 @@ def test_a_whole_model_trains_merges_and_is_the_base_when_disabled() -> None:
     with minilora.disabled(model):
         assert torch.equal(logits(model), base)
     minilora.merge(model)
-    assert (logits(model) - expected).abs().max() < 1e-3
+    # float32 rounds the merged weights: 2e-5 of logits of 6
+    assert (logits(model) - expected).abs().max() < 1e-4
     with minilora.disabled(model):
         assert torch.equal(logits(model), base)
     minilora.unmerge(model)

@@ -161,7 +161,7 @@ def test_sentences_of_a_long_hostile_line_take_linear_time(
     """A quadratic reading of 200,000 characters would take minutes; this one takes 0.1 s."""
     text, started = part * times, time.process_time()
     split = rouge.split_sentences(text)
-    assert time.process_time() - started < 10
+    assert time.process_time() - started < 30
     assert len(split.splitlines()) == sentences
     assert "".join(split.split()) == "".join(text.split())
 

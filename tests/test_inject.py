@@ -258,8 +258,9 @@ def test_unwrapping_gives_back_the_modules_the_keys_and_the_flags(
     changed = {n for n, w in now.weights.items() if not torch.equal(w, before.weights[n])}
     assert changed == {f"{name}.weight" for name in names}
     assert not torch.allclose(logits(model), base, atol=0.1)
-    # the merged product sums in another order: float32, logits of order 10
-    torch.testing.assert_close(logits(model), active, rtol=1e-3, atol=1e-3)
+    # the merged product sums in another order: float32, as in test_merge.py
+    close = 1e-3 if architecture == "t5" else 1e-4
+    torch.testing.assert_close(logits(model), active, rtol=0, atol=close)
     minilora.inject(model, config_for(architecture))  # and it may be adapted again
 
 

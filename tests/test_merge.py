@@ -46,7 +46,9 @@ def test_a_merged_model_computes_what_the_adapted_one_did(architecture: str) -> 
     minilora.merge(model)
     merged = logits(model)
     assert not torch.equal(merged, active)  # another order of sums
-    torch.testing.assert_close(merged, active, rtol=1e-3, atol=1e-3)  # float32, logits of order 10
+    # float32: 1.4e-5 of logits of 5 to 7; T5's are 31, whose q and k are not scaled: 2.6e-4
+    close = 1e-3 if architecture == "t5" else 1e-4
+    torch.testing.assert_close(merged, active, rtol=0, atol=close)
     minilora.merge(model)
     assert torch.equal(logits(model), merged)
     minilora.unmerge(model)

@@ -3,6 +3,7 @@
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -60,6 +61,16 @@ def test_what_cannot_be_quantized_is_named(options: dict[str, object], message: 
     with pytest.raises(LoRAError, match=message):
         minilora.quantize(model, **options)
     before.check(model)
+
+
+@pytest.mark.parametrize(
+    "normed", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.spectral_norm]
+)
+def test_a_weight_that_is_computed_anew_is_named(normed: Any) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), normed(nn.Linear(64, 64)))
+    with pytest.raises(LoRAError, match="1: its weight is computed anew at every call; exclude it"):
+        minilora.quantize(model, targets=("0", "1"))
+    assert type(model[0]) is nn.Linear
 
 
 def test_what_does_not_fit_float32_is_named_and_nothing_is_changed() -> None:

@@ -1,7 +1,7 @@
 """What counts as nonsense: names, numbers and words that the dialogue does not have, repeats."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.summarization.evaluation.nonsense import (
@@ -258,7 +258,15 @@ def test_texts_in_other_letters_are_not_computed() -> None:
     assert in_latin_letters(["", "4 :)"])
 
 
-@given(st.text(), st.text())
+WORDS = st.sampled_from(
+    ["Anna", "anna’s", "the the", "25", "half past four", "two hundred", "Łódź", "blorf", "$5k",
+     ".", "\n"]
+)  # fmt: skip
+TEXTS = st.lists(WORDS | st.text(max_size=3), max_size=12).map(" ".join)
+
+
+@settings(max_examples=100)
+@given(TEXTS, TEXTS)
 def test_no_text_is_too_odd(summary: str, dialogue: str) -> None:
     """Nothing raises, and a summary that is the dialogue has nothing foreign."""
     for kind in (foreign_names, foreign_numbers, non_words, repeats):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import minilora
 from minilora import Adapter, LoRAConfig, LoRAError
 from minilora.inject import lora_layers
+from minilora.peft_format import directory as reading
 from tests.conftest import (
     ARCHITECTURES,
     RANK,
@@ -199,9 +200,10 @@ def test_no_module_is_replaced_under_a_wrapper(
     saved: Path, build: Callable[[], nn.Module], wrapper: Callable[[nn.Module], nn.Module]
 ) -> None:
     model = build()
+    wrapped = wrapper(model)  # DataParallel moves the model to the GPU where there is one
     before = State.of(model)
     with pytest.raises(LoRAError, match=r"before torch\.compile, DistributedDataParallel"):
-        minilora.load_adapter(wrapper(model), saved)
+        minilora.load_adapter(wrapped, saved)
     before.check(model)
 
 
@@ -455,6 +457,22 @@ def test_a_directory_that_is_wrong_is_refused_in_one_line_that_names_it(
         minilora.read_adapter(saved)
     assert str(saved) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_that_is_replaced_while_it_is_read_is_refused(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors would be scaled by another configuration."""
+    read = reading._read_tensors
+
+    def replaced_meanwhile(folder: Path) -> dict[str, Tensor]:
+        tensors = read(folder)
+        edit(folder, lora_alpha=99)
+        return tensors
+
+    monkeypatch.setattr(reading, "_read_tensors", replaced_meanwhile)
+    with pytest.raises(LoRAError, match="changed while it was being read: try again"):
+        minilora.read_adapter(saved)
 
 
 def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -157,7 +157,8 @@ def test_merging_is_exact_and_so_is_its_way_back(dtype: torch.dtype) -> None:
     exact = before.double() + layer.delta().double()
     half_ulp = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6 * (dtype != torch.float64)
     assert ((layer.weight.double() - exact).abs() <= half_ulp).all()  # rounded once
-    tolerance = 64 * torch.finfo(dtype).eps * y.abs().max().item()
+    # units in the last place: 4 occur, and in bf16 the base alone is 19 or more away
+    tolerance = 16 * torch.finfo(dtype).eps * y.abs().max().item()
     assert torch.allclose(layer(x), y, atol=tolerance, rtol=0)
     assert not torch.equal(layer.weight, before)
     layer.unmerge()

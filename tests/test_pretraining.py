@@ -442,7 +442,7 @@ def test_pretraining_writes_weights_and_goes_on(
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert last["done"]
-    assert 1.1 < last["seconds"] < 10  # 0.02 minutes, and the step that was being done
+    assert 1.1 < last["seconds"] < 30  # 0.02 minutes, and the step that was being done
     assert np.isfinite(last["narrative_right"])
     assert "MODEL" in (tmp_path / "run" / "samples.txt").read_text()
 

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import minilora
 from minilora import Adapter, LoRAConfig
+from minilora.config import matches_end
 from minilora.methods.dora import DoRALinear
 from minilora.methods.lora_bias import LoRABiasLinear
 from minilora.peft_format.apply import adapter_of, apply_adapter
@@ -59,15 +60,20 @@ def configs(draw: st.DrawFn, net: Net, plain: bool = False) -> LoRAConfig:
     weight = net.layers[0].norm.weight
     width, half = weight.shape[0], weight.itemsize < 4  # inject refuses what trains in 16 bits
     targets = draw(st.lists(st.sampled_from(NAMES[:3]), min_size=1, unique=True))
+    names = [f"layers.{i}.{target}" for i in range(len(net.layers)) for target in targets]
     ranks = st.integers(1, width)
     keys = st.sampled_from([*targets, r"layers\.0\.[qvf].*", r".*_proj", r"layers.\d.v_proj"])
     settings = {
         "rank": draw(ranks),
         "alpha": draw(ALPHAS),
         "targets": tuple(targets),
-        "rank_pattern": draw(st.dictionaries(st.sampled_from(targets), ranks)),
-        "alpha_pattern": {
-            k: v for k, v in draw(st.dictionaries(keys, ALPHAS)).items() if k in targets
+        **{
+            f"{name}_pattern": {
+                key: value
+                for key, value in draw(st.dictionaries(keys, values)).items()
+                if any(matches_end(key, module) for module in names)  # inject refuses the others
+            }
+            for name, values in (("rank", ranks), ("alpha", ALPHAS))
         },
         "rslora": draw(st.booleans()),
     }

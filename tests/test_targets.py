@@ -64,8 +64,11 @@ def test_the_index_of_a_layer_is_the_first_number_after_a_name(
 
 
 PARTS = st.sampled_from(["model", "layers", "experts", "h", "0", "1", "12", "attn", "q", "v"])
-NAMES = st.lists(PARTS, min_size=1, max_size=6).map(".".join)
-LISTS = st.lists(NAMES, min_size=1, max_size=2).map(tuple)
+LAYERS, NUMBERS = st.sampled_from(["model.layers", "model.h", "layers"]), ["0", "1", "12"]
+ENDS = st.sampled_from(["q", "attn.q", "v"])
+NAMES = st.tuples(LAYERS, st.sampled_from(NUMBERS), ENDS).map(".".join)  # which rules are about
+NAMES |= st.lists(PARTS, min_size=1, max_size=6).map(".".join)
+LISTS = st.lists(ENDS | NAMES, min_size=1, max_size=2).map(tuple)
 EXPRESSIONS = st.sampled_from([r".*\.q", r"q", r"model\..*", r".*attn.*", r".*\.1\..*"])
 
 
@@ -79,6 +82,7 @@ EXPRESSIONS = st.sampled_from([r".*\.q", r"q", r"model\..*", r".*attn.*", r".*\.
 )
 @example("model.layers.1.q", ("model.layers.1.q",), (), (0,), ())  # said outright: always
 @example("model.h.1.q", ("q",), (), (1,), ("(layers|h)",))
+@example("model.layers.1.q", ("q",), (), (0,), ())  # met by name, of another layer
 def test_peft_asks_for_the_same_modules(
     module: str,
     targets: str | tuple[str, ...],

@@ -112,7 +112,8 @@ def test_merging_changes_no_logits_and_unmerging_is_exact(settings: dict[str, ob
     expected, before = logits(model), weights(model)
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     minilora.merge(model)
-    assert (logits(model) - expected).abs().max() < 1e-3
+    # float32 rounds the merged weights: 1.3e-5 of logits of 6
+    assert (logits(model) - expected).abs().max() < 1e-4
     assert not equal(weights(model), before)
     assert equal(model.state_dict(), state)  # a checkpoint holds the unmerged values
     minilora.unmerge(model)
@@ -124,7 +125,7 @@ def test_unwrap_keeps_what_was_trained(settings: dict[str, object]) -> None:
     expected = logits(model)
     adapter = adapter_of(model)
     plain = minilora.unwrap(model)
-    assert (logits(plain) - expected).abs().max() < 1e-3
+    assert (logits(plain) - expected).abs().max() < 1e-4  # as after a merge
     assert plain.state_dict().keys() == base.state_dict().keys()
     for name, tensor in adapter.extras.items():
         if not settings.get("lora_bias"):  # there c is added on top
