@@ -5,7 +5,7 @@
 Five models with the same weights take turns in every round: the base, the base with an active
 adapter (rank 8 on q_proj and v_proj, B random), the same merged, and the same unwrapped. They are
 timed on a forward pass over 8 dialogues of 64 tokens, and on greedy decoding of 64 tokens. The base
-is there twice; their ratio shows the noise. Weights are random, since the latency
+is timed twice, as two models; their ratio shows the noise. Weights are random, since the latency
 does not depend on them.
 """
 

@@ -146,6 +146,6 @@ def seeded(model: nn.Module, seed: int | None) -> Iterator[None]:
             torch.default_generator.manual_seed(seed)
             for device in devices:
                 torch.cuda.default_generators[device.index].manual_seed(seed)
-            for kind in {p.device.type for p in model.parameters()} - {"cpu", "cuda", "meta"}:
-                getattr(torch, kind).manual_seed(seed)  # such as mps; not restored
+            if {p.device.type for p in model.parameters()} - {"cpu", "cuda", "meta"}:
+                torch.manual_seed(seed)  # such as mps: not restored
         yield

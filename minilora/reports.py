@@ -30,10 +30,10 @@ class InjectReport:
     seed: int | None = None
 
     def __str__(self) -> str:
-        of = f"{self.trainable:,} trainable of {self.total:,} ({self.trainable / self.total:.4%})"
+        text = f"{self.trainable:,} trainable of {self.total:,} ({self.trainable / self.total:.4%})"
         lines = fold_names(self.modules) + [f"and {name}" for name in fold_names(self.also)]
         lines += [] if self.seed is None else [f"A starts from seed {self.seed}"]
-        return "\n  ".join([f"{count(self.modules)}, {of}", *lines])
+        return "\n  ".join([f"{count(self.modules)}, {text}", *lines])
 
 
 @dataclass(frozen=True)

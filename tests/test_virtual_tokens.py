@@ -647,6 +647,9 @@ BROKEN: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
     "a list": (ALL, {"places": [[1]]}, {}, "places must be a string or a sequence of strings"),
     "no submodules": (PROMPT, {"num_transformer_submodules": 3}, {}, "must be 1 or 2, not 3"),
     "a word": (PROMPT, {"num_transformer_submodules": "2"}, {}, "must be 1 or 2, not '2'"),
+    # An empty entry means PEFT's default, two for an encoder-decoder: twice the rows.
+    "empty": (PROMPT, {"num_transformer_submodules": ""}, {}, r"not floating point of shape \(6"),
+    "an empty list": (PROMPT, {"num_transformer_submodules": []}, {}, r"of shape \(6"),
     "true": (PROMPT, {"num_virtual_tokens": True}, {}, "num_virtual_tokens must be a whole"),
     "too few layers": (ALL, {}, {"cross": torch.ones(3, 32)}, "prefix/cross is a"),
     "width of another model": (

@@ -34,10 +34,10 @@ nothing from here.
     together.py         several of these in one model               `minilora.inject` of a list
 
 A prompt and a prefix adapt no layer. Each is an extra with a configuration of its own, held in the
-field `prompts` of LoRAConfig. `start` adds the parameters and the forward hooks, `find`
-names them for the files, and `swap` switches them off and on. Their kinds read and write a
-subdirectory of the adapter's directory (`FOLDERS`, in peft_format/keys.py). They cannot be merged:
-`merge` reports that, and `unwrap` refuses.
+field `prompts` of LoRAConfig. `start` adds the parameters and the forward hooks, `find` names them
+for the files, and `swap` switches them off and on. Their kinds read and write a subdirectory of the
+adapter's directory (`FOLDERS`, in peft_format/keys.py). They cannot be merged: `merge` reports
+that, and `unwrap` refuses.
 """
 
 from minilora.initialization import STARTS

@@ -1,8 +1,7 @@
 """LoRA, a prompt and a prefix in one model: `inject` takes a list, and `config_of` returns it.
 
-`inject.py` knows LoRA only. The configurations of a prompt and a prefix go into the field
-`prompts` of LoRAConfig, which their extras read. A prompt or prefix alone is a LoRAConfig
-without targets.
+`inject.py` knows LoRA only. The configurations of a prompt and a prefix go into the field `prompts`
+of LoRAConfig, which their extras read. A prompt or prefix alone is a LoRAConfig without targets.
 """
 
 from collections.abc import Sequence

@@ -111,7 +111,8 @@ def _counts(entries: Entries, *names: str) -> list[int]:
 
 def _submodules(entries: Entries) -> int:
     """PEFT's num_transformer_submodules: 2 for an encoder-decoder unless the file says 1."""
-    if (value := entries.get("num_transformer_submodules")) is None:
+    value = entries.get("num_transformer_submodules")
+    if value in (None, "", [], {}):
         return 2 if entries.get("task_type") == ENCODER_DECODER else 1
     if type(value) is not int or value not in (1, 2):
         raise LoRAError(f"num_transformer_submodules must be 1 or 2, not {value!r}")

@@ -14,7 +14,7 @@ from minilora.conventions import bypassed, projections
 from minilora.inject import lora_layers
 from minilora.modules import named_modules, naming, others, owners, plain_name, replace_modules
 from minilora.nf4.linear import NF4Linear
-from minilora.reports import count
+from minilora.reports import count, fold_names
 from minilora.targets import all_linear, require
 
 
@@ -24,6 +24,7 @@ class QuantizeReport:
 
     Attributes:
         modules: dotted names of the linears in four bits.
+        left_out: those that cannot be, since a module reads their weight without calling them.
         weights: how many weights they hold.
         before: their size in bytes, biases not counted.
         after: the same in four bits, scales included.
@@ -37,17 +38,22 @@ class QuantizeReport:
     weights: int
     before: int
     after: int
+    left_out: tuple[str, ...] = ()
 
     @property
     def bits(self) -> float:
-        """Bits a weight, scales included."""
+        """Bits per weight, scales included."""
         return 8 * self.after / max(self.weights, 1)
 
     def __str__(self) -> str:
         sizes = f"{self.before / 1e6:,.1f} MB -> {self.after / 1e6:,.1f} MB"
-        return (
-            f"{count(self.modules, 'linear')} in 4 bits: {sizes} ({self.bits:.3f} bits per weight)"
-        )
+        what = f"{count(self.modules, 'linear')} in 4 bits: {sizes}"
+        lines = [f"{what} ({self.bits:.3f} bits per weight)"]
+        lines += [
+            f"left out: {name}, whose weight is read without a call"
+            for name in fold_names(self.left_out)
+        ]
+        return "\n  ".join(lines)
 
 
 def quantize(
@@ -73,7 +79,7 @@ def quantize(
         double: quantize the scales too: 4.127 bits per weight instead of 4.5.
 
     Returns:
-        The modules and their sizes before and after.
+        The modules, their sizes before and after, and the linears that cannot be quantized.
 
     Raises:
         LoRAError: nothing to quantize, an entry of targets or exclude that matches nothing, or a
@@ -102,7 +108,10 @@ def quantize_report(model: nn.Module) -> QuantizeReport:
     weights = sum(m.in_features * m.out_features for m in found.values())
     after = sum(t.nbytes for m in found.values() for t in m.packed if t is not None)
     before = sum(m.weight.nbytes for m in found.values())
-    return QuantizeReport(tuple(found), weights, before, after)
+    reading = _reading(model)
+    linears = [name for name, m in reading.items() if isinstance(m, nn.Linear)]
+    left_out = [n for n in linears if not _is_plain(reading[n]) or bypassed(reading, n)]
+    return QuantizeReport(tuple(found), weights, before, after, tuple(left_out))
 
 
 def select_linears(
@@ -111,15 +120,13 @@ def select_linears(
     exclude: str | Sequence[str] = ("lm_head",),
 ) -> dict[str, nn.Linear]:
     """The linears that `quantize` would replace, by dotted name, all checked."""
-    modules = {"": model} | dict(named_modules(model))
+    modules, reading = dict(named_modules(model)), _reading(model)
     with naming("quantize"):
         asked = LoRAConfig(targets=targets, exclude=exclude)  # type: ignore[arg-type]
         require("targets", () if asked.targets == ATTENTION else asked.targets, [*modules])
         away = asked.exclude  # many models have no lm_head
         away = away if isinstance(away, str) else tuple(n for n in away if n != "lm_head")
         require("exclude", away, [*modules])
-    # TransformerEncoderLayer calls its linears if their weights lie on another device than x.
-    reading = {n: m for n, m in modules.items() if not isinstance(m, nn.TransformerEncoderLayer)}
     if asked.targets == ALL_LINEAR:
         named = all_linear(model)
         named = [(n, m) for n, m in named if _is_plain(m) and not bypassed(reading, n)]
@@ -135,6 +142,12 @@ def select_linears(
     if not found:
         raise LoRAError("quantize: no torch.nn.Linear is targeted: change targets or exclude")
     return found
+
+
+def _reading(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by name, without those that call a linear whose weight is on another device."""
+    modules = {"": model} | dict(named_modules(model))
+    return {n: m for n, m in modules.items() if not isinstance(m, nn.TransformerEncoderLayer)}
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -179,13 +179,13 @@ def _require_same(before: dict[str, Any], run: RunConfig) -> None:
     different = [k for k in now if now[k] != before[k] and k not in RESUME_MAY_CHANGE]
     stored = read_object(Path(options.resume or "") / "config.json") or {}
 
-    def leads_on(name: str) -> bool:
-        """Whether it leads to the same place, or no more to any: the contents are compared then."""
+    def agrees(name: str) -> bool:
+        """Whether it is the same place, or the earlier one is gone: contents are compared too."""
         is_local = str(stored.get(name)).startswith((".", "/", "~"))
         is_gone = is_local and not local_path(before[name]).exists()
         return is_gone or _same_place(now[name], before[name])
 
-    changed = [k for k in different if k not in PATHS or not leads_on(k)]
+    changed = [k for k in different if k not in PATHS or not agrees(k)]
     if changed and not options.accept_changes:
         what = ", ".join(f"{spelt(k)} (was {before[k]!r}, is {now[k]!r})" for k in changed)
         raise UserError(
@@ -303,7 +303,7 @@ def evaluation_parser(program: str = "evaluate.py") -> Parser:
 
 
 def parse_evaluation(argv: Sequence[str], program: str = "evaluate.py") -> argparse.Namespace:
-    """The flags; `changes` has settings that replace the run's. Most without effect are refused.
+    """The flags; `changes` has settings that replace the run's. Most that do nothing are refused.
 
     Raises:
         UserError: flags that exclude each other, or a value out of its range.

@@ -62,7 +62,7 @@ def _hold_out(
 ) -> dict[str, list[Example]]:
     """Choose rows by a hash of the dialogue: new rows move no others, equal ones stay together.
 
-    Not so in small data, where a split takes one row that the hashes would leave in train.
+    In small data this does not hold: each split takes at least one row, whatever its hash.
     """
     digests = [hashlib.sha256(example.dialogue.encode()).digest() for example in examples]
     order = sorted(range(len(examples)), key=digests.__getitem__)

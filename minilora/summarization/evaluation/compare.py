@@ -19,7 +19,7 @@ from .rouge import MEASURES, Interval, bootstrap, rouge, tokenizer_for
 class Summary:
     text: str
     tokens: int
-    """As transformers counts gen_len: all but padding, with which T5 also starts."""
+    """As transformers counts gen_len: without padding; T5's start token is its padding token."""
 
 
 @dataclass(frozen=True)

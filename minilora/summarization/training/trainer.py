@@ -319,7 +319,9 @@ class Trainer:
             if not self.session.run.output.accept_changes:
                 if KEPT in other:
                     choice = "on" if origin[KEPT] == "True" else "off"
-                    changed += f" (--cache-encoder {choice} --accept-changes has it as before)"
+                    changed += (
+                        f" (--cache-encoder {choice} --accept-changes keeps the earlier choice)"
+                    )
                 instead = "; restore what changed, or use --accept-changes to resume with it"
                 raise UserError(f"--resume {self.output}: {changed}{instead}")
             notices.append(changed)
