@@ -50,17 +50,20 @@ bench: .venv/development  ## ten benchmarks at a small size: benchmarks/results/
 		predict; do \
 		$(BIN)/python benchmarks/$$name.py --small || exit 1; done
 
-figures: .venv/development  ## the published figures: over two hours on a machine with nothing else to do
+figures: .venv/development  ## the published figures: many hours on a machine with nothing else to do
 	test ! -d ../shared/data/samsum || rm -f benchmarks/results/training_base.json
 	$(BIN)/python benchmarks/training.py --precision fp32 --examples 384 --pieces 3 --validation 32
 	$(BIN)/python benchmarks/quality.py --precision fp32 --epochs 1
 	$(BIN)/python benchmarks/evaluation.py --model pocket --precisions fp32 --limit 400
 	for name in default_run merge_latency exactness layer nf4_parity \
-		qlora qlora_quality full_update conformance startup predict pocket; do $(BIN)/python benchmarks/$$name.py || exit 1; done
-	test ! -d ../shared/data/samsum || $(BIN)/python benchmarks/pocket.py --name samsum \
-		--data ../shared/data/samsum --seeds 0 --contestants "LoRA r 8, all-linear" \
-		--epochs 2 --batch-size 16 --learning-rate 2e-3 --min-length 30 --length-penalty 1.0 --validation-limit 200
-	$(BIN)/python benchmarks/pocket_page.py
+		qlora qlora_quality full_update conformance startup predict; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for data in bookings minichat minichat-hard; do for script in grid pocket; do \
+		$(BIN)/python benchmarks/$$script.py --data $$data || exit 1; done; done
+	test ! -d ../shared/data/samsum || $(BIN)/python benchmarks/grid.py --data ../shared/data/samsum \
+		--validation-limit 200
+	test ! -d ../shared/data/samsum || $(BIN)/python benchmarks/pocket.py --data ../shared/data/samsum \
+		--seeds 0 --validation-limit 200
+	$(BIN)/python pretraining/plot.py
 	$(BIN)/python benchmarks/tables.py
 
 lessons: .venv/development  ## execute the lessons, write them as notebooks with their outputs

@@ -6,14 +6,18 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+
+if TYPE_CHECKING:
+    from minilora.summarization.data.reading import Example
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -82,6 +86,58 @@ def digest(paths: Sequence[Path], *more: str) -> str:
     for path in paths:
         found.update(path.read_bytes())
     return found.hexdigest()
+
+
+def key_of_run(flags: Sequence[str], data: str) -> str:
+    """Of all that decides the result of train.py: flags, data, the model's files, the library."""
+    from minilora.summarization.presets import local_path
+
+    place = local_path(data)
+    read = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
+    model = [WEIGHTS, *sorted(WEIGHTS.parent.glob("*.json"))]
+    code = sorted((ROOT / "minilora").rglob("*.py"))
+    return digest([*model, *code, *read], *flags, data)[:12]
+
+
+def flags_of_data(data: str) -> list[str]:
+    """Data and decoding for train.py: 5 to 60 tokens, as in the preset, on every data set.
+
+    train.py fits the lengths to the references of data that is not embedded. On SAMSum that is a
+    minimum of 19 tokens, which forces many summaries on after their end.
+    """
+    from minilora.summarization.presets import EMBEDDED
+
+    lengths = [] if data in EMBEDDED else ["--min-length", "5", "--max-length", "60"]
+    return ["--data", data, *lengths]
+
+
+def read_split(data: str, split: str) -> "list[Example]":
+    """The dialogues of a split; data that cannot be read ends the script in one line."""
+    from minilora.summarization.data.splits import load
+    from minilora.summarization.errors import UserError
+    from minilora.summarization.settings import DataOptions
+
+    try:
+        return load(DataOptions(data=data), (split,))[0][split]
+    except UserError as error:
+        refuse(str(error))
+
+
+def refuse(message: str) -> NoReturn:
+    """End the script with one line and exit code 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run_beside(command: Sequence[str], log: Path, jobs: int) -> None:
+    """A process of its own; with one thread, if `jobs` of them run side by side."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if jobs > 1:
+        environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    with log.open("w") as output:
+        done = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False)
+    if done.returncode:
+        raise SystemExit(f"a run ended with exit code {done.returncode}: see {log}")
 
 
 def synchronize() -> None:

@@ -1,31 +1,42 @@
-"""The best learning rate of each method on the validation split.
+"""The best learning rate of each method on the validation split of a data set.
 
-    python benchmarks/grid.py [--jobs 2] [--epochs 4]
+    python benchmarks/grid.py [--data NAME] [--methods ...] [--jobs 2] [flags of train.py]
 
-Every method gets the same number of rates. A row is a run of `train.py --no-evaluate`, so the test
-split is never read. The chosen rate has the highest ROUGE-1 of the last epoch's (greedy) summaries.
-The best of all epochs would reward noise. Runs share the machine, so their times say nothing.
-Finished rows are stored in --keep.
+Writes grid_NAME.json, from which pocket.py takes its rates. Every method gets the same number of
+rates. A row is a run of `train.py --no-evaluate`, so the test split is never read. The chosen rate
+has the highest ROUGE-1 of the last epoch's (greedy) summaries. The best of all epochs would reward
+noise. Runs share the machine, so their times say nothing. Finished rows are stored in --keep.
 """
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, WEIGHTS, digest, write_result
+from common import (
+    ROOT,
+    WEIGHTS,
+    digest,
+    flags_of_data,
+    key_of_run,
+    read_split,
+    run_beside,
+    write_result,
+)
 
 METHODS = {
+    "preset": ["--rank", "8"],
+    "decoder": ["--rank", "8", "--targets", "decoder"],  # the encoder is computed once
     "q/v": ["--rank", "8", "--targets", "q_proj", "v_proj"],
     "all-linear": ["--rank", "8", "--targets", "all-linear"],
     "full": ["--method", "full"],
 }
 RATES = {
+    "preset": (2e-3, 4e-3, 8e-3),
+    "decoder": (2e-3, 4e-3, 8e-3),
     "q/v": (2e-3, 4e-3, 8e-3),
     "all-linear": (1e-3, 2e-3, 4e-3),
     "full": (2.5e-4, 5e-4, 1e-3),
@@ -34,24 +45,16 @@ RATES = {
 
 def run(method: str, rate: float, options: argparse.Namespace, more: list[str]) -> dict[str, Any]:
     """Validation scores by epoch of one run."""
-    flags = [*METHODS[method], "--learning-rate", str(rate), "--epochs", str(options.epochs)]
-    kind = digest([WEIGHTS], *flags, *more)[:8]
-    output = options.keep / f"{method.replace('/', '-')}-{rate:g}-{options.epochs}-{kind}"
+    flags = [*METHODS[method], "--learning-rate", str(rate), *flags_of_data(options.data), *more]
+    kind = key_of_run(flags, options.data)
+    output = options.keep / f"{method.replace('/', '-')}-{rate:g}-{kind}"
     if not (output / "done").exists():
         shutil.rmtree(output, ignore_errors=True)  # of a run that was stopped
-        command = [sys.executable, str(ROOT / "train.py"), *flags, *more, "--no-evaluate"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        if options.jobs > 1:
-            environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        subprocess.run(
-            [*command, "--output", str(output)],
-            check=True,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        output.mkdir(parents=True)
+        command = [sys.executable, str(ROOT / "train.py"), *flags, "--no-evaluate"]
+        run_beside([*command, "--output", str(output / "run")], output / "output.txt", options.jobs)
         (output / "done").touch()
-    records = [json.loads(line) for line in (output / "log.jsonl").read_bytes().splitlines()]
+    records = [json.loads(line) for line in (output / "run/log.jsonl").read_bytes().splitlines()]
     validation = [record for record in records if record["kind"] == "validation"]
     shown = [(round(v["loss"], 3), round(v["rouge1"], 1)) for v in validation]
     print(f"{method}, {rate:g}: {shown}", flush=True)
@@ -59,13 +62,15 @@ def run(method: str, rate: float, options: argparse.Namespace, more: list[str]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else "", allow_abbrev=False
+    )
+    parser.add_argument("--data", default="bookings", help="embedded, or a path")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["preset", "full"])
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--keep", type=Path, default=ROOT / "build" / "grid")
-    parser.add_argument("--name", default="grid", help="benchmarks/results/NAME.json")
     options, more = parser.parse_known_args()  # the other flags are for train.py
+    read_split(options.data, "validation")
     grid = [(method, rate) for method in options.methods for rate in RATES[method]]
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(lambda row: run(*row, options, more), grid))
@@ -77,8 +82,9 @@ def main() -> None:
         for method in options.methods
     }
     print(f"chosen: {chosen}")
-    settings = {"epochs": options.epochs, "flags": more, "split": "validation"}
-    print(write_result(options.name, {"settings": settings, "chosen": chosen, "rows": rows}))
+    name = Path(options.data).name
+    told = {"data": name, "weights": digest([WEIGHTS]), "flags": more, "split": "validation"}
+    print(write_result(f"grid_{name}", {"settings": told, "chosen": chosen, "rows": rows}))
 
 
 if __name__ == "__main__":

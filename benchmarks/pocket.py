@@ -1,94 +1,103 @@
-"""LoRA's gain on pocket-bart, beside the base, full fine-tuning and the first turns.
+"""A rung of the ladder: LoRA beside the base, full fine-tuning, the first turns and the references.
 
-    python benchmarks/pocket.py [--seeds 0 1 2] [--jobs 2] [--contestants NAME ...]
-    python benchmarks/pocket.py --data ../shared/data/samsum --name samsum [flags of train.py]
+    python benchmarks/grid.py --data NAME        # the learning rates, on the validation split
+    python benchmarks/pocket.py --data NAME [--seeds 0 1 2] [--jobs 2] [--contestants NAME ...]
+    python benchmarks/pocket.py --data ../shared/data/samsum [flags of train.py]
 
-Every contestant trains with the default preset in a process of its own, at the learning rate that
-the validation split chose for its method (benchmarks/grid.py), and summarizes the test split. With
---jobs 2 two of them run side by side on one core each. Minutes are those of one core, for the steps
-alone, without validation. Finished runs are stored in --keep, so an interrupted benchmark
-continues.
+Writes ladder_NAME.json. Every contestant trains with the default preset in a process of its own, at
+the learning rate of its method in grid_NAME.json, and summarizes the test split. The base is
+decoded alike. With --jobs 2 two of them run side by side on one core each. Minutes are those of one
+core, for the steps alone, without validation. Finished runs, with their texts, are stored in
+--keep, so an interrupted benchmark continues; the scores are computed anew.
 """
 
 import argparse
-import itertools
 import json
-import os
+import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from common import ROOT, WEIGHTS, digest, write_result
+import torch
+from common import (
+    RESULTS,
+    ROOT,
+    WEIGHTS,
+    digest,
+    flags_of_data,
+    key_of_run,
+    read_split,
+    refuse,
+    run_beside,
+    write_result,
+)
+from grid import METHODS
 
-# From results/grid.json, of the earlier weights.
-RATES = {"q/v": 4e-3, "decoder": 4e-3, "all-linear": 1e-3, "full": 5e-4}
-CONTESTANTS: dict[str, list[str]] = {
-    **{
-        f"LoRA r {rank}, q/v": ["--rank", str(rank), "--targets", "q_proj", "v_proj"]
-        for rank in (1, 2, 4, 8, 16)
-    },
-    "LoRA r 8, decoder": ["--rank", "8", "--targets", "decoder"],  # the encoder is computed once
-    "LoRA r 8, all-linear": ["--rank", "8", "--targets", "all-linear"],
-    "full fine-tuning": ["--method", "full"],
+if TYPE_CHECKING:
+    from minilora.summarization.data.reading import Example
+
+# By name: its method in grid.py, and flags of its own.
+CONTESTANTS: dict[str, tuple[str, list[str]]] = {
+    **{f"LoRA r {rank}": ("preset", ["--rank", str(rank)]) for rank in (1, 2, 4, 8, 16)},
+    **{f"LoRA r 8, {name}": (name, []) for name in ("decoder", "q/v", "all-linear")},
+    "full fine-tuning": ("full", []),
 }
 METRICS = ("rouge1", "rouge2", "rougeL")
+TURNS = 3
+Scores = dict[str, list[float]]
+"""By measure one value a dialogue: ROUGE, or how many names, numbers, ... are nonsense."""
 
 
-def rate(name: str) -> float:
-    """The learning rate of a contestant's method."""
-    return RATES["full" if name.startswith("full") else name.split(", ")[-1]]
+def rates_of(data: str, contestants: Sequence[str]) -> dict[str, float]:
+    """The learning rate of each contestant's method, from the grid of this data and weights."""
+    name, methods = Path(data).name, [CONTESTANTS[one][0] for one in contestants]
+    path = RESULTS / f"grid_{name}.json"
+    grid = json.loads(path.read_bytes()) if path.exists() else None
+    chosen = grid["chosen"] if grid else {}
+    stale = not grid or grid["settings"]["weights"] != digest([WEIGHTS])
+    if stale or not set(methods) <= set(chosen):
+        asked = " ".join(dict.fromkeys([*chosen, *methods]))
+        refuse(
+            f"{path.name} lacks rates of these weights: run "
+            f"`python benchmarks/grid.py --data {data} --methods {asked}`"
+        )
+    return {one: chosen[method] for one, method in zip(contestants, methods, strict=True)}
 
 
-def flags_of(name: str, seed: int, more: Sequence[str]) -> list[str]:
-    """What train.py is told."""
-    own = [] if name == "base" else [*CONTESTANTS[name], "--learning-rate", str(rate(name))]
-    return ["--seed", str(seed), *own, *more]
-
-
-def work(name: str, seed: int, more: Sequence[str], directory: Path) -> None:
-    """One run, in a process of its own; base's and fine-tuned scores of every test dialogue."""
+def work(job: dict[str, Any]) -> None:
+    """One run, in a process of its own: summaries of all test dialogues."""
     from minilora.summarization.evaluation.generate import summarize
-    from minilora.summarization.evaluation.rouge import rouge
     from minilora.summarization.flags import parse_run
     from minilora.summarization.training.session import open_session
     from minilora.summarization.training.trainer import fit
 
-    base, flags = name == "base", flags_of(name, seed, more)
-    session = open_session(parse_run([*flags, "--output", str(directory / "run")]))
-    result: dict[str, Any] = {"name": name, "seed": seed, "flags": flags}
-    if not base:
-        (directory / "run").mkdir(parents=True, exist_ok=True)
-        outcome = fit(session, directory / "run")
+    directory = Path(job["directory"])
+    output = directory / "run"
+    session = open_session(parse_run([*job["flags"], "--output", str(output)]))
+    result: dict[str, Any] = {"name": job["name"], "seed": job["seed"]}
+    if job["name"] != "base":
+        output.mkdir()
+        outcome = fit(session, output)
+        if not outcome.finished:  # by a signal
+            raise SystemExit("stopped before the last step")
+        records = [json.loads(line) for line in (output / "log.jsonl").read_bytes().splitlines()]
         result |= {
             "learning_rate": session.run.training.learning_rate,
             "trainable": session.report.trainable,
+            "minutes": minutes(records),
             "peak_gib": outcome.progress.peak_bytes / 2**30,
+            "validation": [record for record in records if record["kind"] == "validation"],
         }
-        reload_best(session, directory / "run")
-    test = session.splits["test"]
+        reload_best(session, output)
     summaries = summarize(
-        session.model, session.tokenizer, test.encoded, session.run.generation,
+        session.model, session.tokenizer, session.splits["test"].encoded, session.run.generation,
         session.autocast_dtype,
     )  # fmt: skip
-    rows = rouge([s.text for s in summaries], [example.summary for example in test.examples])
-    result["ids"] = [example.id for example in test.examples]
-    result["scores"] = {m: [round(row[m], 3) for row in rows] for m in METRICS}
-    result["gen_len"] = statistics.mean(s.tokens for s in summaries)
-    result["invented"] = [
-        invented_names(summary.text, example.dialogue)
-        for summary, example in zip(summaries, test.examples, strict=True)
-    ]
-    if session.run.data.data == "minichat":  # its licence allows texts in the repository
-        result["summaries"] = [summary.text for summary in summaries]
-    log = directory / "run" / "log.jsonl"
-    if log.exists():
-        records = [json.loads(line) for line in log.read_text().splitlines()]
-        result["validation"] = [record for record in records if record["kind"] == "validation"]
-        result["minutes"] = minutes(records)
+    result["summaries"] = [summary.text for summary in summaries]
+    result["gen_len"] = statistics.mean(summary.tokens for summary in summaries)
     beside = directory / "result.json.new"
     beside.write_text(json.dumps(result))
     beside.rename(directory / "result.json")
@@ -114,132 +123,148 @@ def reload_best(session: Any, output: Path) -> None:
         minilora.load_adapter(session.model, path, inference=True)
 
 
-def invented_names(summary: str, dialogue: str) -> int:
-    """Capitalized words within sentences of the summary that are not in the dialogue."""
-    said = dialogue.lower()
-    pairs = itertools.pairwise(summary.split())  # the first word of a sentence is no evidence
-    inside = [word for before, word in pairs if not before.endswith((".", "!", "?"))]
-    names = [w.strip(".,!?;:'\"()").removesuffix("'s") for w in inside if w[:1].isupper()]
-    return sum(len(name) > 1 and name.lower() not in said for name in names)
-
-
-def lead(data: str, turns: int = 3) -> dict[str, Any]:
-    """The first turns of every test dialogue, copied, without a model."""
-    from minilora.summarization.data.splits import load
-    from minilora.summarization.evaluation.rouge import rouge
-    from minilora.summarization.settings import DataOptions
-
-    examples = load(DataOptions(data=data), ("test",))[0]["test"]
-    copied = [" ".join(example.dialogue.split("\n")[:turns]) for example in examples]
-    rows = rouge(copied, [example.summary for example in examples])
-    return {"turns": turns, "scores": {m: [round(row[m], 3) for row in rows] for m in METRICS}}
-
-
-def run(job: tuple[str, int], options: argparse.Namespace, more: Sequence[str]) -> dict[str, Any]:
-    """The result of one run: read if it exists, otherwise computed."""
-    name, seed = job
+def run(
+    name: str, seed: int, rate: float | None, options: argparse.Namespace, more: Sequence[str]
+) -> dict[str, Any]:
+    """The result of one run: read if it is finished, otherwise computed."""
+    flags = ["--seed", str(seed), *flags_of_data(options.data), *more]
+    if rate is not None:
+        method, own = CONTESTANTS[name]
+        flags = [*METHODS[method], *own, "--learning-rate", str(rate), *flags]
     short = name.replace(" ", "_").replace("/", "-").replace(",", "")
-    kind = digest([WEIGHTS], *flags_of(name, seed, ["--data", options.data, *more]))[:8]
-    directory = options.keep / f"{short}-{seed}-{kind}"
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = options.keep / f"{short}-{seed}-{key_of_run(flags, options.data)}"
     path = directory / "result.json"
     if not path.exists():
-        command = [sys.executable, __file__, "--worker", name, "--seeds", str(seed)]
-        command += ["--data", options.data, "--keep", str(directory), *more]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        if options.jobs > 1:
-            environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        with (directory / "output.txt").open("w") as log:
-            subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
-    result: dict[str, Any] = json.loads(path.read_text())
-    mean = statistics.mean(result["scores"]["rouge1"])
-    print(f"{name}, seed {seed}: {mean:.1f}, {result.get('minutes', 0):.1f} min", flush=True)
+        shutil.rmtree(directory, ignore_errors=True)  # of a run that was stopped
+        directory.mkdir(parents=True)
+        job = {"name": name, "seed": seed, "flags": flags, "directory": str(directory)}
+        command = [sys.executable, __file__, "--worker", json.dumps(job)]
+        run_beside(command, directory / "output.txt", options.jobs)
+    result: dict[str, Any] = json.loads(path.read_bytes())
+    print(f"{name}, seed {seed}: {result.get('minutes', 0):.1f} min", flush=True)
     return result
 
 
-def summarized(runs: list[dict[str, Any]], base: dict[str, Any] | None) -> dict[str, Any]:
-    """One contestant: mean over seeds, with the bootstrap interval over the dialogues."""
+def scored(texts: Sequence[str], test: "Sequence[Example]") -> Scores:
+    """Every measure of every summary."""
+    from minilora.summarization.evaluation import nonsense
+    from minilora.summarization.evaluation.rouge import rouge
+
+    rows = rouge(texts, [example.references for example in test])
+    pairs = [(text, example.dialogue) for text, example in zip(texts, test, strict=True)]
+    kinds = {name: getattr(nonsense, name) for name in nonsense.MEASURES}
+    return {
+        **{metric: [row[metric] for row in rows] for metric in METRICS},
+        **{name: [float(len(kind(*pair))) for pair in pairs] for name, kind in kinds.items()},
+    }
+
+
+def each(runs: Sequence[Scores], measure: str) -> list[float]:
+    """By dialogue the mean over the seeds: of ROUGE, or of 100 for a summary with nonsense."""
+    rouge = measure in METRICS
+    values = [[v if rouge else 100.0 * (v > 0) for v in run[measure]] for run in runs]
+    return [statistics.mean(one) for one in zip(*values, strict=True)]
+
+
+def less(runs: Sequence[Scores], other: Scores, metric: str) -> list[float]:
+    """By dialogue how much higher the mean over the seeds is."""
+    return [a - b for a, b in zip(each(runs, metric), other[metric], strict=True)]
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """Mean and bootstrap interval over the dialogues."""
     from minilora.summarization.evaluation.rouge import bootstrap
 
-    row: dict[str, Any] = {"seeds": [r["seed"] for r in runs]}
-    for key in ("trainable", "minutes", "peak_gib", "gen_len"):
-        if key in runs[0]:
-            row[key] = [round(r[key], 3) for r in runs]
-    row["trainable"] = runs[0].get("trainable", 0)
-    row["scores"], row["intervals"], row["gain"] = {}, {}, {}
-    for metric in METRICS:
-        row["scores"][metric] = [statistics.mean(r["scores"][metric]) for r in runs]
-        each = [statistics.mean(v) for v in zip(*(r["scores"][metric] for r in runs), strict=True)]
-        found = bootstrap(each)
-        row["intervals"][metric] = [found.mean, found.low, found.high]
-        if base is not None:
-            change = bootstrap([a - b for a, b in zip(each, base["scores"][metric], strict=True)])
-            row["gain"][metric] = [change.mean, change.low, change.high]
-    if "invented" in runs[0]:
-        row["invented_per_summary"] = [statistics.mean(r["invented"]) for r in runs]
-    if "validation" in runs[0]:
-        row["validation_loss"] = [[v["loss"] for v in r["validation"]] for r in runs]
-        row["validation_rouge1"] = [[v["rouge1"] for v in r["validation"]] for r in runs]
-    return row
+    return [round(value, 3) for value in bootstrap(values)]
 
 
-def examples(data: str, base: dict[str, Any], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first twenty test dialogues with every contestant's summary, first seed."""
-    from minilora.summarization.data.splits import load
-    from minilora.summarization.settings import DataOptions
+def share(part: Sequence[float], whole: Sequence[float]) -> list[float] | None:
+    """The ratio of two mean gains, paired by dialogue, with its 95% bootstrap interval.
 
-    found = load(DataOptions(data=data), ("test",))[0]["test"][:20]
-    return [
-        {
-            "id": example.id,
-            "reference": example.summary,
-            "base": base["summaries"][place],
-            **{run["name"]: run["summaries"][place] for run in reversed(others)},
-        }
-        for place, example in enumerate(found)
-    ]
+    None where the whole may be zero: the ratio has no bounds then.
+    """
+    if interval(whole)[1] <= 0:
+        return None
+    pairs = torch.tensor([part, whole], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(part), (2000, len(part)), generator=generator)  # as `bootstrap`
+    above, below = pairs[:, drawn].mean(-1)
+    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    mean = statistics.mean(part) / statistics.mean(whole)
+    return [round(v, 3) for v in (mean, *torch.quantile(above / below, tails).tolist())]
+
+
+def intervals(runs: Sequence[Scores], base: Scores | None = None) -> dict[str, Any]:
+    """Each measure over the seeds with its interval, and the gain over the base."""
+    found = {"intervals": {measure: interval(each(runs, measure)) for measure in runs[0]}}
+    if base is not None:
+        found["gain"] = {metric: interval(less(runs, base, metric)) for metric in METRICS}
+    return found
+
+
+def collected(results: Sequence[dict[str, Any]], test: "Sequence[Example]") -> dict[str, Any]:
+    """The result of all runs, of which the first is the base's."""
+    base, *others = results
+    before = scored(base["summaries"], test)
+    turns = scored([" ".join(e.dialogue.split("\n")[:TURNS]) for e in test], test)
+    reference = scored([e.summary for e in test], test)
+    names = list(dict.fromkeys(r["name"] for r in others))
+    scores = {n: [scored(r["summaries"], test) for r in others if r["name"] == n] for n in names}
+    rows = []
+    for name in names:
+        runs, found = [r for r in others if r["name"] == name], scores[name]
+        row = {"name": name, "learning_rate": runs[0]["learning_rate"]}
+        row |= {"trainable": runs[0]["trainable"], "seeds": [r["seed"] for r in runs]}
+        row |= {k: [round(r[k], 3) for r in runs] for k in ("minutes", "peak_gib", "gen_len")}
+        row |= {"rouge1": [round(statistics.mean(one["rouge1"]), 3) for one in found]}
+        row |= intervals(found, before) | {"lead": interval(less(found, turns, "rouge1"))}
+        if name.startswith("LoRA") and (full := scores.get("full fine-tuning")):
+            gains = (less(side, before, "rouge1") for side in (found, full))
+            row["share_of_full"] = share(*gains)
+        for key in ("loss", "rouge1"):
+            row[f"validation_{key}"] = [[round(v[key], 4) for v in r["validation"]] for r in runs]
+        rows.append(row)
+    shown = {"base": before} | {name: found[0] for name, found in scores.items()}
+    kept = ("rouge1", "foreign_names")  # what lesson 8 reads
+    return {
+        "n": len(test),
+        "base": intervals([before]) | {"gen_len": [round(base["gen_len"], 3)]},
+        "turns": TURNS,
+        "lead": intervals([turns], before),
+        "reference": {"intervals": {m: interval(each([reference], m)) for m in reference
+                                    if m not in METRICS}},
+        "rows": rows,
+        "per_dialogue": {"ids": [e.id for e in test]} | {
+            name: {measure: [round(v, 2) for v in found[measure]] for measure in kept}
+            for name, found in shown.items()
+        },
+    }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    if sys.argv[1:2] == ["--worker"]:
+        work(json.loads(sys.argv[2]))
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else "", allow_abbrev=False
+    )
+    parser.add_argument("--data", default="bookings", help="embedded, or a path")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--data", default="minichat")
-    parser.add_argument("--name", default="pocket", help="benchmarks/results/NAME.json")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    parser.add_argument("--keep", type=Path, help="finished runs; build/NAME if not given")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--contestants", nargs="+", choices=CONTESTANTS, default=["LoRA r 8", "full fine-tuning"]
+    )
+    parser.add_argument("--keep", type=Path, default=ROOT / "build" / "pocket")
     options, more = parser.parse_known_args()  # the other flags are for train.py
-    options.keep = options.keep or ROOT / "build" / options.name
-    if options.worker:
-        work(options.worker, options.seeds[0], ["--data", options.data, *more], options.keep)
-        return
-    jobs = [("base", 0)] + [(name, seed) for seed in options.seeds for name in options.contestants]
+    test = read_split(options.data, "test")
+    rates = rates_of(options.data, options.contestants)
+    jobs: list[tuple[str, int, float | None]] = [("base", 0, None)]
+    jobs += [(name, seed, rate) for seed in options.seeds for name, rate in rates.items()]
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda job: run(job, options, more), jobs))
-    base, *others = results
-    rows = []
-    for name in options.contestants:
-        runs = [r for r in others if r["name"] == name]
-        rows.append(
-            {"name": name, "learning_rate": runs[0]["learning_rate"], **summarized(runs, base)}
-        )
-    content: dict[str, Any] = {
-        "data": "samsum" if "samsum" in options.data else options.data,
-        "flags": more,
-        "jobs": options.jobs,
-        "lead": summarized([lead(options.data) | {"seed": 0}], base),
-        "base": summarized([base], None),
-        "rows": rows,
-        "per_dialogue": {
-            "ids": base["ids"],
-            "base": base["scores"] | {"invented": base["invented"]},
-            **{r["name"]: r["scores"] | {"invented": r["invented"]} for r in reversed(others)},
-        },
-    }
-    if "summaries" in base:
-        content["examples"] = examples(options.data, base, others)
-    print(write_result(options.name, content))
+        results = list(pool.map(lambda job: run(*job, options, more), jobs))
+    name = Path(options.data).name
+    told = {"data": name, "weights": digest([WEIGHTS]), "flags": more, "jobs": options.jobs}
+    print(write_result(f"ladder_{name}", told | collected(results, test)))
 
 
 if __name__ == "__main__":

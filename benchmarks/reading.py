@@ -2,19 +2,19 @@
 
     python benchmarks/reading.py sheet runs/NAME/evaluation.json --out FOLDER
     python benchmarks/reading.py count runs/NAME/evaluation.json FIRST.txt SECOND.txt
-        --name reading --readers "who the first is" "who the second is"
+        --readers "who the first is" "who the second is"
 
 `sheet` draws the dialogues and writes `sheet.md`, with the summaries of base, fine-tuned and
 reference under each in a shuffled order, `instructions.md`, and `answers.txt` to fill, a line a
 summary. A reader, a person or a language model, gets these three and nothing else. Nowhere in them
-stands whose a summary is: `count` draws and shuffles again, from the same evaluation and seed.
+stands whose a summary is: `count` draws and shuffles again, from the same evaluation and seed. It
+writes reading_NAME.json, NAME being that of the data.
 
 A summary counts only if both readers say so. If fewer than nine in ten references are found right
 in all, the readers or the data are at fault, and the reading is void.
 """
 
 import argparse
-import hashlib
 import json
 import random
 import re
@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import write_result
+from common import WEIGHTS, write_result
+from common import digest as digest_of_files
 
 SIDES = ("base", "finetuned", "reference")
 LETTERS = "ABC"
@@ -99,8 +100,8 @@ def write_sheet(chosen: Sequence[dict[str, Any]], folder: Path) -> None:
 
 
 def digest(chosen: Sequence[dict[str, Any]]) -> str:
-    """Of the sheet: answers to another one are not counted."""
-    return hashlib.sha256(sheet(chosen).encode()).hexdigest()[:12]
+    """Of the sheet and of pocket-bart's weights: answers to other ones are not counted."""
+    return digest_of_files([WEIGHTS], sheet(chosen))[:12]
 
 
 def read_answers(path: Path, count: int) -> dict[tuple[int, str], tuple[bool, str]]:
@@ -197,7 +198,6 @@ def main() -> None:
     flags.add_argument("--count", type=int, default=100, help="dialogues")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--readers", nargs=2, help="who they are: a person, or which language model")
-    flags.add_argument("--name", default="reading", help="of the result")
     options = flags.parse_args()
     try:
         chosen = draw(options.evaluation, options.count, options.seed)
@@ -210,15 +210,16 @@ def main() -> None:
         first, second = (read_answers(path, len(chosen)) for path in options.answers)
         for path in options.answers:
             if f"# sheet {digest(chosen)}\n" not in path.read_text(encoding="utf-8"):
-                message = "not of this sheet: the evaluation, --count or --seed are others"
+                message = "not of this sheet: the evaluation, weights, --count or --seed are others"
                 raise SheetError(f"{path} is {message}, or its line '# sheet ...' was removed")
     except SheetError as error:
         flags.exit(2, f"{error}\n")
     counted = count(chosen, first, second)
     evaluation = json.loads(options.evaluation.read_bytes())
-    told = {key: evaluation.get(key) for key in ("data", "split")}
-    settings = told | {"seed": options.seed, "readers": options.readers}
-    path = write_result(options.name, {"settings": settings, **counted})
+    name = Path(evaluation["data"]).name
+    settings = {"data": name, "split": evaluation["split"], "weights": digest_of_files([WEIGHTS])}
+    settings |= {"seed": options.seed, "readers": options.readers}
+    path = write_result(f"reading_{name}", {"settings": settings, **counted})
     for side, row in counted["results"].items():
         print(f"{side:10} of {counted['n']}: " + ", ".join(f"{k} {v}" for k, v in row.items()))
     print(f"{'void: too few references are right' if counted['void'] else 'valid'}; {path}")

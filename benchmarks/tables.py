@@ -1,4 +1,4 @@
-"""Write the figures of README.md and docs/benchmarks.md from benchmarks/results/*.json.
+"""Write the figures of README.md and of pages in docs/ from benchmarks/results/*.json.
 
     python benchmarks/tables.py            write them
     python benchmarks/tables.py --check    exit code 1 if a page and the results differ
@@ -17,9 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ladder
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("benchmarks", "pocket-bart"))]
 Rows = list[list[str]]
 MEDIAN = "tokens_per_second_median_of_rounds"  # of the ratios of speed
 
@@ -60,7 +62,7 @@ def default_run(result: dict[str, Any]) -> Rows:
 
 
 def pocket(result: dict[str, Any]) -> Rows:
-    """One row a method: test scores over the seeds, and the time of training."""
+    """Of the earlier weights. One row a method: test scores over the seeds, and the time."""
     measures = ("rouge1", "rouge2", "rougeL")
     count = len(result["per_dialogue"]["ids"])
     head = [f"{count} test dialogues of {result['data']}", "trainable"]
@@ -350,6 +352,7 @@ TABLES: dict[str, Callable[..., Rows]] = {
     "default_run": default_run,
     "pocket": pocket,
     "samsum": pocket,
+    **{f"ladder_{name}": ladder.table for name in ladder.DATA},
     "layer": layer,
     "layer_cuda": layer,
     "training_base": training,
@@ -449,8 +452,10 @@ def source(name: str, result: dict[str, Any], path: str) -> str:
 
 def waiting(name: str) -> str:
     """The line in place of a table that is not measured yet."""
-    if name == "samsum":
-        return "Not measured yet: `benchmarks/pocket.py` with `--data` and `--name samsum`."
+    if name.startswith("ladder_"):
+        data = name.removeprefix("ladder_").replace("samsum", "../shared/data/samsum")
+        runs = (f"`python benchmarks/{script}.py --data {data}`" for script in ("grid", "pocket"))
+        return f"Not measured yet: {', then '.join(runs)}."
     if name.endswith("_avx2"):
         script = name.removesuffix("_avx2")
         return f"Not measured yet: `benchmarks/{script}.py` on a processor without AVX-512."
@@ -476,7 +481,10 @@ def render(text: str, folder: Path = ROOT) -> str:
         names = READS.get(name, (name,))
         if not all((RESULTS / f"{name}.json").exists() for name in names):
             return waiting(names[0])
-        results = [load(name) for name in names]
+        results: list[Any] = [load(name) for name in names]
+        if name.startswith("ladder_"):
+            reading = name.replace("ladder", "reading")
+            results.append(load(reading) if (RESULTS / f"{reading}.json").exists() else None)
         rows = TABLES[name](*results)
         if not rows:  # a result of an earlier version, without these contestants
             return waiting(names[0])
@@ -484,6 +492,8 @@ def render(text: str, folder: Path = ROOT) -> str:
         if len(names) > 1:
             links = ", ".join(f"[{name}]({path}/{name}.json)" for name in names)
             return f"{text}From {links}; [all tables](docs/benchmarks.md) with dates and machines."
+        if name.startswith("ladder_"):
+            text += f"{ladder.note(*results)}\n\n"
         text += source(names[0], results[0], path)
         if (RESULTS / f"{name}.svg").exists():
             text += f"\n\n![The same as curves]({path}/{name}.svg)"
@@ -493,7 +503,7 @@ def render(text: str, folder: Path = ROOT) -> str:
         return f"<!-- figure: {found.group(1)} -->{FIGURES[found.group(1)]()}<!-- end -->"
 
     text = re.sub(r"<!-- figure: (\w+) -->.*?<!-- end -->", figure, text, flags=re.DOTALL)
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def main() -> int:
