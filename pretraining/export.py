@@ -66,23 +66,43 @@ def generation() -> GenerationConfig:
     )  # fmt: skip
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def first_run(seen: float) -> dict[str, Any]:
+    """Counts at the end of the run whose weights a second one began with: `seen` M tokens."""
+    for row in read_lines(HERE / "losses.jsonl"):
+        if row.get("done") and abs(row["tokens"] / 1e6 - seen) < 0.5:
+            return row
+    raise SystemExit(f"{HERE / 'losses.jsonl'} has no run that ended at {seen:g} M tokens")
+
+
 def card(saved: dict[str, Any], log: list[dict[str, Any]], size: int) -> str:
-    """The model card: the template with this run's figures."""
+    """The model card: the template with this run's figures, and those of the run before it."""
     arguments, state, last = saved["arguments"], saved["state"], log[-1]
     tasks = [name.removesuffix("_right") for name in last if name.endswith("_right")]
     rows = [f"| {t} | {last[t + '_right']:.3f} | {last[t + '_wrong']:.3f} |" for t in tasks]
+    text = (HERE / "card.md").read_text()
+    second = arguments["init"] != "None"  # it counts all but the tokens from zero
+    first = first_run(arguments["seen"]) if second else state
+    if not second:
+        text = "\n\n".join(part for part in text.split("\n\n") if "{MORE_" not in part)
     figures = {
         "PARAMETERS": f"{size / 1e6:.1f}",
         "LAYERS": f"{arguments['layers']} + {arguments['decoder_layers']}",
         "WIDTH": str(arguments["width"]),
         "HEADS": str(arguments["heads"]),
         "TOKENS": f"{state['tokens'] / 1e6:.0f}",
-        "TARGETS": f"{state['targets'] / 1e6:.0f}",
-        "STEPS": f"{state['step']:,}",
-        "MINUTES": f"{state['seconds'] / 60:.1f}",
+        "TARGETS": f"{(state['targets'] + second * first['targets']) / 1e6:.0f}",
+        "FIRST_TOKENS": f"{first['tokens'] / 1e6:.0f}",
+        "FIRST_STEPS": f"{first['step']:,}",
+        "FIRST_MINUTES": f"{first['seconds'] / 60:.1f}",
+        "MORE_TOKENS": f"{(state['tokens'] - first['tokens']) / 1e6:.0f}",
+        "MORE_STEPS": f"{state['step']:,}",
+        "MORE_HOURS": f"{state['seconds'] / 3600:.1f}",
         "LOSSES": "\n".join(rows),
     }
-    text = (HERE / "card.md").read_text()
     for name, figure in figures.items():
         text = text.replace("{" + name + "}", figure)
     return text
@@ -93,14 +113,16 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/pocket-bart/run"))
     parser.add_argument("--tokenizer", type=Path, default=Path("build/pocket-bart/tokenizer.json"))
     parser.add_argument("--out", type=Path, default=Path("build/pocket-bart/export"))
+    parser.add_argument("--dropout", type=float, choices=[0.1, 0.0], default=0.1,
+                        help="what fine-tuning uses")  # fmt: skip
     arguments = parser.parse_args()
     weights, saved = read_run(arguments.run)
-    log = [json.loads(line) for line in (arguments.run / "log.jsonl").read_text().splitlines()]
+    log = read_lines(arguments.run / "log.jsonl")
     if log[-1]["tokens"] != saved["state"]["tokens"]:
         raise SystemExit(f"the last losses of {arguments.run / 'log.jsonl'} are of other weights")
     model = rebuild(weights, saved)
     model.generation_config = generation()
-    model.config.dropout = 0.1  # what fine-tuning uses
+    model.config.dropout = arguments.dropout
     model.config.architectures = ["BartForConditionalGeneration"]
 
     beside = arguments.out.with_name(arguments.out.name + ".new")

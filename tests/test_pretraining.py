@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -467,6 +468,10 @@ def test_pretraining_writes_weights_and_goes_on(
     weights = load_file(tmp_path / "model" / "model.safetensors")
     assert weights["model.encoder.layers.0.fc1.weight"].dtype == torch.float16
     assert "M tokens of source and target" in (tmp_path / "model" / "README.md").read_text()
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dropout"] == 0.1
+    exported = run_script(FOLDER / "export.py", *places, "--dropout", "0.0", folder=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dropout"] == 0.0
 
     log = tmp_path / "run" / "log.jsonl"
     log.write_text(log.read_text() + json.dumps(more | {"tokens": 1}) + "\n")
@@ -489,6 +494,48 @@ def test_weights_that_are_not_finite_are_not_written() -> None:
         model.bias[1] = float("nan")
     with pytest.raises(SystemExit, match="step 7: the weights are not finite"):
         train.require_finite(model, 7)
+
+
+def of_run(tokens: int, targets: int, step: int, seconds: float, **more: Any) -> dict[str, Any]:
+    """What a run saves of itself."""
+    arguments = {"layers": 5, "decoder_layers": 3, "width": 384, "heads": 6, "init": "None"}
+    state = {"tokens": tokens, "targets": targets, "step": step, "seconds": seconds}
+    return {"arguments": {**arguments, "seen": 0.0, **more}, "state": state}
+
+
+def test_the_card_tells_of_one_run_or_of_two() -> None:
+    export = script("export")
+    log = [{"chat_right": 0.5, "chat_wrong": 5.25}]
+    once = of_run(118_145_102, 42_923_939, 2262, 522.0)
+    text = export.card(once, log, 19_514_112)
+    assert "{" not in text
+    assert "Seen: 118 M tokens of source and target, of them 43 M target tokens.\n" in text
+    assert "118 M tokens, 2,262 steps in 8.7 minutes." in text
+    assert "| chat | 0.500 | 5.250 |" in text
+    assert "AMX" not in text
+    # The second run counts steps, seconds and targets from zero.
+    twice = of_run(201_000_000, 30_000_000, 2900, 36_720.0, init="pocket-bart", seen=118.145102)
+    text = export.card(twice, log, 19_514_112)
+    assert "{" not in text
+    assert "Seen: 201 M tokens of source and target, of them 73 M target tokens.\n" in text
+    assert "118 M tokens, 2,262 steps in 8.7 minutes." in text
+    assert "83 M tokens, 2,900 steps in\n10.2 hours, without dropout." in text
+    with pytest.raises(SystemExit, match="has no run that ended at 7 M tokens"):
+        export.card(of_run(9_000_000, 1, 1, 1.0, init="x", seen=7.0), log, 1)
+
+
+def test_the_losses_of_two_runs_are_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot = script("plot")
+    lines = (FOLDER / "losses.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines if json.loads(line)["tokens"] < 118.2e6]
+    further = [rows[-1] | {"step": n, "tokens": 118_145_102 + n * 10**5} for n in (200, 800)]
+    assert plot.further_runs(rows) == []
+    assert plot.further_runs([*rows, *further]) == [118.145102]
+    for name, drawn in (("one", rows), ("two", [*rows, *further])):
+        plot.plot(drawn, tmp_path / f"{name}.svg")
+    assert (tmp_path / "one.svg").stat().st_size > 1000
+    assert (tmp_path / "two.svg").read_bytes() != (tmp_path / "one.svg").read_bytes()
 
 
 def test_an_export_of_half_a_run_is_refused(tmp_path: Path) -> None:
