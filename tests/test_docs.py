@@ -144,7 +144,7 @@ def flags() -> set[str]:
 
 def test_the_readme_is_short_and_begins_with_code() -> None:
     lines = README.splitlines()
-    assert len(lines) <= 150
+    assert len(lines) <= (144 if "<!-- study --><!-- end -->" in README else 150)
     assert lines.index("```python") < 40
 
 
