@@ -49,9 +49,9 @@ def note(result: Result, reading: Result | None) -> str:
     parts = []
     for row in result["rows"]:
         if row["name"].startswith("LoRA"):
-            said = f"{row['name']} is {cell(row['lead'], '+.1f')} points from the first turns"
+            said = f"{row['name']} less the first turns: {cell(row['lead'], '+.1f')} points"
             if part := row.get("share_of_full"):
-                said += f" and reaches {cell(part, '.0%')} of full fine-tuning's gain"
+                said += f", and {cell(part, '.0%')} of full fine-tuning's gain"
             parts.append(f"{said}.")
     return " ".join([*parts, sentence(result, reading)])
 
@@ -72,7 +72,8 @@ def why_not(result: Result, reading: Result) -> str | None:
 def sentence(result: Result, reading: Result | None) -> str:
     """What is told of the reading."""
     if reading is None:
-        return "Not read yet: `python benchmarks/reading.py sheet RUN/evaluation.json`."
+        texts = f"build/pocket/evaluation_{result['data']}.json"
+        return f"Not read yet: `python benchmarks/reading.py sheet {texts}`."
     first, second = reading["settings"]["readers"]
     told = f"The blind reading of {reading['n']} dialogues by {first} and by {second}"
     if why := why_not(result, reading):

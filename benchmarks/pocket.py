@@ -1,4 +1,4 @@
-"""A rung of the ladder: LoRA beside the base, full fine-tuning, the first turns and the references.
+"""LoRA on a data set, beside the base, full fine-tuning, the first turns and the references.
 
     python benchmarks/grid.py --data NAME        # the learning rates, on the validation split
     python benchmarks/pocket.py --data NAME [--seeds 0 1 2] [--jobs 2] [--contestants NAME ...]
@@ -8,7 +8,8 @@ Writes ladder_NAME.json. Every contestant trains with the default preset in a pr
 the learning rate of its method in grid_NAME.json, and summarizes the test split. The base is
 decoded alike. With --jobs 2 two of them run side by side on one core each. Minutes are those of one
 core, for the steps alone, without validation. Finished runs, with their texts, are stored in
---keep, so an interrupted benchmark continues; the scores are computed anew.
+--keep, so an interrupted benchmark continues; the scores are computed anew. evaluation_NAME.json in
+--keep has the texts of the base and of the first run of LoRA r 8, for reading.py.
 """
 
 import argparse
@@ -241,6 +242,17 @@ def collected(results: Sequence[dict[str, Any]], test: "Sequence[Example]") -> d
     }  # fmt: skip
 
 
+def to_read(
+    data: str, test: "Sequence[Example]", base: Sequence[str], tuned: Sequence[str]
+) -> dict[str, Any]:
+    """What reading.py needs of an evaluation.json."""
+    rows = [
+        {"id": e.id, "dialogue": e.dialogue, "reference": e.summary, "base": b, "finetuned": f}
+        for e, b, f in zip(test, base, tuned, strict=True)
+    ]
+    return {"data": data, "split": "test", "examples": rows}
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         work(json.loads(sys.argv[2]))
@@ -263,6 +275,9 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda job: run(*job, options, more), jobs))
     name = Path(options.data).name
+    if tuned := next((found for found in results if found["name"] == "LoRA r 8"), None):
+        texts = to_read(name, test, results[0]["summaries"], tuned["summaries"])
+        (options.keep / f"evaluation_{name}.json").write_text(json.dumps(texts))
     told = {"data": name, "weights": digest([WEIGHTS]), "flags": more, "jobs": options.jobs}
     print(write_result(f"ladder_{name}", told | collected(results, test)))
 

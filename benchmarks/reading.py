@@ -1,14 +1,15 @@
 """A blind reading: which summaries are readable and right, by two readers who do not know whose.
 
-    python benchmarks/reading.py sheet runs/NAME/evaluation.json --out FOLDER
-    python benchmarks/reading.py count runs/NAME/evaluation.json FIRST.txt SECOND.txt
+    python benchmarks/reading.py sheet EVALUATION --out FOLDER
+    python benchmarks/reading.py count EVALUATION FIRST.txt SECOND.txt
         --readers "who the first is" "who the second is"
 
-`sheet` draws the dialogues and writes `sheet.md`, with the summaries of base, fine-tuned and
-reference under each in a shuffled order, `instructions.md`, and `answers.txt` to fill, a line a
-summary. A reader, a person or a language model, gets these three and nothing else. Nowhere in them
-stands whose a summary is: `count` draws and shuffles again, from the same evaluation and seed. It
-writes reading_NAME.json, NAME being that of the data.
+EVALUATION is evaluation_NAME.json of pocket.py or, for drafts, evaluation.json of a run on the
+validation split. `sheet` draws the dialogues and writes `sheet.md`, with the summaries of base,
+fine-tuned and reference under each in a shuffled order, `instructions.md`, and `answers.txt` to
+fill, a line a summary. A reader, a person or a language model, gets these three and nothing else.
+Nowhere in them stands whose a summary is: `count` draws and shuffles again, from the same
+evaluation and seed. It writes reading_NAME.json, where NAME is that of the data.
 
 A summary counts only if both readers say so. If fewer than nine in ten references are found right
 in all, the readers or the data are at fault, and the reading is void.

@@ -1,6 +1,5 @@
 """The benchmarks are fair: turns, one start, the same tokens, FLOPs as torch counts them."""
 
-import argparse
 import importlib
 import json
 import lzma
@@ -369,30 +368,6 @@ def test_minutes_are_at_the_median_pace_and_pauses_do_not_count() -> None:
     paused = [*steps, {"kind": "step", "tokens": 200, "seconds": 900.0}, {"kind": "validation"}]
     assert pocket.minutes(steps) == pytest.approx(0.01 * 3600 / 60)
     assert pocket.minutes(paused) == pytest.approx(0.01 * 3800 / 60)
-
-
-def test_a_kept_run_of_other_flags_or_weights_does_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pocket, started = script("pocket"), []
-
-    def start(command: list[str], **_: Any) -> None:
-        """What the process would write."""
-        started.append(command)
-        folder = Path(command[command.index("--keep") + 1])
-        (folder / "result.json").write_text(json.dumps({"scores": {"rouge1": [30.0]}}))
-
-    monkeypatch.setattr(pocket.subprocess, "run", start)
-    options = argparse.Namespace(keep=tmp_path / "kept", data="minichat", jobs=1)
-    weights = tmp_path / "weights"
-    weights.write_text("1")
-    monkeypatch.setattr(pocket, "WEIGHTS", weights)
-    for more, runs in (([], 1), ([], 1), (["--epochs", "9"], 2), ([], 2)):
-        assert pocket.run(("base", 0), options, more) == {"scores": {"rouge1": [30.0]}}
-        assert len(started) == runs
-    weights.write_text("2")
-    pocket.run(("base", 0), options, [])
-    assert len(started) == 3
 
 
 @pytest.mark.slow
