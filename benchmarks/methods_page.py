@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common import WEIGHTS, digest
-from methods_claims import CLAIMS, Row, best_rate, by_seed, interval, rates
+from methods_claims import CLAIMS, HOLDS, NOT, UNKNOWN, Row, best_rate, by_seed, interval, rates
 from tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,14 +168,14 @@ def block(result: Row) -> str:
     }  # fmt: skip
     best = sorted(losses, key=lambda name: losses[name])[:3]
     said = [claim.verdict(by_name)[0] for claim in CLAIMS]
-    counts = [f"{said.count(v)} {v}" for v in ("holds", "does not hold", "cannot tell")]
+    holds, fails, open_ = (said.count(v) for v in (HOLDS, NOT, UNKNOWN))
     names = "; ".join(f"{name} {losses[name]:.3f}" for name in best)
     return (
         f"\n\n{len(losses)} methods, each with its own learning rate and {len(result['seeds'])} "
         f"seeds, on {result['data']} with {model(result)}.\n"
         f"The lowest validation losses: {names}\n"
         f"(without training: {result['base']['validation_loss']:.3f}).\n"
-        f"Of {len(said)} claims of papers: {', '.join(counts)}.\n"
+        f"Claims of papers that hold here: {holds}, that do not: {fails}, undecided: {open_}.\n"
         "What each learns and forgets, and at which rate: [the study](docs/methods.md)."
     )
 

@@ -330,6 +330,7 @@ def test_the_page_says_what_the_result_says(
     assert "0.101 [0.099, 0.103]" in text  # forgotten
     assert block.count("\n") == 5 + 1 + 5
     assert "full fine-tuning 1.910" in block
+    assert "that hold here: 8, that do not: 3, undecided: 0." in block
     for name in ("methods-rates.svg", "methods-forgetting.svg"):
         assert (tmp_path / "docs" / name).read_text().startswith("<?xml")
     docs.write_text(text.replace("2.010", "2.009"))
