@@ -1,6 +1,6 @@
 """The cost of a 4-bit base in ROUGE: LoRA, QLoRA, and QLoRA with LoftQ's start, by seed.
 
-    python benchmarks/qlora_quality.py [--seeds 0 1 2] [--name qlora_quality]
+    python benchmarks/qlora_quality.py [--data minichat] [--seeds 0 1 2] [--name qlora_quality]
 
 Other flags are those of train.py. Every row is `python train.py` as a whole process: test scores,
 minutes, memory. With --jobs 2 two of them run side by side on one core each, and minutes are those
@@ -111,13 +111,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--data", default="minichat")
     parser.add_argument("--keep", type=Path, default=ROOT / "build" / "qlora", help="finished runs")
     parser.add_argument("--name", default="qlora_quality", help="of the result")
     options, flags = parser.parse_known_args()
+    flags = ["--data", options.data, *flags]
     grid = [(method, seed) for seed in options.seeds for method in METHODS]
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(lambda row: run(*row, options.jobs, options.keep, flags), grid))
-    result = {"weights": digest([WEIGHTS]), "flags": flags}
+    result = {"weights": digest([WEIGHTS]), "data": options.data, "flags": flags}
     result |= {"jobs": options.jobs, "seeds": options.seeds, "means": means(rows)}
     result["rows"] = [{key: row[key] for key in row if key != "each"} for row in rows]
     if options.jobs > 1:
