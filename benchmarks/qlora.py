@@ -21,7 +21,16 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from common import WEIGHTS, alternate, beside_bitsandbytes, digest, keep_freed_memory, summary, version, write_result
+from common import (
+    WEIGHTS,
+    alternate,
+    beside_bitsandbytes,
+    digest,
+    keep_freed_memory,
+    summary,
+    version,
+    write_result,
+)
 from torch import Tensor, nn
 
 import minilora
