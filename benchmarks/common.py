@@ -17,7 +17,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-WEIGHTS = ROOT / "minilora" / "summarization" / "assets" / "pocket-bart" / "model.safetensors"
+POCKET_BART = ROOT / "minilora" / "summarization" / "assets" / "pocket-bart"
+WEIGHTS = POCKET_BART / "model.safetensors"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -82,6 +83,23 @@ def digest(paths: Sequence[Path], *more: str) -> str:
     for path in paths:
         found.update(path.read_bytes())
     return found.hexdigest()
+
+
+def run_digest(flags: Sequence[str] = ()) -> str:
+    """Of what decides a run: pocket-bart's files, the library's code, and flags."""
+    shipped = [path for path in POCKET_BART.iterdir() if path.name not in ("README.md", "LICENSE")]
+    code = (ROOT / "minilora").rglob("*.py")
+    return digest(sorted([*shipped, *code]), *flags)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file. A last line that a crash cut off is removed from the file."""
+    if not path.exists():
+        return []
+    whole, end, cut = path.read_bytes().rpartition(b"\n")
+    if cut:
+        os.truncate(path, len(whole + end))
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def synchronize() -> None:
