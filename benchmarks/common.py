@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-WEIGHTS = ROOT / "minilora" / "summarization" / "assets" / "pocket-bart" / "model.safetensors"
+POCKET_BART = ROOT / "minilora" / "summarization" / "assets" / "pocket-bart"
+WEIGHTS = POCKET_BART / "model.safetensors"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -88,15 +89,16 @@ def digest(paths: Sequence[Path], *more: str) -> str:
     return found.hexdigest()
 
 
-def key_of_run(flags: Sequence[str], data: str) -> str:
-    """Of all that decides the result of train.py: flags, data, the model's files, the library."""
+def run_digest(flags: Sequence[str] = ()) -> str:
+    """Of what decides a run: its flags, the files of --data and pocket-bart, the library's code."""
     from minilora.summarization.presets import local_path
 
-    place = local_path(data)
-    read = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
-    model = [WEIGHTS, *sorted(WEIGHTS.parent.glob("*.json"))]
-    code = sorted((ROOT / "minilora").rglob("*.py"))
-    return digest([*model, *code, *read], *flags, data)[:12]
+    read = [path for path in POCKET_BART.iterdir() if path.name not in ("README.md", "LICENSE")]
+    read += (ROOT / "minilora").rglob("*.py")
+    if "--data" in flags:
+        place = local_path(flags[flags.index("--data") + 1])
+        read += (path for path in place.rglob("*") if path.is_file())
+    return digest(sorted(read), *flags)[:12]
 
 
 def flags_of_data(data: str) -> list[str]:
@@ -138,6 +140,16 @@ def run_beside(command: Sequence[str], log: Path, jobs: int) -> None:
         done = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False)
     if done.returncode:
         raise SystemExit(f"a run ended with exit code {done.returncode}: see {log}")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file. A last line that a crash cut off is removed from the file."""
+    if not path.exists():
+        return []
+    whole, end, cut = path.read_bytes().rpartition(b"\n")
+    if cut:
+        os.truncate(path, len(whole + end))
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def synchronize() -> None:

@@ -12,10 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, write_result
+from common import ROOT, WEIGHTS, digest, write_result
 
 
 def main() -> None:
+    weights = digest([WEIGHTS])
     flags = ["--rank", "8", *sys.argv[1:]]
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "run"
@@ -29,6 +30,7 @@ def main() -> None:
     end_record = next(record for record in records if record["kind"] == "end")
     del evaluation["examples"]
     result = {
+        "weights": weights,
         "command": f"python train.py {' '.join(flags)}",
         "whole_process_seconds": round(seconds, 1),
         "training_seconds": end_record["seconds"],

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, write_result
+from common import WEIGHTS, digest, parser, write_result
 from fine_tuning import DTYPES
 from safetensors.torch import load_file, save_file
 from turns import Turns, contestants, peak_bytes, reset_peak
@@ -305,6 +305,7 @@ def main() -> None:
         no_repeat_ngram=3,
         evaluation_batch_size=options.batch_size,
     )
+    weights = digest([WEIGHTS])
     results: dict[str, Any] = {}
     count = 0
     for model in options.model:
@@ -328,7 +329,7 @@ def main() -> None:
         "generation": vars(generation),
     }
     device = "" if options.device == "cpu" else f"_{torch.device(options.device).type}"
-    result = {"settings": settings, "results": results}
+    result = {"weights": weights, "settings": settings, "results": results}
     print(write_result(f"evaluation{device}", result, options.small))
 
 

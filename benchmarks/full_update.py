@@ -1,19 +1,20 @@
 """How low is the rank of the update of a whole full fine-tune of pocket-bart? For lesson 1.
 
-    python benchmarks/full_update.py [flags of train.py]
+    python benchmarks/full_update.py [--data minichat] [flags of train.py]
 
 Runs `train.py --method full`, decomposes the update of every linear layer, and measures the
-validation loss with each update cut to its first r singular pieces. Embeddings, biases and norms
-stay fine-tuned.
+validation loss on the same data with each update cut to its first r singular pieces. Embeddings,
+biases and norms stay fine-tuned.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from common import ROOT, write_result
+from common import ROOT, WEIGHTS, digest, write_result
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -40,13 +41,18 @@ def loss_on(model: PreTrainedModel, rows: list[Encoded], pad: int) -> float:
 
 @torch.no_grad()
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--data", default="minichat")
+    given, more = parser.parse_known_args()
+    weights_digest = digest([WEIGHTS])
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "run"
-        flags = ["--method", "full", "--no-evaluate", *sys.argv[1:], "--output", str(output)]
-        subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], check=True)
+        flags = ["--method", "full", "--no-evaluate", "--no-report", "--data", given.data, *more]
+        command = [sys.executable, str(ROOT / "train.py"), *flags, "--output", str(output)]
+        subprocess.run(command, check=True)
         tuned = load_model(str(output / "model"), CPU)
     base, tokenizer = load_model("pocket-bart", CPU), load_tokenizer("pocket-bart")
-    options = DataOptions(data="minichat")
+    options = DataOptions(data=given.data)
     examples = load(options, ["validation"])[0]["validation"]
     rows = sorted(encode(examples, tokenizer, options)[0], key=lambda row: len(row.source))
 
@@ -72,6 +78,8 @@ def main() -> None:
         write_result(
             "full_update",
             {
+                "weights": weights_digest,
+                "data": given.data,
                 "command": f"python benchmarks/full_update.py {' '.join(sys.argv[1:])}".strip(),
                 "matrices": len(square),
                 "ranks": list(range(1, energy.shape[1] + 1)),

@@ -21,9 +21,9 @@ from common import (
     WEIGHTS,
     digest,
     flags_of_data,
-    key_of_run,
     read_split,
     run_beside,
+    run_digest,
     write_result,
 )
 
@@ -46,7 +46,7 @@ RATES = {
 def run(method: str, rate: float, options: argparse.Namespace, more: list[str]) -> dict[str, Any]:
     """Validation scores by epoch of one run."""
     flags = [*METHODS[method], "--learning-rate", str(rate), *flags_of_data(options.data), *more]
-    kind = key_of_run(flags, options.data)
+    kind = run_digest(flags)
     output = options.keep / f"{method.replace('/', '-')}-{rate:g}-{kind}"
     if not (output / "done").exists():
         shutil.rmtree(output, ignore_errors=True)  # of a run that was stopped

@@ -7,19 +7,21 @@ every setting of a grid and with those of `fit_lengths`. The grid's best setting
 same rows on which it is scored, so the difference is an upper bound of the loss. The rule of
 `fit_lengths` was found on a first draw of rows and is tested on a second one, of other rows. On
 MTS-Dialog it lost more than 2 there, on 40 rows, so a third draw has 120 rows, with the model of
-the second. A setting that was measured before, in --work, is not measured again.
+the second. A model and a setting that are in --work, of the same weights and code, are not computed
+again. The result is written when all sets and draws are there.
 """
 
 import itertools
 import json
 import lzma
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, write_result
+from common import WEIGHTS, digest, parser, read_lines, run_digest, write_result
 
 import minilora
 from minilora.summarization.cli import train_main
@@ -56,17 +58,19 @@ def main() -> None:
     flags.add_argument("--draw", choices=DRAWS, action="append", help="instead of both")
     options = flags.parse_args()
     torch.set_num_threads(1)
+    weights, root = digest([WEIGHTS]), options.work / run_digest()[:8]
     found: dict[str, dict[str, Any]] = {draw: {} for draw in options.draw or DRAWS}
     for draw, name in itertools.product(found, options.only or SETS):
         if draw == "third" and name not in THIRD:
             continue
-        work, rows = options.work / draw / name, draw_rows(name, options.shared, draw)
+        work, rows = root / draw / name, draw_rows(name, options.shared, draw)
         work.mkdir(parents=True, exist_ok=True)
         for split, kept in rows.items():
             (work / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-        found[draw][name] = measure(work, options.work / draw.replace("third", "second") / name)
+        found[draw][name] = measure(work, root / draw.replace("third", "second") / name)
         print(draw, name, {k: v for k, v in found[draw][name].items() if k != "grid"})
-        print(write_result("lengths", {"model": "pocket-bart", "draws": found}))
+    if not (options.only or options.draw):
+        print(write_result("lengths", {"weights": weights, "model": "pocket-bart", "draws": found}))
 
 
 def draw_rows(name: str, shared: Path, draw: str) -> dict[str, list[dict[str, str]]]:
@@ -115,9 +119,11 @@ def sample(seed: int, rows: list[Any], count: int) -> list[Any]:
 def measure(work: Path, trained: Path) -> dict[str, Any]:
     """Train in `trained` unless it was, then score the grid and the lengths that fit."""
     run = RunConfig()
-    if not (trained / "run" / "adapter").exists():
+    if not (trained / "done").exists():
+        shutil.rmtree(trained / "run", ignore_errors=True)  # of a run that was stopped
         argv = ["--data", str(trained), "--output", str(trained / "run"), *TRAINING]
         assert train_main([*argv, "--device", "cpu", "--precision", "fp32"]) == 0
+        (trained / "done").touch()
     model, tokenizer = load_model("pocket-bart", torch.device("cpu")), load_tokenizer("pocket-bart")
     minilora.load_adapter(model, trained / "run" / "adapter", inference=True)
 
@@ -131,8 +137,7 @@ def measure(work: Path, trained: Path) -> dict[str, Any]:
     chosen = {name: getattr(fitted, name) for name in GRID}
     examples, encoded = read("validation")
     file = work / "measured.jsonl"
-    measured = file.read_text().splitlines() if file.exists() else []
-    rows: list[dict[str, Any]] = [json.loads(line) for line in measured]
+    rows = read_lines(file)
 
     def score(settings: dict[str, Any]) -> dict[str, Any]:
         for row in rows:

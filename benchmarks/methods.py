@@ -10,11 +10,12 @@
                  end of these rates, one more
 
 The mean validation loss over the seeds decides which of these rates is a method's own. Every run is
-a line of WORK/runs.jsonl, so an interrupted study continues. After --minutes no further run starts.
-Lines of other weights, data, flags or settings do not count. A job that fails is left out and
-tried again by the next call. benchmarks/results/methods.json has the result and lists what was not
-run. Each process has one thread. The whole study is about 190 runs and takes nine and a half hours
-on two cores.
+a line of WORK/runs.jsonl, so an interrupted study continues. No run starts that would not end
+within --minutes, by the longest of its kind so far; --minutes 0 only writes the result anew. Lines
+of other weights, code, data, flags or settings do not count. A job that fails is left out and tried
+again by the next call. benchmarks/results/methods.json has the result, the hours it took and what
+was not run. Each process has one thread. The whole study is about 190 runs and takes nine and a
+half hours on two cores.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, WEIGHTS, digest, write_result
+from common import ROOT, WEIGHTS, digest, read_lines, run_digest, write_result
 
 # Train as many numbers as LoRA of rank 8 on query and value, 135,168, where they can.
 QV, ALL = ["--targets", "q_proj", "v_proj"], ["--targets", "all-linear"]
@@ -155,17 +156,17 @@ def flags_of(job: Job) -> list[str]:
 
 
 def read(path: Path, setting: dict[str, Any]) -> dict[Job, dict[str, Any]]:
-    """The finished jobs of this setting. A line that was cut off by a crash does not count."""
-    done = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        job = Job(**row["job"])
-        if row["setting"] == setting and row["flags"] == flags_of(job):
-            done[job] = row["result"]
-    return done
+    """The finished jobs of this setting."""
+    return {
+        Job(**row["job"]): row["result"]
+        for row in read_lines(path)
+        if row["setting"] == setting and row["flags"] == flags_of(Job(**row["job"]))
+    }
+
+
+def longest(done: dict[Job, dict[str, Any]], search: bool) -> float:
+    """Minutes of the longest run so far, of the search or of all steps; 0 if there is none."""
+    return max((r["wall_minutes"] for job, r in done.items() if job.search is search), default=0.0)
 
 
 def run(job: Job, setting: dict[str, Any], work: Path, data: str | None) -> dict[str, Any]:
@@ -178,25 +179,24 @@ def run(job: Job, setting: dict[str, Any], work: Path, data: str | None) -> dict
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(Path(__file__).with_name("methods_run.py")), json.dumps(task)]
+    start = time.monotonic()
     with (work / f"{name}.txt").open("w") as log:
         code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
     if code:
         raise RuntimeError(f"{job} ended with exit code {code}: see {log.name}")
-    return json.loads(Path(task["answer"]).read_text())
+    took = round((time.monotonic() - start) / 60, 2)
+    return json.loads(Path(task["answer"]).read_text()) | {"wall_minutes": took}
 
 
 def study(
     plan: Plan, setting: dict[str, Any], options: argparse.Namespace
 ) -> tuple[dict[Job, Any], dict[Job, BaseException]]:
-    """Run what is wanted until the minutes are over. One line is written for each run.
+    """Run what is wanted and fits into the minutes. One line is written for each run.
 
     Returns:
         The results, and the jobs that failed. After five failures no further job starts.
     """
     path, end = options.work / "runs.jsonl", time.monotonic() + 60 * options.minutes
-    if path.exists() and not path.read_bytes().endswith(b"\n"):  # a line that was cut off
-        with path.open("a") as file:
-            file.write("\n")
     done, failed = read(path, setting), dict[Job, BaseException]()
     running = dict[Future[dict[str, Any]], Job]()
     with ThreadPoolExecutor(options.processes) as pool:
@@ -205,7 +205,7 @@ def study(
             while (
                 waiting
                 and len(running) < options.processes
-                and time.monotonic() < end
+                and time.monotonic() + 60 * longest(done, waiting[0].search) < end
                 and len(failed) < 5
             ):
                 job = waiting.pop(0)
@@ -245,7 +245,7 @@ def collected(plan: Plan, done: dict[Job, dict[str, Any]]) -> list[dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--minutes", type=float, default=float("inf"), help="start no run after these")
+    add("--minutes", type=float, default=float("inf"), help="start no run that ends after these")
     add("--processes", type=int, default=2)
     add("--work", type=Path, default=Path.home() / ".cache" / "minilora" / "methods",
         help="folder of the finished runs")  # fmt: skip
@@ -268,15 +268,19 @@ def main() -> None:
     names = ("data", "epochs", "steps", "limit")
     setting = {"weights": digest([WEIGHTS])} | {name: getattr(options, name) for name in names}
     setting["data_digest"] = digest(sorted((WEIGHTS.parents[1] / options.data).glob("*.jsonl")))
+    setting["code"] = digest([Path(__file__).with_name("methods_run.py")], run_digest())
     held = [Path(options.pretraining_data, f"{name}.jsonl.xz") for name in ("chats", "prose")]
+    scripts = ("examples", "model", "names", "noise", "vary")
+    held += [ROOT / "pretraining" / f"{name}.py" for name in scripts]
     setting["forgotten"] = digest(held) if options.pretraining_data else ""
     plan = Plan(options.methods, options.seeds, options.rates, 0 if options.small else 3)
     done, failed = study(plan, setting, options)
     if (base := done.get(Job(BASE, None, options.seeds[0], False))) is None:
         parser.exit(1, "no run is done: there is no result\n")
     left = [asdict(job) for job in plan.wanted(done)]
+    hours = round(sum(result["wall_minutes"] for result in done.values()) / 60, 1)
     content = {
-        **setting, "seeds": options.seeds, "search_steps": options.steps // 3,
+        **setting, "core_hours": hours, "seeds": options.seeds, "search_steps": options.steps // 3,
         "base": base, "methods": collected(plan, done), "left_out": left,
     }  # fmt: skip
     print(f"{len(done)} runs are done, {len(left)} are left")

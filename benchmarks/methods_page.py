@@ -3,8 +3,8 @@
     python benchmarks/methods_page.py            write them
     python benchmarks/methods_page.py --check    exit code 1 if the pages and the result differ
 
-Without a result there is no such page, and README says nothing of the study. The plots need
-matplotlib (the extra `plot`).
+Without a result of all steps there is no such page, and README says nothing of the study. Both say
+so if pocket-bart has had other weights since. The plots need matplotlib (the extra `plot`).
 """
 
 import json
@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from methods_claims import CLAIMS, Row, best_rate, by_seed, interval, rates
+from common import WEIGHTS, digest
+from methods_claims import CLAIMS, HOLDS, NOT, UNKNOWN, Row, best_rate, by_seed, interval, rates
 from tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,13 +27,13 @@ COLORS = ("#1b6ca8", "#222222", "#c8553d", "#4c8c4a", "#8a5fa8", "#c99a2e", "#2f
 TEXT = """\
 # Which method is worth it
 
-Every method fine-tunes pocket-bart ({weights}) on {data}: {steps} steps of 8 dialogues, one thread
-for each run. Each has its own learning rate. The search tries at least five, a factor of two apart,
-with one seed and {search_steps} steps. All steps with the seeds {seeds} follow at the best of them
-and at its neighbours, and further ones while the best is at an end. The best of these by the mean
-validation loss is in the table. The weights are those after the last step. Written by
-`benchmarks/methods_page.py` from [methods.json](../benchmarks/results/methods.json), measured by
-`benchmarks/methods.py`.
+Every method fine-tunes {model} ({weights}) on {data}: {steps} steps of 8 dialogues, one thread
+for each run, {hours:g} hours of a core in all. Each has its own learning rate. The search tries at
+least five, a factor of two apart, with one seed and {search_steps} steps. All steps with the seeds
+{seeds} follow at the best of them and at its neighbours, and further ones while the best is at an
+end. The best of these by the mean validation loss is in the table. The weights are those after the
+last step. Written by `benchmarks/methods_page.py` from
+[methods.json](../benchmarks/results/methods.json), measured by `benchmarks/methods.py`.
 
 A small model and {count} test dialogues show what holds here. They do not show what holds for large
 models.
@@ -142,12 +143,19 @@ def page(result: Row) -> str:
     claims = [["claim", "paper", "here", "figure"]]
     claims += [[claim.text, claim.paper, *claim.verdict(by_name)] for claim in CLAIMS]
     return TEXT.format(
-        weights=f"SHA-256 {result['weights'][:16]}...", data=result["data"],
+        model=model(result), weights=f"SHA-256 {result['weights'][:16]}...",
+        data=result["data"], hours=result["core_hours"],
         steps=result["steps"], search_steps=result["search_steps"],
         seeds=", ".join(map(str, result["seeds"])), table=table(result),
         count=len(result["base"]["scores"]["rouge1"]), claims=markdown(claims),
         left=left_out(result),
     ).rstrip() + "\n"  # fmt: skip
+
+
+def model(result: Row) -> str:
+    """Whose figures these are."""
+    earlier = result["weights"] != digest([WEIGHTS])
+    return "earlier weights of pocket-bart" if earlier else "pocket-bart"
 
 
 def block(result: Row) -> str:
@@ -160,14 +168,14 @@ def block(result: Row) -> str:
     }  # fmt: skip
     best = sorted(losses, key=lambda name: losses[name])[:3]
     said = [claim.verdict(by_name)[0] for claim in CLAIMS]
-    counts = [f"{said.count(v)} {v}" for v in ("holds", "does not hold", "cannot tell")]
+    holds, fails, open_ = (said.count(v) for v in (HOLDS, NOT, UNKNOWN))
     names = "; ".join(f"{name} {losses[name]:.3f}" for name in best)
     return (
         f"\n\n{len(losses)} methods, each with its own learning rate and {len(result['seeds'])} "
-        f"seeds, on {result['data']} with pocket-bart.\n"
+        f"seeds, on {result['data']} with {model(result)}.\n"
         f"The lowest validation losses: {names}\n"
-        f"(pocket-bart as it ships: {result['base']['validation_loss']:.3f}).\n"
-        f"Of {len(said)} claims of papers: {', '.join(counts)}.\n"
+        f"(without training: {result['base']['validation_loss']:.3f}).\n"
+        f"Claims of papers that hold here: {holds}, that do not: {fails}, undecided: {open_}.\n"
         "What each learns and forgets, and at which rate: [the study](docs/methods.md)."
     )
 
@@ -227,6 +235,8 @@ def plots(result: Row, folder: Path) -> None:
 def main(root: Path = ROOT, result: Path = RESULT, check: bool = "--check" in sys.argv) -> int:
     docs, readme = root / "docs" / "methods.md", root / "README.md"
     found = json.loads(result.read_text()) if result.exists() else None
+    if found and not any(row["runs"] for row in found["methods"]):  # so far only a search
+        found = None
     text = readme.read_text(encoding="utf-8")
     said = block(found) if found else ""
     wanted = {readme: BLOCK.sub(lambda part: part[1] + said + part[2], text)}
@@ -244,7 +254,7 @@ def main(root: Path = ROOT, result: Path = RESULT, check: bool = "--check" in sy
             path.write_text(content, encoding="utf-8")
     if found:
         plots(found, docs.parent)
-    print(docs if found else f"{result} does not exist: run `python benchmarks/methods.py`")
+    print(docs if found else f"{result} has no run of all steps: go on with benchmarks/methods.py")
     return 0
 
 

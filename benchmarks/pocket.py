@@ -29,10 +29,10 @@ from common import (
     WEIGHTS,
     digest,
     flags_of_data,
-    key_of_run,
     read_split,
     refuse,
     run_beside,
+    run_digest,
     write_result,
 )
 from grid import METHODS
@@ -133,7 +133,7 @@ def run(
         method, own = CONTESTANTS[name]
         flags = [*METHODS[method], *own, "--learning-rate", str(rate), *flags]
     short = name.replace(" ", "_").replace("/", "-").replace(",", "")
-    directory = options.keep / f"{short}-{seed}-{key_of_run(flags, options.data)}"
+    directory = options.keep / f"{short}-{seed}-{run_digest(flags)}"
     path = directory / "result.json"
     if not path.exists():
         shutil.rmtree(directory, ignore_errors=True)  # of a run that was stopped

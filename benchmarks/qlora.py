@@ -21,7 +21,16 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from common import alternate, beside_bitsandbytes, keep_freed_memory, summary, version, write_result
+from common import (
+    WEIGHTS,
+    alternate,
+    beside_bitsandbytes,
+    digest,
+    keep_freed_memory,
+    summary,
+    version,
+    write_result,
+)
 from torch import Tensor, nn
 
 import minilora
@@ -221,6 +230,7 @@ def main() -> None:
         options.rounds, options.step_rounds, options.tokens, options.no_loading = 2, 2, 64, True
     torch.manual_seed(0)
     result: dict[str, Any] = {
+        "weights": digest([WEIGHTS]),  # of pocket-bart, for the errors
         "bitsandbytes": version("bitsandbytes"),
         "settings": {
             "rounds": options.rounds,

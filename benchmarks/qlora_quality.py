@@ -1,17 +1,18 @@
 """The cost of a 4-bit base in ROUGE: LoRA, QLoRA, and QLoRA with LoftQ's start, by seed.
 
-    python benchmarks/qlora_quality.py [--seeds 0 1 2] [--name qlora_quality]
+    python benchmarks/qlora_quality.py [--data minichat] [--seeds 0 1 2] [--name qlora_quality]
 
 Other flags are those of train.py. Every row is `python train.py` as a whole process: test scores,
 minutes, memory. With --jobs 2 two of them run side by side on one core each, and minutes are those
 of one core. A difference between two methods has its paired bootstrap interval over the dialogues,
-whose scores are means over the seeds.
+whose scores are means over the seeds. Finished runs are stored in --keep, so an interrupted
+benchmark continues. Those of other flags, weights or code do not count.
 """
 
 import argparse
-import hashlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,42 +21,40 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, write_result
+from common import ROOT, WEIGHTS, digest, run_digest, write_result
 
+from minilora.summarization.presets import LEARNING_RATES
+
+RATE = f"{LEARNING_RATES['pocket']['loftq']:g}"
 METHODS = {
     "LoRA": ["--method", "lora"],
     "QLoRA": ["--method", "qlora"],
-    "QLoRA, 2e-3": ["--method", "qlora", "--learning-rate", "2e-3"],  # as with LoftQ
-    "QLoRA, LoftQ, 2e-3": ["--method", "qlora", "--learning-rate", "2e-3", "--init", "loftq"],
+    f"QLoRA, {RATE}": ["--method", "qlora", "--learning-rate", RATE],  # as with LoftQ
+    f"QLoRA, LoftQ, {RATE}": ["--method", "qlora", "--learning-rate", RATE, "--init", "loftq"],
 }
-
-
-def code_version() -> str:
-    """A hash of the library's source."""
-    files = sorted((ROOT / "minilora").rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def run(method: str, seed: int, jobs: int, keep: Path, flags: list[str]) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if jobs > 1:
         environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    output = keep / f"{method.replace(', ', '-')}-{seed}"
-    made_by = json.dumps({"code": code_version(), "flags": flags})
-    if not (output / "evaluation.json").exists():
-        command = [sys.executable, str(ROOT / "train.py"), "--rank", "8", *METHODS[method]]
+    flags = ["--rank", "8", *METHODS[method], "--seed", str(seed), *flags]
+    short = method.replace(", ", "-")
+    output = keep / f"{short}-{seed}-{run_digest(flags)}"
+    if not (output / "minutes.txt").exists():
+        shutil.rmtree(output, ignore_errors=True)  # of a run that was stopped
+        command = [sys.executable, str(ROOT / "train.py"), *flags, "--output", str(output)]
         start = time.monotonic()
         subprocess.run(
-            [*command, "--seed", str(seed), *flags, "--output", str(output)],
+            command,
             check=True,
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        (output / "minutes.txt").write_text(str((time.monotonic() - start) / 60))
-        (output / "made_by.json").write_text(made_by)
-    elif not (kept := output / "made_by.json").exists() or kept.read_text() != made_by:
-        raise SystemExit(f"{output} was made by other code or flags: remove it, or say --keep")
+        beside = output / "minutes.txt.new"
+        beside.write_text(str((time.monotonic() - start) / 60))
+        beside.rename(output / "minutes.txt")  # the last file of a finished run
     evaluation = json.loads((output / "evaluation.json").read_bytes())
     records = [json.loads(line) for line in (output / "log.jsonl").read_bytes().splitlines()]
     end = next(record for record in records if record["kind"] == "end")
@@ -112,14 +111,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--data", default="minichat")
     parser.add_argument("--keep", type=Path, default=ROOT / "build" / "qlora", help="finished runs")
     parser.add_argument("--name", default="qlora_quality", help="of the result")
     options, flags = parser.parse_known_args()
+    flags = ["--data", options.data, *flags]
     grid = [(method, seed) for seed in options.seeds for method in METHODS]
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(lambda row: run(*row, options.jobs, options.keep, flags), grid))
-    result = {"flags": flags, "code": code_version(), "jobs": options.jobs, "seeds": options.seeds}
-    result["means"] = means(rows)
+    result = {"weights": digest([WEIGHTS]), "data": options.data, "flags": flags}
+    result |= {"jobs": options.jobs, "seeds": options.seeds, "means": means(rows)}
     result["rows"] = [{key: row[key] for key in row if key != "each"} for row in rows]
     if options.jobs > 1:
         import torch

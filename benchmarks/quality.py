@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, write_result
+from common import WEIGHTS, digest, parser, write_result
 from fine_tuning import BUILDERS, CACHED, DTYPES, Setting, fine_tune, with_windows
 from turns import contestants, rounds
 from workplace import pocket_workplace
 
+from minilora.summarization.presets import LEARNING_RATES
 from minilora.summarization.settings import DataOptions
 
 BASE = "minilora"
@@ -168,7 +169,8 @@ def main() -> None:
     )
     flags.add_argument("--precision", default="bf16", choices=DTYPES)
     flags.add_argument("--batch-size", type=int, default=8)
-    flags.add_argument("--learning-rate", type=float, default=3e-3, help="as the preset pocket")
+    rate = LEARNING_RATES["pocket"]["lora"]
+    flags.add_argument("--learning-rate", type=float, default=rate, help="the preset's")
     flags.add_argument("--rank", type=int, default=8)
     flags.add_argument("--dropout", type=float, default=0.05)
     flags.add_argument("--warmup", type=int, default=4, help="steps")
@@ -181,6 +183,7 @@ def main() -> None:
         options.train, options.validation, options.warmup = 40, 8, 1
     if BASE not in options.contestants:
         flags.error(f"--contestants must have {BASE}: the others are compared with it")
+    weights = digest([WEIGHTS])
     curves: dict[str, list[Curve]] = {name: [] for name in options.contestants}
     data: dict[str, Any] = {}
     for seed in options.seeds:
@@ -198,6 +201,7 @@ def main() -> None:
     }
     device = "" if options.device == "cpu" else f"_{torch.device(options.device).type}"
     result = {
+        "weights": weights,
         "settings": settings,
         "results": compare(averages),
         # beside the run whose encoder is computed once: its `times_minilora` are of that run

@@ -39,9 +39,9 @@ torch.manual_seed(0)
 # ## A real update
 #
 # Fine-tune all of pocket-bart for a few steps on short dialogues, and decompose the update of every
-# linear layer. This run is short. The plot below adds a complete fine-tuning run, a stored result of
-# [`benchmarks/full_update.py`](../benchmarks/full_update.py). The *energy* of an update is its
-# squared Frobenius norm.
+# linear layer. This run is short, on `bookings`. The plot below adds a complete fine-tuning run on
+# `minichat`, a stored result of [`benchmarks/full_update.py`](../benchmarks/full_update.py). The
+# *energy* of an update is its squared Frobenius norm.
 
 # %%
 base, tokenizer = workshop.pocket()
@@ -146,10 +146,10 @@ left.plot(ranks, noise, color=workshop.GREY, linestyle="--", label="a random mat
 stored = workshop.RESULTS / "full_update.json"
 if stored.exists():  # the same for a whole fine-tune, by benchmarks/full_update.py
     whole = json.loads(stored.read_text())
-    left.plot(whole["ranks"], whole["energy_mean"], color=workshop.GREEN, label="whole fine-tune")
-    middle.plot(
-        whole["gain_ranks"], whole["gain"], "s--", color=workshop.GREEN, label="whole fine-tune"
-    )
+    earlier = ", earlier weights" * (whole.get("weights") != workshop.weights())
+    line = {"color": workshop.GREEN, "label": f"whole fine-tune{earlier}"}
+    left.plot(whole["ranks"], whole["energy_mean"], **line)
+    middle.plot(whole["gain_ranks"], whole["gain"], "s--", **line)
 left.set(
     xlabel="pieces kept, r", ylabel="share of the squared norm", xscale="log", ylim=(0, 1.4),
     title="The energy of real updates",

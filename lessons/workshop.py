@@ -1,5 +1,6 @@
 """Shared by the lessons: pocket-bart and bookings, a training loop, and the style of the plots."""
 
+import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import minilora
 from minilora.summarization.data import batches, splits
 from minilora.summarization.data.batches import Encoded
 from minilora.summarization.model.loading import load_model, load_tokenizer
+from minilora.summarization.presets import embedded
 from minilora.summarization.settings import DataOptions
 from minilora.summarization.training.loss import summed_loss
 
@@ -44,6 +46,12 @@ warnings.filterwarnings("ignore", "FigureCanvasAgg is non-interactive")
 def pocket() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """pocket-bart in float32, and its tokenizer."""
     return load_model("pocket-bart", torch.device("cpu")), load_tokenizer("pocket-bart")
+
+
+def weights() -> str:
+    """The SHA-256 of pocket-bart's weights, which a stored result names too."""
+    path = Path(embedded("pocket-bart")) / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def dialogues(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> list[Encoded]:

@@ -4,6 +4,7 @@ import argparse
 
 import numpy as np
 import torch
+from cpu import CrossEntropy
 from muon import Muon
 from torch import Tensor
 from torch.nn import functional
@@ -24,6 +25,11 @@ def loss_of(
         hidden = model.model(**batch, use_cache=False).last_hidden_state
         if device == "cpu":  # fewer rows; on a GPU counting them would wait for it
             hidden, labels = hidden[labels != PAD], labels[labels != PAD]
+            if hidden.requires_grad and precision == "bf16":
+                h, W = hidden.bfloat16(), model.lm_head.weight.bfloat16()
+                with torch.autocast(device, enabled=False):
+                    loss: Tensor = CrossEntropy.apply(h, W, labels)  # type: ignore[no-untyped-call]
+                return loss
         logits = functional.linear(hidden, model.lm_head.weight)
     return functional.cross_entropy(
         logits.flatten(0, -2).float(), labels.flatten(), ignore_index=PAD

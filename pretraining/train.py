@@ -1,12 +1,12 @@
-"""Pre-train pocket-bart for a given number of minutes, evaluate it, write its weights.
+"""Pre-train pocket-bart for a number of minutes or tokens, evaluate it, write its weights.
 
 BART's denoising (Lewis et al. 2020, section 2) and retelling, by the stages of `examples.py`. The
-learning rate warms up, is constant, and falls linearly to zero over the last part of the time
+learning rate warms up, is constant, and falls linearly to zero over the last part of the run
 (warm-up, stable, decay; Hu et al. 2024, section 4).
 
     python pretraining/train.py --minutes 9 --device cuda --workers 14
     python pretraining/train.py --minutes 600 --workers 1                  # CPU
-    torchrun --nproc-per-node 2 pretraining/train.py --minutes 600 ...     # a process for each core
+    torchrun --nproc-per-node 2 pretraining/train.py --tokens 201 ...      # a process for each core
 
 It writes `log.jsonl` (held-out losses), `samples.txt`, and the weights in 16 bits in parts of at
 most 15 MiB with the run's settings; `export.py` makes the shipped directory from them. SIGTERM and
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from checkpoint import read_checkpoint, write_checkpoint
+from cpu import use_fast_attention
 from model import evaluate, evaluation_batches, loss_of, new_model, new_optimizers, samples
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -71,6 +72,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--minutes", type=float, default=9.0, help="of training, evaluation not counted")
+    add("--tokens", type=float, help="million tokens, --seen included, instead of --minutes")
     add("--wall", type=float, default=1e9, help="seconds from the start to the last step")
     add("--data", type=Path, default=Path("build/pocket-bart/data"))
     add("--tokenizer", type=Path, default=Path("build/pocket-bart/tokenizer.json"))
@@ -78,7 +80,7 @@ def parse() -> argparse.Namespace:
     add("--checkpoint", type=Path, help="keep the whole state here and go on from it")
     add("--init", type=Path, help="begin with the weights of this directory (the shipped one)")
     add("--seen", type=float, default=0.0, help="million tokens that --init's weights have read")
-    add("--decay", type=float, default=0.35, help="share of the time in which the rate falls")
+    add("--decay", type=float, default=0.35, help="share of the run in which the rate falls")
     add("--optimizer", default="muon", choices=["adamw", "muon"])
     add("--rate", type=float, default=2e-3)
     add("--dropout", type=float, default=0.1, help="while the rate falls")
@@ -92,6 +94,7 @@ def parse() -> argparse.Namespace:
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--precision", default="bf16", choices=["bf16", "fp32"], help="fp32 on Intel without AMX")
     add("--batch", type=float, default=1.0, help="times the stages' tokens a batch (CPU: 0.1)")
+    add("--accumulate", type=int, default=1, help="batches a step, to save memory")
     add("--workers", type=int, default=1, help="processes that make the batches")
     add("--rounds", type=int, default=32, help="batches that a worker sorts by length at a time")
     add("--compile", action="store_true", help="compile each kind of layer once")
@@ -152,6 +155,8 @@ def main() -> None:
     sets = evaluation_batches(held)
     train = Source(arguments.data, "train", tokenizer)
     model = new_model(arguments).to(arguments.device)
+    if arguments.device == "cpu" and arguments.precision == "bf16":
+        use_fast_attention(model)
     optimizers = new_optimizers(model, arguments.optimizer, arguments.rate, arguments.precision)
     state = {"step": 0, "tokens": 0, "targets": 0, "seconds": 0.0}
     if arguments.checkpoint and arguments.checkpoint.exists():
@@ -167,8 +172,13 @@ def main() -> None:
         if unexpected or any("layers." in name for name in missing):
             raise SystemExit(f"{arguments.init} has other layers than --layers and --width say")
         state["tokens"] = int(arguments.seen * 1e6)
-    if state["seconds"] >= 60 * arguments.minutes:
-        raise SystemExit(f"{state['seconds'] / 60:.1f} minutes are done: give more --minutes")
+    counted, first, total = "seconds", 0.0, 60 * arguments.minutes
+    if arguments.tokens:
+        counted, first, total = "tokens", 1e6 * arguments.seen, 1e6 * arguments.tokens
+    fall = total - (total - first) * arguments.decay  # where the rate begins to fall
+    if state[counted] >= total:
+        done = f"{state['seconds'] / 60:.1f} minutes, {state['tokens'] / 1e6:.1f} M tokens"
+        raise SystemExit(f"{done} are done: give more --minutes or --tokens")
     # Other texts for each process and after each interruption.
     seed = (arguments.seed, state["tokens"], rank)
     stage = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -207,13 +217,11 @@ def main() -> None:
             file.write(row + "\n")
         print(row, flush=True)
 
-    total = 60 * arguments.minutes
-    fall = total * (1 - arguments.decay)  # when the rate begins to fall
     losses: list[Tensor] = []
     clock = shown = kept = time.monotonic()
     shown_tokens = state["tokens"]
-    while state["seconds"] < total and not stopped:
-        falling = state["seconds"] >= fall
+    while state[counted] < total and not stopped:
+        falling = state[counted] >= fall
         number = next(n for n, s in enumerate(STAGES) if state["tokens"] < s.until * 1e6)
         wanted = len(STAGES) if falling else number
         if int(stage) != wanted:
@@ -225,16 +233,23 @@ def main() -> None:
                         module, "k_proj"
                     ):  # in the layers, not in attention
                         module.dropout = arguments.dropout
-        batch = next(drawn)
-        left = (total - state["seconds"]) / (total - fall) if falling else 1.0
+        batches = [next(drawn) for _ in range(arguments.accumulate)]
+        left = (total - state[counted]) / (total - fall) if falling else 1.0
         rate = arguments.rate * min(1.0, (state["step"] + 1) / arguments.warmup) * left
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = max(rate, 0.0)
-        loss = loss_of(model, batch, arguments.device, arguments.precision)
-        loss.backward()
+        loss = torch.zeros((), device=arguments.device)
+        for batch in batches:
+            part = loss_of(model, batch, arguments.device, arguments.precision) / len(batches)
+            part.backward()
+            loss += part.detach()
         now = time.monotonic()
         late = now - began > arguments.wall
-        own = [(batch["labels"] != PAD).sum(), batch["attention_mask"].sum(), asked or late]
+        own = [
+            sum((batch["labels"] != PAD).sum() for batch in batches),
+            sum(batch["attention_mask"].sum() for batch in batches),
+            asked or late,
+        ]
         # The first process's clock counts, so that all have the same rate.
         targets, read, stops, seconds = average(
             model, [*map(float, own), now - clock if rank == 0 else 0.0]
@@ -244,7 +259,7 @@ def main() -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
+        losses.append(loss)
         before = state["tokens"]
         state["step"] += 1
         state["targets"] += int(targets)

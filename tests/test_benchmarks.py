@@ -370,6 +370,45 @@ def test_minutes_are_at_the_median_pace_and_pauses_do_not_count() -> None:
     assert pocket.minutes(paused) == pytest.approx(0.01 * 3800 / 60)
 
 
+def test_a_line_that_was_cut_off_is_removed(tmp_path: Path) -> None:
+    read, path = script("common").read_lines, tmp_path / "lines"
+    assert read(path) == []
+    for text, rows in (('{"a": 1}\n{"b"', [{"a": 1}]), ('{"a"', []), ('{"a": 1}\n', [{"a": 1}])):
+        path.write_text(text)
+        assert read(path) == rows
+        assert path.read_text() == "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_a_stopped_run_in_four_bits_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if it was stopped after its scores; one of other code has a folder of its own."""
+    quality, started = script("qlora_quality"), []
+    scores = {"rouge1": 30.0}
+    content = {"finetuned": scores, "base": scores, "examples": [{"rouge1_finetuned": 30.0}]}
+
+    def start(command: list[str], **_: Any) -> None:
+        started.append(command)
+        folder = Path(command[command.index("--output") + 1])
+        folder.mkdir(parents=True)  # fails if the stopped run is there
+        (folder / "evaluation.json").write_text(json.dumps(content))
+        (folder / "log.jsonl").write_text('{"kind": "end", "seconds": 60, "peak_bytes": 1}\n')
+        if len(started) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(quality.subprocess, "run", start)
+    told = ("LoRA", 0, 1, tmp_path, ["--data", "minichat"])
+    with pytest.raises(KeyboardInterrupt):
+        quality.run(*told)
+    for runs in (2, 2):
+        assert quality.run(*told)["each"] == [30.0]
+        assert len(started) == runs
+    monkeypatch.setattr(quality, "run_digest", lambda flags: "another")
+    quality.run(*told)
+    assert len(started) == 3
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.slow
 def test_one_command_for_a_gpu_runs_from_a_tree_without_optional_packages(tmp_path: Path) -> None:
     """Its smallest form, where what a GPU machine may lack cannot be imported."""

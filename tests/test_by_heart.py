@@ -38,6 +38,27 @@ def test_the_measured_losses_are_within_the_bounds(best: dict[str, Any]) -> None
     assert best["prompt"]["end"] <= 0.5 * best["prompt"]["start"]
 
 
+def test_lines_of_other_weights_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script, started = importlib.import_module("by_heart"), []
+
+    def learnt(**setting: Any) -> dict[str, Any]:
+        started.append(setting)
+        return setting | {"end": 1.0}
+
+    monkeypatch.setattr(script, "learn", learnt)
+    monkeypatch.setattr(script, "write_result", lambda _, result: result)
+    for digest, runs in (("a", 1), ("a", 1), ("b", 2)):
+        monkeypatch.setattr(script, "run_digest", lambda digest=digest: digest)
+        result = script.all_of(tmp_path / "lines")
+        assert len(started) == runs * len(script.GRID)
+    assert [row["method"] for row in result["rows"]] == [s["method"] for s in script.GRID]
+    assert "kind" not in result["rows"][0]
+    assert len(result["weights"]) == 64
+
+
 def learn(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The same again. A loss near zero differs from machine to machine: within a factor of two."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -83,31 +83,35 @@ def test_rates_are_of_the_grid_of_this_data_and_these_weights(
     refused("q/v", "full", "preset", "all-linear")
 
 
+CODE_AND_MODEL = (
+    "minilora/a.py", "pocket-bart/model.safetensors", "pocket-bart/config.json",
+    "pocket-bart/generation_config.json",
+)  # fmt: skip
+
+
 @pytest.fixture
 def tree(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with a model, a library and data."""
-    (tmp_path / "minilora").mkdir()
-    (tmp_path / "minilora/a.py").write_text("1")
-    for name in ("model.safetensors", "config.json", "generation_config.json"):
+    for name in CODE_AND_MODEL:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("1")
     save_data(tmp_path / "chats")
     monkeypatch.setattr(scripts.common, "ROOT", tmp_path)
-    monkeypatch.setattr(scripts.common, "WEIGHTS", tmp_path / "model.safetensors")
+    monkeypatch.setattr(scripts.common, "POCKET_BART", tmp_path / "pocket-bart")
     return tmp_path
 
 
-def test_the_key_of_a_run_is_of_all_that_decides_its_result(scripts: Any, tree: Path) -> None:
-    data = str(tree / "chats")
-    keys = [scripts.common.key_of_run(["--rank", "8"], data)]
-    assert keys == [scripts.common.key_of_run(["--rank", "8"], data)]
-    keys.append(scripts.common.key_of_run(["--rank", "4"], data))
-    for name in ("model.safetensors", "config.json", "generation_config.json"):
+def test_a_digest_is_of_all_that_decides_a_run(scripts: Any, tree: Path) -> None:
+    flags = ["--rank", "8", "--data", str(tree / "chats")]
+    found = [scripts.common.run_digest(flags)]
+    assert found == [scripts.common.run_digest(flags)]
+    found += [scripts.common.run_digest(), scripts.common.run_digest(["--rank", "4", *flags[2:]])]
+    for name in (*CODE_AND_MODEL, "chats/test.jsonl"):
         (tree / name).write_text("2")
-        keys.append(scripts.common.key_of_run(["--rank", "8"], data))
-    for path in (tree / "minilora/a.py", tree / "chats/test.jsonl"):
-        path.write_text("2")
-        keys.append(scripts.common.key_of_run(["--rank", "8"], data))
-    assert len(set(keys)) == len(keys) == 7
+        found.append(scripts.common.run_digest(flags))
+    assert len(set(found)) == len(found) == 8
+    (tree / "pocket-bart/README.md").write_text("2")  # the model card decides nothing
+    assert scripts.common.run_digest(flags) == found[-1]
 
 
 def test_a_run_of_pocket_counts_once_it_has_a_result(
@@ -348,7 +352,7 @@ def test_a_reading_is_stored_with_the_weights_it_is_of(
 ) -> None:
     """Answers to a sheet that was made of other weights are refused."""
     module, evaluation = scripts.reading, tree / "evaluation.json"
-    monkeypatch.setattr(module, "WEIGHTS", tree / "model.safetensors")
+    monkeypatch.setattr(module, "WEIGHTS", tree / "pocket-bart/model.safetensors")
     sides = {"base": "A.", "finetuned": "B.", "reference": "C."}
     rows = [{"id": str(i), "dialogue": f"Ann: {i}", **sides} for i in range(3)]
     about = {"data": "../shared/data/samsum", "split": "validation"}
@@ -363,10 +367,10 @@ def test_a_reading_is_stored_with_the_weights_it_is_of(
     monkeypatch.setattr(sys, "argv", argv)
     module.main()
     found = json.loads((results / "reading_samsum.json").read_text())
-    weights = scripts.common.digest([tree / "model.safetensors"])
+    weights = scripts.common.digest([tree / "pocket-bart/model.safetensors"])
     wanted = {"data": "samsum", "split": "validation", "weights": weights, "readers": READERS}
     assert found["settings"].items() >= wanted.items()
-    (tree / "model.safetensors").write_text("2")
+    (tree / "pocket-bart/model.safetensors").write_text("2")
     with pytest.raises(SystemExit) as caught:
         module.main()
     assert caught.value.code == 2

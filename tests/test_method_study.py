@@ -53,13 +53,15 @@ def made_up(study: Any, job: Any) -> dict[str, Any]:
         return {"test_nats": [n * loss for n in tokens], "test_tokens": tokens, "scores": scores}
 
     if job.rate is None:
-        return {"validation_loss": 3.0, "forgotten": {"chat": 1.0, "prose": 2.0}} | tested(3.0)
+        found = {"validation_loss": 3.0, "forgotten": {"chat": 1.0, "prose": 2.0}}
+        return found | {"wall_minutes": 0.1} | tested(3.0)
     power = math.log2(job.rate / study.METHODS[job.method][1])
     place, loss, lost = TRUTH[job.method]
     if power - place > 2.5:
-        return {"validation_loss": None, "failed": "lower --learning-rate"}
+        return {"validation_loss": None, "failed": "lower --learning-rate", "wall_minutes": 0.1}
     result = {"validation_loss": loss + 0.1 * (power - place) ** 2 + 0.01 * job.seed}
     result |= {"trainable": 1000, "stored": 900, "minutes": 1.0, "peak_gib": 0.5}
+    result["wall_minutes"] = 1.0
     if "AdaLoRA" in job.method:
         result["ranks"] = {f"layer{i}": i + job.seed % 2 * (i == 0) for i in range(5)}
     if job.search:
@@ -94,7 +96,7 @@ def result(scripts: Any, plan: Any, tmp_path_factory: pytest.TempPathFactory) ->
     study = scripts.study
     base = done[study.Job(study.BASE, None, 0, False)]
     rows = study.collected(plan, done)
-    more = {"seeds": [0, 1, 2], "search_steps": 3, "left_out": []}
+    more = {"seeds": [0, 1, 2], "search_steps": 3, "left_out": [], "core_hours": 2.5}
     return json.loads(json.dumps({**SETTING, **more, "base": base, "methods": rows}))
 
 
@@ -174,6 +176,17 @@ def test_when_the_minutes_are_over_nothing_starts(scripts: Any, plan: Any, tmp_p
     assert done == {}
     assert started == []
     assert len(list(plan.wanted(done))) == 1 + 5 * len(TRUTH)
+
+
+def test_a_run_that_would_not_end_in_time_does_not_start(
+    scripts: Any, plan: Any, tmp_path: Path
+) -> None:
+    """The first of its kind does: nobody knows how long it takes. Another call goes on."""
+    done, started = conduct(scripts, plan, tmp_path, minutes=0.5)
+    assert 2 <= len(started) == len(done) <= 3  # the base, and a search on each process
+    again, more = conduct(scripts, plan, tmp_path)
+    assert again.items() > done.items()
+    assert not {*started} & {*more}
 
 
 def test_a_run_that_fails_is_left_out_and_stops_no_other(
@@ -308,17 +321,24 @@ def test_the_page_says_what_the_result_says(
     assert main(tmp_path, file, check=False) == 0
     assert main(tmp_path, file, check=True) == 0
     text, block = docs.read_text(), readme.read_text()
+    assert "fine-tunes earlier weights of pocket-bart (SHA-256 0000" in text
+    assert "with earlier weights of pocket-bart." in block
+    assert "2.5 hours of a core" in text
     row = "| LoRA r 8, q/v | 1,000 | 900 | 5, 0.001 to 0.016 | 0.008 | 3 | 2.010 [1.985, 2.035] |"
     assert f"{row} 2.010 [1.985, 2.035] |" in text
     assert text.count("| holds |") + text.count("| does not hold |") == len(EXPECTED)
     assert "0.101 [0.099, 0.103]" in text  # forgotten
     assert block.count("\n") == 5 + 1 + 5
     assert "full fine-tuning 1.910" in block
+    assert "that hold here: 8, that do not: 3, undecided: 0." in block
     for name in ("methods-rates.svg", "methods-forgetting.svg"):
         assert (tmp_path / "docs" / name).read_text().startswith("<?xml")
     docs.write_text(text.replace("2.010", "2.009"))
     assert main(tmp_path, file, check=True) == 1
-    file.unlink()
+    shipped = hashlib.sha256(scripts.study.WEIGHTS.read_bytes()).hexdigest()
+    assert "fine-tunes pocket-bart (SHA-256" in scripts.page.page(result | {"weights": shipped})
+    searched = [row | {"runs": []} for row in result["methods"]]
+    file.write_text(json.dumps(result | {"methods": searched}))  # no run of all steps yet
     assert main(tmp_path, file, check=False) == 0
     assert not docs.exists()
     assert readme.read_text() == "# A\n\nB.<!-- study --><!-- end -->\n\nC\n"

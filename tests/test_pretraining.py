@@ -49,6 +49,7 @@ vary = script("vary")
 reword = script("reword")
 examples = script("examples")
 muon = script("muon")
+cpu = script("cpu")
 pocket = script("model")
 pretrain_loop = script("train")
 
@@ -266,6 +267,58 @@ def test_rewording_leaves_out_what_it_does_not_know() -> None:
     assert reword.reword("Bob sings.", generator(0)) == ""
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_cross_entropy_in_rows_is_torchs(dtype: torch.dtype) -> None:
+    """Its gradients against autograd's: 1e-12 in float64; bf16 has 8 bits, so 1e-2 there.
+
+    More rows than are computed at a time, and an upstream gradient that is not one.
+    """
+    draw = torch.Generator().manual_seed(0)
+    h = torch.randn(cpu.ROWS + 70, 24, generator=draw, dtype=torch.float64).to(dtype)
+    W = torch.randn(50, 24, generator=draw, dtype=torch.float64).to(dtype)
+    labels = torch.randint(50, (len(h),), generator=draw)
+    ours = [tensor.clone().requires_grad_() for tensor in (h, W)]
+    theirs = [tensor.double().requires_grad_() for tensor in (h, W)]
+    loss = cpu.CrossEntropy.apply(*ours, labels)
+    wanted = torch.nn.functional.cross_entropy(theirs[0] @ theirs[1].t(), labels)
+    bound = 1e-12 if dtype == torch.float64 else 1e-2
+    assert abs(loss.item() - wanted.item()) < bound * wanted.item()
+    (3 * loss).backward()
+    (3 * wanted).backward()
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert (a.grad - b.grad).norm() < bound * b.grad.norm()
+
+
+def test_the_fast_attention_is_torchs() -> None:
+    """Loss and gradients in bf16 beside torch's own attention, at most twice as far from float32.
+
+    With padding, so that the mask counts.
+    """
+    shape = {"layers": 1, "decoder_layers": 1, "width": 32, "heads": 2, "init_std": 0.3}
+    torch.manual_seed(0)
+    ids = torch.randint(3, 50, (4, 12))
+    mask = torch.ones_like(ids)
+    mask[0, 7:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids, "labels": ids}
+    model = pocket.new_model(argparse.Namespace(**shape))
+
+    def gradients(precision: str) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        pocket.loss_of(model, batch, "cpu", precision).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    exact, torchs = gradients("fp32"), gradients("bf16")
+    cpu.use_fast_attention(model)
+    ours = gradients("bf16")
+    assert ours.keys() == exact.keys()
+    far = [sum((g[n] - exact[n]).square().sum() for n in exact).sqrt() for g in (ours, torchs)]
+    assert 0 < far[0] < 2 * far[1]
+    hidden = ours["model.decoder.layers.0.encoder_attn.q_proj.weight"]
+    assert hidden.norm() > 0
+
+
 @needs_muon
 def test_batched_muon_is_torchs_muon() -> None:
     """Same operations on a stack: equal to the last bit on a CPU, bound 1e-6 for other kernels."""
@@ -454,7 +507,7 @@ def test_pretraining_writes_weights_and_goes_on(
 
     refused = pretrain(tiny_data, tmp_path / "run", *keep)
     assert refused.returncode == 1
-    assert "minutes are done: give more --minutes" in refused.stderr
+    assert "are done: give more --minutes or --tokens" in refused.stderr
     assert "Traceback" not in refused.stderr
     longer = ("--minutes", str(last["seconds"] / 60 + 0.02))
     again = pretrain(tiny_data, tmp_path / "run", *keep, *longer)
@@ -482,9 +535,12 @@ def test_pretraining_writes_weights_and_goes_on(
     warm_start = ("--init", str(tmp_path / "model"))
     other = pretrain(tiny_data, tmp_path / "other", *warm_start, "--layers", "2")
     assert "has other layers than --layers and --width say" in other.stderr
-    warm = pretrain(tiny_data, tmp_path / "warm", *warm_start, "--seen", "3")
+    tokens = ("--seen", "3", "--tokens", "3.02", "--accumulate", "2", "--evaluate-every", "0.01")
+    warm = pretrain(tiny_data, tmp_path / "warm", *warm_start, *tokens, "--decay", "0.5")
     assert warm.returncode == 0, warm.stderr
     assert "'tokens': 3000000" in warm.stdout
+    rows = [json.loads(row) for row in (tmp_path / "warm" / "log.jsonl").read_text().splitlines()]
+    assert 3.02e6 <= rows[-1]["tokens"] < 3.03e6  # the last step may go beyond
 
 
 def test_weights_that_are_not_finite_are_not_written() -> None:
