@@ -113,6 +113,26 @@ def flags_of_data(data: str) -> list[str]:
     return ["--data", data, *lengths]
 
 
+def extended(rates: list[float], loss: Callable[[float], float | None], more: int) -> list[float]:
+    """The rates, and up to `more` further ones while the best one is the lowest or the highest."""
+    for _ in range(more):
+        losses = {rate: loss(rate) for rate in rates}
+        known = {rate: value for rate, value in losses.items() if value is not None}
+        if len(known) < len(losses):
+            break
+        best = min(known, key=lambda rate: known[rate])
+        if best == rates[0]:
+            rates = [shifted(best, 0.5), *rates]
+        elif best == rates[-1]:
+            rates = [*rates, shifted(best, 2.0)]
+    return rates
+
+
+def shifted(rate: float, factor: float) -> float:
+    """Rates in three digits, so that they are the same however they came about."""
+    return float(f"{rate * factor:.3g}")
+
+
 def read_split(data: str, split: str) -> "list[Example]":
     """The dialogues of a split; data that cannot be read ends the script in one line."""
     from minilora.summarization.data.splits import load

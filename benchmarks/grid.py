@@ -3,9 +3,11 @@
     python benchmarks/grid.py [--data NAME] [--methods ...] [--jobs 2] [flags of train.py]
 
 Writes grid_NAME.json, from which pocket.py takes its rates. Every method gets the same number of
-rates. A row is a run of `train.py --no-evaluate`, so the test split is never read. The chosen rate
-has the highest ROUGE-1 of the last epoch's (greedy) summaries. The best of all epochs would reward
-noise. Runs share the machine, so their times say nothing. Finished rows are stored in --keep.
+rates at first; while the best of them is the lowest or the highest, one more runs, at half or at
+twice that rate, two at most. A row is a run of `train.py --no-evaluate`, so the test split is never
+read. The chosen rate has the highest ROUGE-1 of the last epoch's (greedy) summaries. The best of
+all epochs would reward noise. Runs share the machine, so their times say nothing. Finished rows are
+stored in --keep.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from common import (
     ROOT,
     WEIGHTS,
     digest,
+    extended,
     flags_of_data,
     read_split,
     run_beside,
@@ -41,6 +45,7 @@ RATES = {
     "all-linear": (1e-3, 2e-3, 4e-3),
     "full": (2.5e-4, 5e-4, 1e-3),
 }
+MORE = 2  # further rates at most
 
 
 def run(method: str, rate: float, options: argparse.Namespace, more: list[str]) -> dict[str, Any]:
@@ -61,6 +66,28 @@ def run(method: str, rate: float, options: argparse.Namespace, more: list[str]) 
     return {"method": method, "learning_rate": rate, "validation": validation}
 
 
+def measured(options: argparse.Namespace, more: list[str]) -> list[dict[str, Any]]:
+    """The rows of all methods and rates, those beyond the first rates last."""
+    done: dict[tuple[str, float], dict[str, Any]] = {}
+
+    def loss(method: str, rate: float) -> float | None:
+        row = done.get((method, rate))
+        return -rouge_of(row) if row else None
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        while True:
+            rates = {m: extended([*RATES[m]], partial(loss, m), MORE) for m in options.methods}
+            left = [(m, rate) for m in rates for rate in rates[m] if (m, rate) not in done]
+            if not left:
+                return list(done.values())
+            done |= zip(left, pool.map(lambda row: run(*row, options, more), left), strict=True)
+
+
+def rouge_of(row: dict[str, Any]) -> float:
+    """ROUGE-1 of the last epoch."""
+    return float(row["validation"][-1]["rouge1"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0] if __doc__ else "", allow_abbrev=False
@@ -71,14 +98,9 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, default=ROOT / "build" / "grid")
     options, more = parser.parse_known_args()  # the other flags are for train.py
     read_split(options.data, "validation")
-    grid = [(method, rate) for method in options.methods for rate in RATES[method]]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(lambda row: run(*row, options, more), grid))
+    rows = measured(options, more)
     chosen = {
-        method: max(
-            (row for row in rows if row["method"] == method),
-            key=lambda row: row["validation"][-1]["rouge1"],
-        )["learning_rate"]
+        method: max((row for row in rows if row["method"] == method), key=rouge_of)["learning_rate"]
         for method in options.methods
     }
     print(f"chosen: {chosen}")

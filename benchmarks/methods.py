@@ -25,13 +25,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, WEIGHTS, digest, read_lines, run_digest, write_result
+from common import ROOT, WEIGHTS, digest, extended, read_lines, run_digest, shifted, write_result
 
 # Train as many numbers as LoRA of rank 8 on query and value, 135,168, where they can.
 QV, ALL = ["--targets", "q_proj", "v_proj"], ["--targets", "all-linear"]
@@ -122,26 +122,6 @@ class Plan:
         losses = {rate: self.loss(method, rate, done) for rate in self.searched(method, done)}
         known = {rate: loss for rate, loss in losses.items() if loss is not None}
         return min(known, key=lambda rate: known[rate]) if len(known) == len(losses) else None
-
-
-def extended(rates: list[float], loss: Callable[[float], float | None], more: int) -> list[float]:
-    """The rates, and up to `more` further ones while the best one is the lowest or the highest."""
-    for _ in range(more):
-        losses = {rate: loss(rate) for rate in rates}
-        known = {rate: value for rate, value in losses.items() if value is not None}
-        if len(known) < len(losses):
-            break
-        best = min(known, key=lambda rate: known[rate])
-        if best == rates[0]:
-            rates = [shifted(best, 0.5), *rates]
-        elif best == rates[-1]:
-            rates = [*rates, shifted(best, 2.0)]
-    return rates
-
-
-def shifted(rate: float, factor: float) -> float:
-    """Rates in three digits, so that they are the same however they came about."""
-    return float(f"{rate * factor:.3g}")
 
 
 def loss_of(result: dict[str, Any]) -> float:

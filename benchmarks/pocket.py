@@ -250,7 +250,8 @@ def to_read(
         {"id": e.id, "dialogue": e.dialogue, "reference": e.summary, "base": b, "finetuned": f}
         for e, b, f in zip(test, base, tuned, strict=True)
     ]
-    return {"data": data, "split": "test", "examples": rows}
+    told = {"data": data, "split": "test", "weights": digest([WEIGHTS])}
+    return told | {"examples": rows}
 
 
 def main() -> None:

@@ -73,6 +73,9 @@ def draw(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
         raise SheetError(f"{path}: not an evaluation.json of evaluate.py ({error})") from None
     if not examples:
         raise SheetError(f"{path}: holds no dialogue")
+    weights = digest_of_files([WEIGHTS])
+    if evaluation.get("weights", weights) != weights:  # pocket.py names them, train.py does not
+        raise SheetError(f"{path}: is of earlier weights of pocket-bart: run pocket.py again")
     generator = random.Random(seed)
     chosen = generator.sample(examples, min(count, len(examples)))
     for row in chosen:

@@ -291,14 +291,14 @@ def test_the_last_screen_shows_what_was_trained_what_it_cost_and_what_it_gained(
         r"time                  \d+ seconds, of which .* took \d+ seconds \(1 step\)",
         r"peak memory           [\d,]+ MiB",
         r"\nrouge1 .*\nrouge2 .*\nrougeL ",
-        r"python evaluate\.py runs/pocket-lora-r3 --text",
+        r"python evaluate\.py runs/bart-data-lora-r3 --text",
     ):
         assert re.search(part, out), part
     assert [out.count(f"\n  {label}") for label in ("dialogue ", "reference ", "base ")] == [3] * 3
     assert "[1 of 4] d200" in out  # the first, not the best
-    assert "report                runs/pocket-lora-r3/report.html" in out
-    assert "of rank 3" in Path("runs/pocket-lora-r3/report.html").read_text()
-    evaluation = json.loads(Path("runs/pocket-lora-r3/evaluation.json").read_text())
+    assert "report                runs/bart-data-lora-r3/report.html" in out
+    assert "of rank 3" in Path("runs/bart-data-lora-r3/report.html").read_text()
+    evaluation = json.loads(Path("runs/bart-data-lora-r3/evaluation.json").read_text())
     assert evaluation["n"] == 4
     shares = nonsense.MEASURES
     for side in ("base", "finetuned"):
@@ -313,10 +313,10 @@ def test_a_second_run_gets_the_next_name(here: Path, capfd: Any) -> None:
     assert call(train_main, *argv, "--method", "full") == 0
     names = [path.name for path in Path("runs").iterdir()]
     assert sorted(names) == [
-        *("pocket-full", "pocket-lora-r8", "pocket-lora-r8-2", "pocket-lora-r8-3"),
+        *("bart-data-full", "bart-data-lora-r8", "bart-data-lora-r8-2", "bart-data-lora-r8-3"),
     ]
-    assert not Path("runs/pocket-lora-r8/evaluation.json").exists()
-    assert "evaluate.py runs/pocket-lora-r8-3" in capfd.readouterr().out
+    assert not Path("runs/bart-data-lora-r8/evaluation.json").exists()
+    assert "evaluate.py runs/bart-data-lora-r8-3" in capfd.readouterr().out
 
 
 def test_an_empty_directory_is_a_fine_output(here: Path) -> None:
@@ -364,11 +364,32 @@ def test_the_report_is_written_if_wanted_and_its_failure_is_only_told_of(
 def test_runs_that_start_together_get_names_of_their_own(here: Path) -> None:
     run = flags.parse_run(BASE)
     found = [str(flags.output_directory(run)) for _ in range(3)]
-    assert found == ["runs/pocket-lora-r8", "runs/pocket-lora-r8-2", "runs/pocket-lora-r8-3"]
+    assert found == [
+        "runs/bart-data-lora-r8",
+        "runs/bart-data-lora-r8-2",
+        "runs/bart-data-lora-r8-3",
+    ]
     assert all(list(Path(name).iterdir()) == [] for name in found)
-    Path("runs/pocket-lora-r8-4").write_text("a file")
+    Path("runs/bart-data-lora-r8-4").write_text("a file")
     assert call(train_main, *BASE, "--max-steps", "1", "--no-evaluate") == 0
-    assert Path("runs/pocket-lora-r8-5/adapter").is_dir()
+    assert Path("runs/bart-data-lora-r8-5/adapter").is_dir()
+
+
+def test_a_run_of_other_model_or_data_has_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("chats/mine.v2.jsonl"), b"")
+    for typed, name in {
+        "": "pocket-lora-r8",
+        "--data bookings": "pocket-lora-r8-2",
+        "--data minichat": "pocket-bart-minichat-lora-r8",
+        "--preset bart-base-samsum": "bart-base-samsum-lora-r8",
+        "--model google/flan-t5-base --data ./chats/": "flan-t5-base-chats-lora-r8",
+        "--data chats/mine.v2.jsonl --method full": "pocket-bart-mine.v2-full",
+        "--train-file chats/mine.v2.jsonl --validation-file v": "pocket-bart-mine.v2-lora-r8",
+    }.items():
+        assert str(flags.output_directory(flags.parse_run(typed.split()))) == f"runs/{name}"
 
 
 def stdout_of(kind: str, patch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,14 +144,14 @@ def test_a_run_of_pocket_counts_once_it_has_a_result(
 def test_a_row_of_the_grid_counts_once_it_is_done(
     scripts: Any, results: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The best rate is the one with the highest ROUGE-1 of the last epoch."""
+    """The best rate is the one with the highest ROUGE-1 of the last epoch, and not at an end."""
     started: list[list[str]] = []
 
     def start(command: list[str], **_: Any) -> argparse.Namespace:
         output, rate = Path(command[-1]), float(command[command.index("--learning-rate") + 1])
         output.mkdir()
         started.append(command)
-        epochs = [(50.0, 3.0), (10 + 1e3 * rate % 8, 2.0)]  # the highest rate below 8e-3
+        epochs = [(50.0, 3.0), (20 - abs(math.log2(rate / peak)), 2.0)]
         lines = [{"kind": "validation", "rouge1": r, "loss": loss} for r, loss in epochs]
         (output / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return argparse.Namespace(returncode=int(len(started) == 1))
@@ -158,6 +159,7 @@ def test_a_row_of_the_grid_counts_once_it_is_done(
     monkeypatch.setattr(scripts.common.subprocess, "run", start)
     argv = ["grid.py", "--data", "minichat", "--keep", str(tree / "kept"), "--jobs", "1"]
     monkeypatch.setattr(sys, "argv", [*argv, "--methods", "preset", "--epochs", "2"])
+    peak = 4e-3
     with pytest.raises(SystemExit, match="exit code 1"):
         scripts.grid.main()
     for _ in range(2):
@@ -168,6 +170,14 @@ def test_a_row_of_the_grid_counts_once_it_is_done(
     found = json.loads((results / "grid_minichat.json").read_text())
     assert found["chosen"] == {"preset": 4e-3}
     assert found["settings"]["flags"] == ["--epochs", "2"]
+    # While the best rate is at an end there is one more, two at most.
+    for peak, best, count in ((1.6e-2, 1.6e-2, 5), (1e-3, 1e-3, 5), (1.0, 3.2e-2, 5)):
+        started.clear()
+        started.append([])
+        monkeypatch.setattr(sys, "argv", [*argv, "--methods", "preset", "--epochs", str(peak)])
+        scripts.grid.main()
+        found = json.loads((results / "grid_minichat.json").read_text())
+        assert (found["chosen"], len(started)) == ({"preset": best}, 1 + count)
 
 
 @pytest.mark.parametrize("script", ["grid", "pocket"])
@@ -237,6 +247,9 @@ def test_what_is_read_is_what_the_table_scores(scripts: Any, tmp_path: Path) -> 
     (tmp_path / "a.json").write_text(json.dumps(texts))
     drawn = {row["id"]: row for row in scripts.reading.draw(tmp_path / "a.json", 2, 0)}
     assert [drawn["b"][side] for side in scripts.reading.SIDES] == ["y", "w", "The bus is late."]
+    (tmp_path / "a.json").write_text(json.dumps(texts | {"weights": "0"}))
+    with pytest.raises(scripts.reading.SheetError, match="of earlier weights"):
+        scripts.reading.draw(tmp_path / "a.json", 2, 0)
 
 
 def test_a_share_is_paired_and_has_an_interval(scripts: Any) -> None:

@@ -207,7 +207,7 @@ def output_directory(run: RunConfig) -> Path:
     method, second = run.model.method, run.model.with_
     size = f"-r{run.adapter.rank}" if method not in ("full", "prompt", "prefix") else ""
     size += f"-{second}" if second != "none" else ""
-    name = f"{run.preset}-{method}{size}"
+    name = f"{_base_and_data(run)}-{method}{size}"
     path, number = Path("runs") / name, 1
     while True:
         try:
@@ -216,6 +216,16 @@ def output_directory(run: RunConfig) -> Path:
         except FileExistsError:
             number += 1
             path = path.with_name(f"{name}-{number}")
+
+
+def _base_and_data(run: RunConfig) -> str:
+    """The first part of a run's name: the preset, or of other model or data their own names."""
+    if run.of_preset("model", "data", *FILES):
+        return run.preset
+    paths = [
+        local_path(p).resolve() for p in (run.model.model, run.data.train_file or run.data.data)
+    ]
+    return "-".join(path.stem if path.is_file() else path.name for path in paths).lstrip(".")
 
 
 def check_output(options: OutputOptions) -> None:
