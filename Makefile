@@ -60,9 +60,9 @@ figures: .venv/development  ## the published figures: many hours on a machine wi
 	for data in bookings minichat minichat-hard; do for script in grid pocket; do \
 		$(BIN)/python benchmarks/$$script.py --data $$data || exit 1; done; done
 	test ! -d ../shared/data/samsum || $(BIN)/python benchmarks/grid.py --data ../shared/data/samsum \
-		--validation-limit 200
+		--batch-size 16 --validation-limit 200 --max-steps 614
 	test ! -d ../shared/data/samsum || $(BIN)/python benchmarks/pocket.py --data ../shared/data/samsum \
-		--seeds 0 --validation-limit 200
+		--seeds 0 --batch-size 16 --validation-limit 200
 	$(BIN)/python pretraining/plot.py
 	$(BIN)/python benchmarks/tables.py
 

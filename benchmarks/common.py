@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 POCKET_BART = ROOT / "minilora" / "summarization" / "assets" / "pocket-bart"
 WEIGHTS = POCKET_BART / "model.safetensors"
+NUMBERS = re.compile(r"\[\s+([-+.\de,\s]+)\]")  # a list of numbers becomes one line
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -200,9 +202,11 @@ def version_of(package: str) -> str | None:
 def processor() -> str:
     vectors = torch.backends.cpu.get_cpu_capability()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
+        lines = text.splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        return f"{names[0]}, {os.cpu_count()} cores, {vectors}"
+        amx = ", AMX" if "amx_bf16" in text else ""  # decides what --precision auto is
+        return f"{names[0]}, {os.cpu_count()} cores, {vectors}{amx}"
     except (OSError, IndexError):
         return f"{platform.machine()}, {os.cpu_count()} cores, {vectors}"
 
@@ -227,5 +231,7 @@ def write_result(
     folder.mkdir(exist_ok=True, parents=True)
     path = folder / f"{name}.json"
     content = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), **result}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2)
+    text = NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+    path.write_text(text + "\n")
     return path

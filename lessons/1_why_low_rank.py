@@ -104,7 +104,7 @@ print("of what the linear layers gain,", ", ".join(f"rank {r}: {gain[r]:.0%}" fo
 # singular values are each a fifth smaller than the one before, let LoRA learn it from examples at
 # ranks 1 to 16, and compare with the bound. The inputs are standard normal, so the loss is the
 # squared error of the bound: $\mathbb{E} \lVert (\Delta W - P)\, x \rVert^2 = \lVert \Delta W - P \rVert_F^2$ for
-# the planted $P$. On other inputs the best matrix in LoRA's loss is not the SVD's.
+# the planted $P$. For other inputs the matrix with the lowest loss is not the truncated SVD.
 
 # %%
 torch.manual_seed(1)

@@ -190,10 +190,10 @@ workshop.must_fail(lambda: claim(without_s, "A random, B = 0 (LoRA)"), "dL/dB wi
 # %% [markdown]
 # ## Your own layer, checked in one line
 #
-# Write a layer as you like. `conformance.check` wraps its own linear layers with it and checks what
-# every LoRA layer must satisfy: the start, what trains, the gradients against finite differences,
-# the scale, the rank, dropout, merging ([all of it](../docs/conformance.md)). What the layer does
-# not do, such as merging, is reported as not applicable.
+# Write a layer as you like. `conformance.check` makes small linear layers, wraps each in your layer,
+# and checks what every LoRA layer must satisfy: the start, what trains, the gradients against finite
+# differences, the scale, the rank, dropout, merging ([all of it](../docs/conformance.md)). What the
+# layer does not do, such as merging, is reported as not applicable.
 
 
 # %%
@@ -212,7 +212,7 @@ class MyLoRA(nn.Module):
 print(conformance.check(MyLoRA))
 
 # %% [markdown]
-# Every number in it is a measurement. Forget $\alpha$, and one line of the table says so:
+# Every number in the table is measured. If the layer ignores $\alpha$, one line of the table shows it:
 
 
 # %%

@@ -187,7 +187,7 @@ plt.show()
 # (solid) and above it with $\alpha/\sqrt r$ (dashed): here neither rule is neutral. Right: LoRA's
 # best learning rate is higher than that of full fine-tuning, and would be much too high for full
 # fine-tuning. So one common rate favours one of the two: compare the printed losses at 0.0004 and at
-# 0.0016, which both have tried.
+# 0.0016, which both have tried (the last two for full, the first two for LoRA).
 #
 # ## The claim
 #
@@ -219,5 +219,5 @@ workshop.must_fail(
 #
 # 1. `alpha_for`: the alpha that keeps the scale when the rank changes, for each rule.
 # 2. `step_ratio`: how many times as far downhill the first step goes at rank $r'$ as at rank $r$.
-# 3. `folded`: write $s B A$ with $s = 1$, with both factors multiplied by the same number. Is training
-#    then the same?
+# 3. `folded`: move $s$ into the factors: $A' = c A$, $B' = c B$ with $B' A' = s B A$. Before you look at
+#    the solution: is training $A'$ and $B'$ with $s = 1$ the same as before?

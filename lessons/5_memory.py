@@ -15,7 +15,7 @@
 # | optimizer: two moments | $8T$ | almost nothing | as LoRA |
 # | activations | what the backward pass needs | **about a quarter less** | as LoRA |
 #
-# Why not much less? A trained linear layer keeps its input $x$ for $\partial L / \partial W =
+# Why do the activations not shrink more? A trained linear layer keeps its input $x$ for $\partial L / \partial W =
 # G^\top x$. A frozen one does not, unless it has an adapter, which needs $x$ for
 # $\partial L / \partial A$. But the gradient passes *through* the frozen layers to the adapters below,
 # so every GELU, LayerNorm and softmax keeps as much as before.

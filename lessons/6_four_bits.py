@@ -1,19 +1,19 @@
 # %% [markdown]
 # # 6 · Four bits
 #
-# **Question.** The base is frozen, so it must be precise enough to compute with, but not to be
-# updated. Are four bits enough, and which sixteen numbers should they represent?
+# **Question.** The base is frozen: it must be precise enough to compute with, but need not be precise
+# enough for small updates. Are four bits enough, and which sixteen numbers should they represent?
 #
 # ## The math
 #
 # Divide the weight into blocks of $n$ values. Each block has one scale, its largest absolute value
-# $a = \max |w_i|$. The values divided by $a$ are in $[-1, 1]$, and are rounded to the nearest of sixteen
-# levels $q_0 < \dots < q_{15}$:
+# $c = \max |w_i|$. The values divided by $c$ are in $[-1, 1]$, and are rounded to the nearest of sixteen
+# levels $v_0 < \dots < v_{15}$:
 #
-# $$ \hat w_i = a \cdot q_{k_i}, \qquad k_i = \arg\min_k \left| \frac{w_i}{a} - q_k \right|
+# $$ \hat w_i = c \cdot v_{q_i}, \qquad q_i = \arg\min_j \left| \frac{w_i}{c} - v_j \right|
 #    \qquad \text{bits per weight: } 4 + \frac{32}{n} $$
 #
-# - **int4** puts the levels at equal distances: $q = -1, -\frac{6}{7}, \dots, \frac{6}{7}, 1$ (15 levels:
+# - **int4** puts the levels at equal distances: $v = -1, -\frac{6}{7}, \dots, \frac{6}{7}, 1$ (15 levels:
 #   symmetric with zero, one code is unused).
 # - **NF4** follows the distribution of the weights. Trained weights are about normal, so it takes the
 #   quantiles of a normal distribution (Dettmers et al. 2023,

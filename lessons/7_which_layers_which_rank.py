@@ -35,7 +35,7 @@ from minilora import LoRAConfig
 # ## A quick version
 #
 # pocket-bart, five steps of AdamW on short dialogues, three seeds (of the start of $A$ and of the
-# order of the dialogues), loss on held-out dialogues. Each method has its own learning rate (lesson 3).
+# order of the dialogues), loss on held-out dialogues. All LoRA runs share one learning rate; full fine-tuning has its own (lesson 3).
 
 # %%
 base, tokenizer = workshop.pocket()
@@ -84,7 +84,7 @@ print(
 #
 # Five steps are not a whole run. [`benchmarks/pocket.py`](../benchmarks/pocket.py) trains with the
 # default preset, chooses the epoch by validation, and scores the summaries of all test dialogues. Its
-# committed results are shown here: `ladder_bookings.json`, or, as long as that is not measured,
+# committed results are shown here: `ladder_bookings.json`, or, until that has been measured,
 # `pocket.json` of pocket-bart's earlier weights (8 M). The intervals are bootstrap intervals over the
 # test dialogues.
 
@@ -140,7 +140,7 @@ plt.show()
 # parameters no choice of layers is clearly better than another. (On large models with long
 # training, adapting more matrices is better than a higher rank on a few: Dettmers et al. 2023,
 # figure 2. Five steps of a small model do not show this.) Full fine-tuning, at the far right,
-# trains at least 38 times as many parameters and is not better after five steps. All LoRA runs use
+# trains at least 37 times as many parameters and is not better after five steps. All LoRA runs use
 # $\alpha = 32$; with Adam and $s = \alpha / r$ the first step then has the same size at every rank
 # (lesson 3), so one learning rate is used for all. Right: compare intervals, not points. A better
 # loss is not always a better ROUGE.

@@ -102,7 +102,7 @@ for i in sorted(range(len(rows)), key=lambda i: scores["finetuned"][i] - scores[
 # ## A whole run, from committed results
 #
 # The same for a whole fine-tune on SAMSum, from committed scores (without texts, because of its
-# licence): `ladder_samsum.json`, or, as long as that is not measured, `samsum.json` of pocket-bart's
+# licence): `ladder_samsum.json`, or, until that has been measured, `samsum.json` of pocket-bart's
 # earlier weights (8 M).
 
 
@@ -118,7 +118,10 @@ def committed() -> tuple[str, dict[str, dict[str, list[float]]]]:
 
 
 gain = bootstrap([b - a for a, b in zip(scores["base"], scores["finetuned"], strict=True)])
-print(f"short run: ROUGE-1 {gain:+.1f}: " + ("certain" if gain.low > 0 else "not certain"))
+print(
+    f"short run: ROUGE-1 {gain:+.1f}: "
+    + ("the interval excludes 0" if gain.low > 0 else "the interval includes 0")
+)
 title, result = committed()
 before, after = (result[side]["rouge1"] for side in ("base", "finetuned"))
 gains = [b - a for a, b in zip(before, after, strict=True)]
@@ -172,8 +175,8 @@ plt.show()
 #
 # ## The claim
 #
-# The gain in loss over these dialogues is certain: its paired interval excludes zero, and pairing makes
-# the interval narrow. The gain in ROUGE-1 of the default run is certain too, by its committed
+# The gain in loss over these dialogues is significant: its paired 95% interval excludes zero, and
+# pairing makes the interval narrow. So is the gain in ROUGE-1 of the default run, by its committed
 # interval.
 
 

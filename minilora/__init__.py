@@ -15,7 +15,7 @@ and B train (Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3).
     what was done           InjectReport, MergeReport, LoadReport, QuantizeReport, TrainingReport
     what was wrong          LoRAError, a ValueError: one line with what, where and what to do
 
-Models are changed in place and return a report; nothing is changed when an error is raised.
+Functions change the model in place, and most return a report. An error leaves it unchanged.
 
 Example:
     >>> import torch, minilora

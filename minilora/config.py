@@ -56,7 +56,8 @@ class LoRAConfig:
             names that `conventions.py` knows; inject replaces it with the names in the model).
         exclude: modules to leave alone among the targets; names or a regular expression.
         layers: only the layers with these indices: the first `.name.<index>.` of the dotted name.
-            In an encoder-decoder that reaches both sides. Goes with a list of targets only.
+            In an encoder-decoder they apply to both sides. Not with a regular expression or
+            "all-linear" in `targets`.
         layers_pattern: names that may stand before the index, such as "layers"; any if empty.
         rank_pattern: other ranks for some modules, {regular expression on the name's end: rank}.
             The first key that matches wins.

@@ -21,9 +21,10 @@ def inject(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Inj
     """Freeze the model and wrap every target into a LoRALinear, in place.
 
     Only the adapter trains afterwards: `lora_A`, `lora_B` and what the configuration adds to them.
-    Afterwards `config_of` returns the configuration with the model's names for "attention" and a
-    head. An error leaves the model unchanged. Freezing all but A and B: Hu et al. 2021, section 4.1
-    (https://arxiv.org/abs/2106.09685). `minilora.inject` takes more: see `methods/together.py`.
+    Afterwards `config_of` returns the configuration with the model's names instead of "attention",
+    and with the head that its `task_type` adds. An error leaves the model unchanged. Freezing all
+    but A and B: Hu et al. 2021, section 4.1 (https://arxiv.org/abs/2106.09685). `minilora.inject`
+    takes more: see `methods/together.py`.
 
     Args:
         model: any module; not yet wrapped by torch.compile or DistributedDataParallel.
@@ -97,8 +98,8 @@ def report(model: nn.Module, seed: int | None = None) -> InjectReport:
 def unwrap(model: nn.Module, dequantize: bool = False) -> nn.Module:
     """Merge the adapter for good and put the original modules back under their original names.
 
-    Afterwards inference costs what the base costs: the modules are the very same ones (Hu et al.
-    2021, section 4.1, "no additional inference latency").
+    Afterwards inference costs what the base costs: the modules are the base's own objects (Hu
+    et al. 2021, section 4.1, "no additional inference latency").
 
     Args:
         model: as `inject` or `load_adapter` left it, merged or not.

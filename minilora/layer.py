@@ -126,7 +126,7 @@ class LoRALinear(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether the base's weight holds W + s B A just now."""
+        """Whether the base's weight currently holds W + s B A."""
         return self.original_weight is not None
 
     @torch.no_grad()

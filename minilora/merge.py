@@ -14,11 +14,11 @@ from minilora.reports import MergeReport, Rounding
 
 
 def merge(model: nn.Module) -> MergeReport:
-    """Add every adapter into its weight, in place: W <- (W + s B A) rounded once.
+    """Add every update s B A to its weight, in place: W <- (W + s B A) rounded once.
 
-    The same storage is written, so that a forward pass takes the time of the base's. The sum is
-    taken in float32 (float64 for a float64 weight) and rounded to the weight's dtype once. The
-    original weight is kept for `unmerge`, in as much memory again. Merging twice is harmless.
+    The storage stays the same, and a forward pass takes as long as the base's. The sum is taken in
+    float32 (float64 for a float64 weight) and rounded to the weight's dtype once. The original
+    weight is kept for `unmerge`, in as much memory again. Merging twice is harmless.
 
     Args:
         model: as `inject` or `load_adapter` left it.

@@ -49,6 +49,9 @@ def rows(path: Path) -> Iterator[tuple[str, list[str]]]:
         json.loads(text) if text.lstrip().startswith("[") else map(json.loads, text.splitlines())
     )
     for row in lines:
+        if isinstance(row, str):  # places.json
+            yield "", [row]
+            continue
         texts = [row[key] for key in ("dialogue", "narrative", "summary", "text") if row.get(key)]
         if "turns" in row:  # [speaker, gender, text]
             texts.append(" ".join(turn[-1] for turn in row["turns"]))

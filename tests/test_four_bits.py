@@ -20,7 +20,7 @@ from minilora.summarization.errors import UserError
 from minilora.summarization.flags import parse_run
 from minilora.summarization.model import loading
 from minilora.summarization.model.four_bits import FourBits
-from minilora.summarization.presets import PRESETS
+from minilora.summarization.presets import LEARNING_RATES, PRESETS
 from minilora.summarization.training.trainer import Trainer
 from tests.helpers import SMALL, records, save_bart, save_data
 from tests.marks import slow_but
@@ -159,11 +159,14 @@ def test_qlora_trains_at_loras_rate_in_every_preset(preset: str) -> None:
     assert rates[0] is not None
 
 
+QLORA, LOFTQ = (LEARNING_RATES["pocket"][name] for name in ("qlora", "loftq"))
+
+
 @pytest.mark.parametrize(
     ("flags", "rate"),
     [
-        (["--method", "qlora"], 4e-3),
-        (["--method", "qlora", "--init", "loftq"], 2e-3),  # its A is shorter
+        (["--method", "qlora"], QLORA),
+        (["--method", "qlora", "--init", "loftq"], LOFTQ),  # its A is shorter
         (["--method", "qlora", "--init", "loftq", "--preset", "bart-base-samsum"], 5e-4),
         (["--method", "qlora", "--init", "loftq", "--learning-rate", "1e-3"], 1e-3),
     ],

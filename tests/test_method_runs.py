@@ -13,6 +13,7 @@ from minilora.__main__ import main
 from minilora.methods import AdaLoRAConfig
 from minilora.summarization.cli import evaluate_main, train_main
 from minilora.summarization.flags import parse_run
+from minilora.summarization.presets import LEARNING_RATES
 from minilora.summarization.report.runs import read_report
 from minilora.summarization.training import trainer as trainer_module
 from minilora.summarization.training.session import open_session
@@ -207,10 +208,11 @@ def test_what_makes_no_sense_ends_in_one_line(
 @pytest.mark.parametrize(
     ("flags_", "rate"),
     [
-        (["--method", "adalora"], 3.2e-2),
+        (["--method", "adalora"], LEARNING_RATES["pocket"]["adalora"]),
         (["--method", "adalora", "--preset", "bart-base-samsum"], 5e-4),  # LoRA's
-        (["--init", "pissa"], 4e-3),
-        (["--lora-plus-ratio", "16"], 1e-3),  # and B 1.6e-2: their geometric mean is LoRA's
+        (["--init", "pissa"], LEARNING_RATES["pocket"]["lora"]),
+        # And B sixteen times that: their geometric mean is LoRA's.
+        (["--lora-plus-ratio", "16"], LEARNING_RATES["pocket"]["lora"] / 4),
         (["--lora-plus-ratio", "16", "--learning-rate", "0.5"], 0.5),
     ],
 )

@@ -45,7 +45,7 @@ TRUTH = {  # the best rate by its power of two from the middle, the loss there, 
 
 def made_up(study: Any, job: Any) -> dict[str, Any]:
     """A parabola over the logarithm of the rate, shifted a little by the seed."""
-    scores = {m: [40.0, 50.0, 30.0 + job.seed, 20.0] for m in ("rouge1", "rouge2", "rougeL")}
+    scores = {"rouge1": [40.0, 50.0, 30.0 + job.seed, 20.0]}
 
     def tested(loss: float) -> dict[str, Any]:
         """The same loss on the test split: each dialogue's is that of its tokens."""

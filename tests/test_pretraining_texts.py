@@ -152,6 +152,7 @@ def test_the_report_finds_what_was_put_in(
     for name, rows in seen.items():
         with lzma.open(texts / f"{name}.jsonl.xz", "wt") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
+    (texts / "places.json").write_text('["Whitby", "New York"]')
     out = tmp_path / "out.json"
     told = ["overlap.py", "--texts", str(texts), "--held", f"X={tmp_path / 'held.jsonl'}"]
     monkeypatch.setattr(sys, "argv", [*told, "--json", str(out)])

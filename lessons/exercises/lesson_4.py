@@ -9,7 +9,7 @@ def merge(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
 
 
 def branch_flops(out: int, in_: int, rank: int) -> int:
-    """Operations that s (x A^T) B^T adds for one token; a product of n numbers counts 2 n.
+    """Operations that s (x A^T) B^T adds for one token; a dot product of n numbers counts 2 n.
 
     Count the two matrix products only: neither the scale nor the sum.
     """
@@ -17,5 +17,5 @@ def branch_flops(out: int, in_: int, rank: int) -> int:
 
 
 def stays(W: Tensor, delta: Tensor) -> Tensor:
-    """A mask (out, in): whether W + delta, rounded to W's bfloat16, equals W."""
+    """A mask (out, in): whether W + delta, summed in float32 and rounded to bfloat16, is W."""
     raise NotImplementedError

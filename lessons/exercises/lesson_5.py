@@ -6,7 +6,10 @@ from torch import Tensor
 
 
 def training_bytes(parameters: int, trained: int) -> dict[str, int]:
-    """Bytes of "weights", "gradients" and "optimizer" (AdamW), float32, trained included."""
+    """Bytes of "weights", "gradients" and "optimizer" (AdamW) in float32.
+
+    `parameters` counts all numbers of the model, the trained ones too.
+    """
     raise NotImplementedError
 
 

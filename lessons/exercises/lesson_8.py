@@ -1,10 +1,11 @@
-"""Lesson 8: the whole run. Texts in; words are what `text.lower().split()` gives."""
+"""Lesson 8: the whole run. Texts in, scores and texts out."""
 
 
 def rouge1(summary: str, reference: str) -> tuple[float, float, float]:
     """Precision, recall and F1, each in [0, 1]; 0 where a text has no word.
 
-    A word that one text has twice and the other three times is shared twice.
+    Words are what `text.lower().split()` gives. A word that one text has twice and the other three
+    times is shared twice.
     """
     raise NotImplementedError
 
@@ -15,8 +16,10 @@ def lead(dialogue: str, turns: int) -> str:
 
 
 def invented_numbers(summary: str, dialogue: str) -> list[str]:
-    """Numbers of the summary that are not in the dialogue: digits ("45") or "two" to "twelve".
+    """Numbers of the summary that are not in the dialogue.
 
+    A number is a run of digits or a word from "two" to "twelve", whatever is next to it: "5:45,"
+    has 5 and 45.
     "two" is not invented if the dialogue has "2", nor "2" if it has "two". The result has the order
     and the spelling of the summary.
     """
