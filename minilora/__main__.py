@@ -37,6 +37,8 @@ from minilora.summarization.flags import Parser, check_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from minilora.summarization.settings import RunConfig
+
 TASK_MODELS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -235,14 +237,16 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _merge(parsed: argparse.Namespace) -> None:
-    from minilora.summarization.model.start import base_of
+    from minilora.summarization.flags import read_run
+    from minilora.summarization.model.start import base_of, run_of
 
     out: Path = parsed.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LoRAError(f"{out} exists and is not an empty directory: name another")
     directory = _directory(parsed.adapter)
     adapter = minilora.read_adapter(directory)
-    base = base_of(directory, adapter)
+    base, around = base_of(directory, adapter), run_of(directory)
+    run = read_run(around) if around != directory else None
     name = parsed.model or base.get("model")
     if name is None:
         raise LoRAError(f"{parsed.adapter} does not name its base model: pass --model")
@@ -251,7 +255,8 @@ def _merge(parsed: argparse.Namespace) -> None:
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=place) as folder:
         new = Path(folder) / "model"
-        _write_merged(new, name, adapter, base["method"] == "qlora", DTYPES.get(parsed.dtype))
+        four_bits, dtype = base["method"] == "qlora", DTYPES.get(parsed.dtype)
+        _write_merged(new, name, adapter, four_bits, dtype, run)
         if place == out:
             for path in new.iterdir():
                 path.replace(out / path.name)
@@ -261,7 +266,12 @@ def _merge(parsed: argparse.Namespace) -> None:
 
 
 def _write_merged(
-    new: Path, name: str, adapter: Adapter, four_bits: bool, dtype: torch.dtype | None
+    new: Path,
+    name: str,
+    adapter: Adapter,
+    four_bits: bool,
+    dtype: torch.dtype | None,
+    run: "RunConfig | None",
 ) -> None:
     """Merge the adapter into its base and write a checkpoint; read it back and compare outputs.
 
@@ -271,7 +281,10 @@ def _write_merged(
         adapter: goes into the base.
         four_bits: it was trained on a base in four bits, so it belongs to the quantized weights.
         dtype: of the weights; None: the base's.
+        run: in which it was trained. The checkpoint gets its tokens and lengths for decoding.
     """
+    from minilora.summarization.evaluation.generate import generate_arguments
+    from minilora.summarization.model import requirements
     from minilora.summarization.model.loading import load_tokenizer, saving
 
     model, stored = _load(name, adapter)
@@ -286,12 +299,18 @@ def _write_merged(
 
     dtype = dtype or stored
     torch.nn.Module.to(model, dtype)
-    with saving():
-        model.save_pretrained(new)
     try:
-        load_tokenizer(name).save_pretrained(new)
+        tokenizer = load_tokenizer(name)
+        tokenizer.save_pretrained(new)
     except UserError:
         print(f"note: {name} has no tokenizer to write beside the model", file=sys.stderr)
+    else:
+        if run:
+            requirements.check(model, tokenizer, name)
+            lengths = requirements.limit_lengths(run, model).generation
+            model.generation_config.update(**generate_arguments(model, lengths))
+    with saving():
+        model.save_pretrained(new)
     written = _load(str(new))[0]  # read back from disk
     if sample and before is not None:
         apart = (_outputs(written, sample) - before).abs().max().item()

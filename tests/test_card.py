@@ -145,6 +145,7 @@ def test_the_head_names_what_is_on_the_hub() -> None:
     text = card(run_of(model="facebook/bart-base", data="knkarthick/samsum", rank=4), None)
     wanted = {"base_model": "facebook/bart-base", "datasets": "knkarthick/samsum"}
     assert front(text).items() >= wanted.items()
+    assert front(card(run_of(model="t5-small"), None))["base_model"] == "t5-small"
     assert "LoRA of rank 4, alpha 32." in text
     assert "four bits" not in text
     assert "minilora.quantize(model)" in card(run_of(method="qlora"), None)

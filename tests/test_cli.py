@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import minilora
 from minilora.__main__ import main as command_line
@@ -105,7 +105,8 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "a pattern that matches nothing": (["--targets", r".*\.nothing"], ["nothing matches"]),
     "a broken pattern": (["--targets", "q_proj("], ["not a regular expression"]),
     "a misspelt exclude": (["--exclude", "k_porj"], ["exclude", "'k_porj'", "nearest"]),
-    "rank 0": (["--rank", "0"], ["rank", "at least 1", "not 0"]),
+    "rank 0": (["--rank", "0"], ["--rank must be above 0", "not 0"]),
+    "rank 0 of AdaLoRA": (["--rank", "0", "--method", "adalora"], ["--rank must be above 0"]),
     "a negative rank": (["--rank", "-3"], ["rank", "-3"]),
     "a rank too large": (["--rank", "17"], ["rank 17 is above the smaller side", "16"]),
     "a rank that is no number": (["--rank", "eight"], ["--rank", "'eight'"]),
@@ -126,6 +127,11 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a limit below the special tokens": (["--max-source-length", "2"], ["--max-source-length 2"]),
     "no such device": (["--device", "cuda:77"], ["--device cuda:77"]),
+    "a device of another torch": (["--device", "hpu"], ["--device hpu"]),
+    "layers of a name that is short for many": (
+        ["--targets", "decoder", "--layers", "0"],
+        ["--layers does not go with --targets decoder", "--targets q_proj v_proj"],
+    ),
     "no such method": (["--method", "lroa"], ["--method", "'lroa'"]),
     "no such preset": (["--preset", "samsum"], ["--preset", "'samsum'"]),
     "a misspelt flag": (["--rnak", "8"], ["--rnak", "nearest: --rank"]),
@@ -317,6 +323,28 @@ def test_a_second_run_gets_the_next_name(here: Path, capfd: Any) -> None:
     ]
     assert not Path("runs/bart-data-lora-r8/evaluation.json").exists()
     assert "evaluate.py runs/bart-data-lora-r8-3" in capfd.readouterr().out
+
+
+def test_the_decoder_can_be_left_alone(here: Path) -> None:
+    names = ["--targets", "all-linear", "--exclude", "decoder", "--max-steps", "1"]
+    assert call(train_main, *BASE, *names, "--no-evaluate", "--output", "run") == 0
+    modules = minilora.read_adapter("run/adapter").modules
+    assert {name.rpartition(".")[2] for name in modules} >= {"q_proj", "out_proj", "fc1", "fc2"}
+    assert all(name.startswith("model.encoder.") for name in modules)
+
+
+def test_a_merged_run_decodes_with_the_lengths_of_the_run(here: Path) -> None:
+    config = GenerationConfig(max_length=99, min_length=7, max_new_tokens=80, length_penalty=2.0)
+    path = here.parent / "bart" / "generation_config.json"
+    given = json.loads(path.read_text()) | config.to_diff_dict()
+    path.write_text(json.dumps(given))
+    argv = [*BASE, "--max-steps", "1", "--max-length", "11", "--min-length", "2"]
+    for method in ("lora", "full"):
+        assert call(train_main, *argv, "--method", method, "--output", method) == 0
+    assert call(command_line, "merge", "lora", "merged") == 0
+    found = [GenerationConfig.from_pretrained(p).to_diff_dict() for p in ("merged", "full/model")]
+    assert found[0] == found[1]
+    assert (found[0]["max_length"], found[0].get("max_new_tokens")) == (11, None)
 
 
 def test_an_empty_directory_is_a_fine_output(here: Path) -> None:

@@ -199,6 +199,28 @@ def test_data_that_changed_since_the_start_is_refused_or_noted(
     assert "changed since" not in capfd.readouterr().err
 
 
+def test_other_validation_data_starts_the_choice_of_the_best_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    scores = iter([70.0, 60.0, 20.0, 10.0])
+
+    def validate(_: object) -> dict[str, float]:
+        return {"loss": 1.0, **dict.fromkeys(("rouge1", "rouge2", "rougeL"), next(scores))}
+
+    monkeypatch.setattr(trainer, "validate", validate)
+    save_data(tmp_path / "data", train=6)
+    run = tmp_path / "run"
+    argv = flags(folder, "--output", run, "--data", tmp_path / "data", "--epochs", 2)
+    assert train_main([*argv, "--no-evaluate"]) == 0
+    write(tmp_path / "data" / "validation.jsonl", as_jsonl(dialogues(4, 300)))
+    capfd.readouterr()
+    assert train_main(["--resume", str(run), "--epochs", "4", "--accept-changes"]) == 0
+    said = "note: the validation data changed: the best of the next epochs is saved\n"
+    assert said in capfd.readouterr().err
+    best = [record["best"] for record in records(run) if record["kind"] == "validation"]
+    assert best == [True, False, True, False]
+
+
 def test_data_that_one_resume_does_not_read_is_compared_by_the_next(
     folder: Path, tmp_path: Path, capfd: Any
 ) -> None:

@@ -160,8 +160,7 @@ def test_an_epoch_with_the_final_ranks_beats_a_better_one_without(
     assert kept.best is not None
     assert (kept.best["epoch"], kept.best["rouge1"]) == (3, 5.0)
     assert sum(kept.ranks.values()) == 3 * len(kept.ranks)
-    said = [record.get("settled", True) for record in kept.validations]
-    assert said == [False, False, True, True]
+    assert [record["best"] for record in kept.validations] == [True, False, True, False]
 
 
 def test_b_has_the_rate_that_the_ratio_says(

@@ -156,6 +156,8 @@ def test_other_numbers(summary: str, dialogue: str) -> None:
         ("50 three times", "3 times a fifty"),
         ("a 2-day trip, 5-7 people", "two days, five or seven people"),
         ("room B12", "room 12"),
+        ("1 ticket for the 2nd", "one ticket, please, for the second"),
+        ("the 1st of May", "the first of May"),
         ("a tenor, weighty, someone, canine, phone, height", ""),  # no number inside a word
         ("won 30:72", "it was 30 to 72"),
         ("the 3rd of May", "May 3"),

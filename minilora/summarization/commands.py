@@ -225,7 +225,7 @@ def score(arguments: argparse.Namespace) -> int:
         raise UserError(f"{directory} has no {trained.name} yet: continue with {resume}")
     if not files:
         require_rouge()
-    examples, split = _chats(run, files) if files else _examples(run, arguments)
+    examples, split = (_chats(run, files), "") if files else _examples(run, arguments)
     device = processes.own_device(choose_device(run.model.device))
     models = _load_trained(directory, run, device, needs_base)
     run = models.check(run)
@@ -251,8 +251,6 @@ def _predict(
     arguments: argparse.Namespace, directory: Path, run: RunConfig, models: Models, texts: Split
 ) -> int:
     """Write the summaries of many chats to --output."""
-    if processes.world_size() > 1:
-        raise UserError("--predict takes one process: call evaluate.py without torchrun")
     trained = _trained(directory, run)
     size, options, output = run.generation.evaluation_batch_size, run.data, Path(arguments.output)
     settings = {
@@ -324,14 +322,14 @@ def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunCo
     return directory, run
 
 
-def _chats(run: RunConfig, files: list[str]) -> tuple[list[Example], str]:
-    """The chats of the user's files; their split has no name."""
+def _chats(run: RunConfig, files: list[str]) -> list[Example]:
+    """The chats of the user's files."""
     chats: list[Example] = []
     for name in files:
         found, notices = read_chats(name, run.data)
         chats += found
         _print(notices)
-    return chats, ""
+    return chats
 
 
 def _examples(run: RunConfig, arguments: argparse.Namespace) -> tuple[list[Example], str]:

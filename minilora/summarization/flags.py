@@ -148,13 +148,17 @@ def parse_run(argv: Sequence[str], program: str = "train.py") -> RunConfig:
         _require_same(before, run)
     run.check()
     if run.training.learning_rate is None:
-        rates, method = LEARNING_RATES[run.preset], run.model.method
-        usual = OTHER_RATES | {"adalora": rates["lora"]} | rates
-        plain = method == "prefix" and not run.virtual.prefix_hidden
-        rate = rates.get("plain prefix" if plain else run.adapter.init, usual[method])
-        # With LoRA+ it is the geometric mean of the rates of A and B.
-        run.training.learning_rate = rate / math.sqrt(run.training.lora_plus_ratio)
+        run.training.learning_rate = usual_rate(run)
     return run
+
+
+def usual_rate(run: RunConfig) -> float:
+    """The preset's rate of the method. With LoRA+ it is the geometric mean of A's and B's."""
+    rates, method = LEARNING_RATES[run.preset], run.model.method
+    usual = OTHER_RATES | {"adalora": rates["lora"]} | rates
+    plain = method == "prefix" and not run.virtual.prefix_hidden
+    rate = rates.get("plain prefix" if plain else run.adapter.init, usual[method])
+    return rate / math.sqrt(run.training.lora_plus_ratio)
 
 
 def changed(flat: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -333,6 +337,8 @@ def parse_evaluation(argv: Sequence[str], program: str = "evaluate.py") -> argpa
             raise UserError(f"{chats} summarizes chats and does not take {spelt(name)}")
     if arguments.base and not chats:
         raise UserError("--base is for --text and --predict: scores are always of both models")
+    if arguments.predict and processes.world_size() > 1:
+        raise UserError("--predict takes one process: call evaluate.py without torchrun")
     if chats and bool(arguments.predict) != bool(arguments.output):
         raise UserError("--predict requires --output FILE.jsonl, and --text does not take --output")
     if arguments.output:

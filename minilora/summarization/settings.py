@@ -23,7 +23,7 @@ PATHS = ("model", "data", "adapter", *FILES)  # settings that may be paths
 POSITIVE = (
     *("epochs", "learning_rate", "batch_size", "accumulate", "beams", "validation_beams"),
     *("evaluation_batch_size", "keep_checkpoints", "max_source_length", "max_target_length"),
-    *("lora_plus_ratio", "virtual_tokens"),
+    *("lora_plus_ratio", "virtual_tokens", "rank"),
 )
 NOT_NEGATIVE = (
     *("max_steps", "clip", "weight_decay", "validation_limit", "min_length", "no_repeat_ngram"),
@@ -96,7 +96,9 @@ class AdapterOptions:
         "names, a regular expression, all-linear, attention (query and value), or decoder (query "
         "and value of the decoder only, so that the encoder is computed once)",
     )
-    exclude: list[str] = _flag([], "names among the targets to leave alone")
+    exclude: list[str] = _flag(
+        [], "names among the targets to leave alone, a regular expression, or decoder: all of it"
+    )
     layers: list[int] = _flag([], "only these layers, counted from 0 in encoder and decoder alike")
     rank_pattern: list[str] = _flag([], "other ranks for some modules: NAME=RANK ...")
     also_train: list[str] = _flag(
@@ -275,6 +277,11 @@ class RunConfig:
             raise UserError(f"--with is for LoRA, not --method {self.model.method}")
         if self.model.with_ != "none" and self.adapter.adapter:
             raise UserError(f"--adapter does not go with --with {self.model.with_}: leave one out")
+        if self.adapter.layers and self.adapter.targets == ["decoder"]:
+            raise UserError(
+                "--layers does not go with --targets decoder: name the linears, such as "
+                "--targets q_proj v_proj"
+            )
         if self.training.compile and "prefix" in (self.model.method, self.model.with_):
             raise UserError("--compile does not go with a prefix: leave the flag out")
         if not 0 <= warmup < 1:

@@ -88,6 +88,8 @@ def non_words(summary: str, dialogue: str) -> list[str]:
 
 def foreign_numbers(summary: str, dialogue: str) -> list[str]:
     there = {name for _, names in numbers(dialogue) for name in names}
+    said = _words(dialogue)  # "one" alone is no number of a summary, but may have been one
+    there |= {n for word, n in (("one", "1"), ("first", "1"), ("second", "2")) if word in said}
     return [number for number, names in numbers(summary) if not names & there]
 
 

@@ -156,9 +156,11 @@ def kept_layers(model: PreTrainedModel) -> int | None:
 def _trained(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that train, or have trained in a loaded adapter."""
     injection = injection_of(model)
+    extras = injection.extras if injection else []
+    whole = {id(tensor) for extra in extras for tensor in extra.find(model).values()}
     for name, parameter in model.named_parameters():
         new = injection is not None and plain_name(name) not in injection.required_grad
-        if new or parameter.requires_grad:
+        if new or id(parameter) in whole or parameter.requires_grad:
             yield plain_name(name), parameter
 
 

@@ -124,7 +124,7 @@ def _cost(run: Run) -> str:
     if run.end:
         facts.append(("time", duration(run.end["seconds"]), "training and validation"))
         facts.append(("peak memory", f"{run.end['peak_bytes'] / 2**20:,.0f} MiB", ""))
-    if best := run.best:
+    if (best := run.best) and best["rouge1"] is not None:
         score = f"ROUGE-1 {best['rouge1']:.1f}"
         facts.append(("best validation", f"epoch {best['epoch']:.0f}", score))
     return "".join(

@@ -5,7 +5,6 @@ A file that exists and cannot be read is an error that names it.
 """
 
 import json
-import math
 import sys
 from dataclasses import dataclass, fields
 from functools import reduce
@@ -46,17 +45,8 @@ class Run:
 
     @property
     def best(self) -> Record | None:
-        """The validation of the saved adapter: the best ROUGE-1; on a tie, the lowest loss.
-
-        With AdaLoRA, validations with the final ranks come before all others.
-        """
-        scored = [record for record in self.validations if record["rouge1"] is not None]
-
-        def rank(record: Record) -> tuple[bool, float, float]:
-            loss = math.inf if record["loss"] is None else record["loss"]
-            return record.get("settled") is not False, record["rouge1"], -loss
-
-        return max(scored, key=rank, default=None)
+        """The validation of the saved adapter; logs of earlier versions do not name it."""
+        return next((record for record in reversed(self.validations) if record.get("best")), None)
 
 
 def read_report(directory: Path) -> Run:

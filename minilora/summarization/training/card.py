@@ -69,8 +69,10 @@ def write_card(run: RunConfig, adapter: Path, evaluation: Mapping[str, Any] | No
 def card(run: RunConfig, evaluation: Mapping[str, Any] | None) -> str:
     """The card in Markdown. Its front matter names model and data if they are on the hub."""
     files = filter(None, (getattr(run.data, split) for split in FILES))
-    base, *data = map(_shown, (run.model.model, *(list(files) or [run.data.data])))
-    hub = [f"base_model: {base}\n", *(f"datasets: {name}\n" for name in data)]
+    names = (run.model.model, *(list(files) or [run.data.data]))
+    base, *data = map(_shown, names)
+    keys = ("base_model", *("datasets" for _ in data))
+    hub = (f"{k}: {name}\n" for k, name in zip(keys, names, strict=True) if not _is_local(name))
     method, second, directory = run.model.method, run.model.with_, _peft_directory(run)
     virtual = [kind for kind in ("prompt", "prefix") if kind in (method, second)]
     lora = [] if method in virtual else ["lora"]
@@ -82,7 +84,7 @@ def card(run: RunConfig, evaluation: Mapping[str, Any] | None) -> str:
         tags=", ".join([*lora, *(f"{kind}-tuning" for kind in virtual)]),
         also="; PEFT also takes its name on a hub" if directory == "ADAPTER" else "",
         peft=PEFT.format(directory=directory) if directory else "",
-        hub="".join(line for line in hub if "/" in line),
+        hub="".join(hub),
         base=base,
         data=", ".join(data),
         how=how[0].upper() + how[1:],

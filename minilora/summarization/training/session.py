@@ -45,6 +45,8 @@ from .schedule import last_step, steps_per_epoch
 _NAMES = "|".join(name for names in PROJECTIONS for name in names)
 DECODER = rf"(.*\.)?decoder\..*\.({_NAMES})"
 """The regular expression of --targets decoder; PEFT reads it too."""
+IN_DECODER = r"(.*\.)?decoder\..*"
+"""That of --exclude decoder."""
 KEPT = "use of the encoder's states"  # among a run's fingerprints
 
 
@@ -117,17 +119,12 @@ def open_session(run: RunConfig) -> Session:
     tokenizer = load_tokenizer(run.model.model)
     model = load_model(run.model.model, device, four_bits(run, start=True))
     notices += requirements.check(model, tokenizer, run.model.model)
-    options = limit_lengths(run, model).data
-    splits = {}
-    for name, examples in data.items():
-        encoded, truncation = encode(examples, tokenizer, options)
-        check_vocabulary(model, encoded, run.model.model)
-        splits[name] = Split(examples, encoded)
-        if truncation.sources or truncation.targets:
-            notices.append(f"{name}: {truncation}")
+    splits, cut = tokenized(run, data, tokenizer, model)
+    notices += cut
     if not run.of_preset("model", "data", *FILES):
-        lengths = [len(row.target) + 1 for row in splits["train"].encoded]
-        notices += _fit(run, [min(length, options.max_target_length) for length in lengths])
+        longest = limit_lengths(run, model).data.max_target_length
+        lengths = [min(len(row.target) + 1, longest) for row in splits["train"].encoded]
+        notices += _fit(run, lengths)
     asked, run = run, limit_lengths(run, model)
     notices += requirements.cut_notice(asked, run)
     # Refuses impossible settings; after a full fine-tune they are saved with the model.
@@ -152,13 +149,10 @@ def open_session(run: RunConfig) -> Session:
         else:
             origin["adapter it starts from"] = of_tensors(adapter.tensors)
         notices += said
-        report = inject_report(model)
     elif anew:
         steps = last_step(run.training, len(splits["train"]))
-        report = minilora.inject(model, method_configs(run, steps))
-    else:
-        trainable = sum(parameter.numel() for parameter in minilora.trainable_parameters(model))
-        report = InjectReport((), trainable, sum(p.numel() for p in model.parameters()))
+        minilora.inject(model, method_configs(run, steps))
+    report = inject_report(model)  # of a full fine-tune: no modules
     if report.modules and run.adapter.targets != ["decoder"]:
         notices += requirements.not_adapted(model)
     prepare(model, run, autocast_dtype)
@@ -173,8 +167,28 @@ def open_session(run: RunConfig) -> Session:
     return Session(run, device, autocast_dtype, *parts)
 
 
+def tokenized(
+    run: RunConfig,
+    data: Mapping[str, list[Example]],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+) -> tuple[dict[str, Split], list[str]]:
+    """The splits with their token ids, and notices of what was cut to the model's positions."""
+    options, splits, notices = limit_lengths(run, model).data, dict[str, Split](), list[str]()
+    for name, examples in data.items():
+        encoded, truncation = encode(examples, tokenizer, options)
+        check_vocabulary(model, encoded, run.model.model)
+        splits[name] = Split(examples, encoded)
+        if truncation.sources or truncation.targets:
+            notices.append(f"{name}: {truncation}")
+    return splits, notices
+
+
 def _fit(run: RunConfig, lengths: Sequence[int]) -> list[str]:
-    """Fit the preset's lengths to other data, in place; returns notices, also about the rate."""
+    """Fit the preset's lengths to other data; returns notices, also about the rate.
+
+    In place: config.json has these lengths, but not the cut to the model's positions.
+    """
     notices: list[str] = []
     if run.data.data not in EMBEDDED or not run.of_preset(*FILES):  # these fit the preset
         run.generation, notices = fit_lengths(run.generation, lengths, run.typed)
@@ -233,7 +247,9 @@ def adapter_config(run: RunConfig, steps: int = 100) -> LoRAConfig:
     """
     settings: dict[str, Any] = asdict(run.adapter) | {"task_type": "SEQ_2_SEQ_LM"}
     del settings["adapter"]
-    settings |= {side: _targets(settings[side]) for side in ("targets", "exclude")}
+    settings |= {side: _names(settings[side]) for side in ("targets", "exclude")}
+    whole = {"targets": DECODER, "exclude": IN_DECODER}
+    settings |= {side: whole[side] for side in whole if settings[side] == ("decoder",)}
     settings["layers"] = settings["layers"] or None
     settings["rank_pattern"] = _ranks(settings["rank_pattern"])
     if run.model.method != "adalora":
@@ -280,10 +296,8 @@ def write_config(run: RunConfig, output: Path) -> None:
     write_file(output / "config.json", json.dumps(settings, indent=2).encode() + b"\n")
 
 
-def _targets(values: list[str]) -> str | tuple[str, ...]:
+def _names(values: list[str]) -> str | tuple[str, ...]:
     """A single value is a regular expression if it has a character that no module name has."""
-    if values == ["decoder"]:
-        return DECODER
     if len(values) > 1 or not values:
         return tuple(values)
     is_name = values[0].replace("_", "").replace(".", "").isalnum()

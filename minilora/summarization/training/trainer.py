@@ -274,8 +274,8 @@ class Trainer:
         settled = self.settled(progress.step)
         first = progress.best is None or settled > self.settled(progress.best_step)
         better = first or score > cast(float, progress.best) or by_loss
-        said = scores if settled else scores | {"settled": False}
-        self.log.write("validation", step=progress.step, epoch=progress.epoch + 1, **said)
+        where = {"step": progress.step, "epoch": progress.epoch + 1, "best": better}
+        self.log.write("validation", **where, **scores)
         epochs = self.session.run.training.epochs
         line = f"epoch {progress.epoch + 1}/{epochs}, step {progress.step}: {describe(scores)}"
         why = "ROUGE-1 ties, the loss is lower: " if by_loss else ""
@@ -351,6 +351,10 @@ class Trainer:
         training, rows = self.session.run.training, len(self.session.splits["train"])
         self.origin = origin | now
         changed = [name for name in now if origin.get(name, now[name]) != now[name]]
+        other = {"validation data", "validation tokens"}.intersection(changed)
+        if other and progress.best is not None:
+            progress.best = None
+            notices.append("the validation data changed: the best of the next epochs is saved")
         if progress.position and {"batches", "train tokens"}.intersection(changed):
             progress.position = 0
             notices.append(f"epoch {progress.epoch + 1} begins again, because its batches changed")
