@@ -10,15 +10,20 @@ from typing import Any
 from torch import nn
 
 from minilora.config import ATTENTION, LoRAConfig, LoRAError, matches
-from minilora.modules import path, plain_model
+from minilora.modules import named_modules, path, plain_model
 
 BYPASSING = re.compile(
     r"torch\.nn\..*\.(MultiheadAttention|TransformerEncoderLayer)\..*"
     r"|transformers\..*\.(WavLMAttention\.(q|k|v|out)_proj|(Falcon|Jamba|)MambaMixer\.dt_proj)"
-    r"|transformers\..*\.((Falcon)?Mamba|\w*Mamba2|FalconH1|Bamba)Mixer\.out_proj"
+    r"|transformers\..*\.((Falcon|Zamba2)?Mamba|\w*Mamba2|FalconH1|Bamba)Mixer\.out_proj"
+    r"|transformers\..*\.((Falcon)?MambaMixer\.x_proj|GraniteMoeHybridMambaLayer\.out_proj)"
+    r"|transformers\..*\.\w*MHAttentionMap\.k_(proj|linear)"
 )
 """Class and linear where the class reads the weight without calling the linear, always or on a GPU:
 an adapter on it gets no gradient and has no effect."""
+
+OWN_FORWARD = ("Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear")
+"""Subclasses of nn.Linear, in transformers, that do not return x W^T + b."""
 
 PROJECTIONS = (
     ("q_proj", "v_proj"), ("q", "v"), ("query", "value"), ("query_proj", "value_proj"),
@@ -37,14 +42,16 @@ pre_classifier), and of BART's head, which PEFT leaves out."""
 
 
 def bypassed(named: dict[str, nn.Module], linear: str) -> str:
-    """How a module around the linear bypasses it: "lies in a KIND, which ..."; "" if none does.
+    """Why the linear takes no adapter: "lies in a KIND, which ..." or "is a KIND"; "" if it does.
 
     `named` has the modules of the model by name, and the model itself by "".
     """
+    if (kind := type(named[linear]).__name__) in OWN_FORWARD:
+        return f"is a {kind}, which does not return x W^T + b"
     end = linear.rpartition(".")[2]
-    for kind in [type(named[name]) for name in ["", *path(linear)[:-1]] if name in named]:
-        if any(BYPASSING.fullmatch(f"{c.__module__}.{c.__name__}.{end}") for c in kind.__mro__):
-            return f"lies in a {kind.__name__}, which reads the weight without calling the layer"
+    for around in [type(named[name]) for name in ["", *path(linear)[:-1]] if name in named]:
+        if any(BYPASSING.fullmatch(f"{c.__module__}.{c.__name__}.{end}") for c in around.__mro__):
+            return f"lies in a {around.__name__}, which reads the weight without calling the layer"
     return ""
 
 
@@ -93,6 +100,17 @@ def completed(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     also_train = tuple(dict.fromkeys((*config.also_train, *head)))  # each once
     refuse_half(model, config := replace(config, targets=targets, also_train=also_train))
     return config
+
+
+def refuse_part(model: nn.Module) -> None:
+    """Refuse a model of which one part carries the adapter, since the part has its record.
+
+    Raises:
+        LoRAError: it names the part.
+    """
+    for name, module in named_modules(plain_model(model)):
+        if "_minilora" in vars(module):
+            raise LoRAError(f"{name} carries the adapter, not the whole model: pass that module")
 
 
 def refuse_half(model: nn.Module, config: LoRAConfig) -> None:

@@ -116,9 +116,9 @@ def keep_mask(x: Tensor, p: float) -> Tensor:
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or p * 65536 > 65535:
         return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - p)
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # each of 65,536 values alike
-    mask = torch.empty(x.shape, dtype=torch.uint8)
+    mask = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
     return torch.ge(bits, round(p * 65536) - 32768, out=mask)  # into bytes: 20x as fast as to bool
 
 

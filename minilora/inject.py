@@ -120,8 +120,11 @@ def unwrap(model: nn.Module, dequantize: bool = False) -> nn.Module:
         >>> list(unwrap(model).state_dict())
         ['q_proj.weight', 'q_proj.bias']
     """
+    conventions.refuse_part(model)
     if kept := unmergeable(model):
         raise LoRAError(f"a {kept} cannot be merged: minilora.merge keeps it, unload takes it out")
+    for extra in getattr(injection_of(model), "extras", ()):
+        extra.check()
     with ExitStack() as stack:
         for dequantized in DEQUANTIZERS if dequantize else ():
             stack.enter_context(dequantized(model))
@@ -154,9 +157,9 @@ def unload(model: nn.Module) -> nn.Module:
     """
     if not getattr(injection_of(model), "enabled", True):
         raise LoRAError("cannot unload inside `with minilora.disabled(model)`: unload after it")
+    enable_extras(model, False)
     for layer in lora_layers(model).values():
         layer.unmerge()
-    enable_extras(model, False)
     return _put_back(model)
 
 
@@ -179,8 +182,6 @@ def merge_layers(layers: dict[str, LoRALinear]) -> None:
     try:
         for name, layer in unmerged.items():
             with naming(name):
-                if layer.lora_A.is_meta or not layer.enabled:
-                    raise LoRAError("cannot merge on the meta device, or inside minilora.disabled")
                 layer.merge()
     except BaseException:  # also when there is no memory for the original weights
         for layer in unmerged.values():
@@ -228,6 +229,9 @@ class Extra:
     def swap(self, model: nn.Module) -> None:
         """Put the base's values in the place of the trained ones, or back."""
 
+    def check(self) -> None:
+        """Raise a LoRAError if `stop` cannot write the current values; `unwrap` calls it first."""
+
     def stop(self, model: nn.Module) -> None:
         """Remove what `start` added to the model; the current values stay."""
 
@@ -251,7 +255,12 @@ def injection_of(model: nn.Module) -> Injection | None:
 
 
 def enable_extras(model: nn.Module, enabled: bool) -> bool:
-    """Switch the extras to their trained values or to the base's; returns the previous state."""
+    """Switch the extras to their trained values or to the base's; returns the previous state.
+
+    Raises:
+        LoRAError: a part of the model has them, not the model.
+    """
+    conventions.refuse_part(model)
     if (injection := injection_of(model)) is None or injection.enabled == enabled:
         return enabled
     for extra in injection.extras:
@@ -262,8 +271,7 @@ def enable_extras(model: nn.Module, enabled: bool) -> bool:
 
 def unmergeable(model: nn.Module) -> str:
     """What cannot be merged: "prompt", "prefix", "prompt and prefix", or "" for neither."""
-    injection = injection_of(model)
-    return " and ".join(c.folder for c in injection.config.prompts) if injection else ""
+    return " and ".join(c.folder for c in getattr(config_of(model), "prompts", ()))
 
 
 # For plain LoRA these tables are empty; `minilora/methods/__init__.py` fills them and says how.

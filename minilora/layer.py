@@ -136,10 +136,13 @@ class LoRALinear(nn.Module):
         Merging a merged layer changes nothing.
 
         Raises:
-            LoRAError: the base is quantized, or the sum does not fit the weight's dtype.
+            LoRAError: the base is quantized, the sum does not fit the weight's dtype, or the layer
+                is disabled or on the meta device.
         """
         if self.merged:
             return
+        if self.lora_A.is_meta or not self.enabled:
+            raise LoRAError("cannot merge on the meta device, or inside minilora.disabled")
         if not linears.is_mergeable(self.base):
             what = f"cannot merge into a {type(self.base).__name__}: a quantized weight would lose"
             raise LoRAError(f"{what} the update; minilora.unwrap(model, dequantize=True) merges")

@@ -103,8 +103,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         enable_extras(model, extras_enabled)
-        for layer, enabled, merged in before:
+        for layer, enabled, _ in before:
             layer.enabled = enabled
+        for layer, _, merged in before:
             if merged:
                 layer.merge()
 

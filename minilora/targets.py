@@ -88,7 +88,7 @@ def check_modules(model: nn.Module, selected: dict[str, nn.Module]) -> None:
         with modules.naming(f"targets: {name}"):
             linears.adapter_placement(module)
         if what := conventions.bypassed(named, name):
-            raise LoRAError(f"targets: {name} {what}: the adapter would be ignored; exclude it")
+            raise LoRAError(f"targets: {name} {what}: exclude it")
         if shared := modules.others(module, owned):
             what = f"targets: {name} shares its weight with {', '.join(shared)}"
             raise LoRAError(f"{what}: merging would change both; exclude it, or untie the weights")

@@ -35,6 +35,7 @@ from transformers import (
 import minilora
 from minilora import LoRAConfig, LoRAError
 from minilora.conventions import completed
+from tests.conftest import State
 
 SMALL: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -457,6 +458,50 @@ def test_wrong_token_rows_are_refused(rows: Any, more: dict[str, Any], message: 
     with pytest.raises(LoRAError, match=message):
         minilora.inject(model, LoRAConfig(rank=2, token_rows=rows, **more))
     assert set(model.state_dict()) == before
+
+
+def test_rows_that_the_embeddings_change_do_not_train() -> None:
+    class Normed(nn.Embedding):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            return y / y.norm(dim=-1, keepdim=True)
+
+    model = llama()
+    weight = model.get_input_embeddings().weight
+    model.set_input_embeddings(Normed(*weight.shape, _weight=weight.detach()))
+    before = set(model.state_dict())
+    with pytest.raises(LoRAError, match=r"token_rows: \S+ is a Normed, which changes E's rows"):
+        minilora.inject(model, LoRAConfig(rank=2, token_rows=(3,)))
+    assert set(model.state_dict()) == before
+
+
+def test_rows_beyond_float16_are_refused_before_anything_changes(tmp_path: Path) -> None:
+    model = llama()
+    minilora.inject(model, LoRAConfig(rank=2, token_rows=(3, 5)))
+    rows = model.get_input_embeddings().token_rows
+    rows.data[0, 0] = 1e6
+    minilora.save_adapter(model, tmp_path)
+    model.half()
+    rows.data = rows.data.float()
+    rows.data[0, 0] = 1e6
+    before = State.of(model)
+    with pytest.raises(LoRAError, match=r"token_rows do not fit torch\.float16: call model\.float"):
+        minilora.unwrap(model)
+    before.check(model)
+    assert minilora.unwrap(model.float()).get_input_embeddings().weight[3, 0] == 1e6
+
+
+def test_values_beyond_float16_are_not_loaded(tmp_path: Path) -> None:
+    """Whole modules: their numbers become those of the base's dtype."""
+    model = llama()
+    minilora.inject(model, LoRAConfig(rank=2, also_train=("norm",)))
+    model.get_parameter("model.norm.weight").data[0] = 1e6
+    minilora.save_adapter(model, tmp_path)
+    half = llama().half()
+    before = State.of(half)
+    with pytest.raises(LoRAError, match=r"norm\.weight does not fit torch\.float16"):
+        minilora.load_adapter(half, tmp_path, inference=True)
+    before.check(half)
 
 
 def test_a_model_without_named_embeddings_has_no_token_rows() -> None:

@@ -154,6 +154,27 @@ def test_injecting_twice_is_refused_whatever_part_carries_the_adapter() -> None:
     before.check(model)
 
 
+@pytest.mark.parametrize("act", ["unwrap", "unload", "disabled", "load_adapter"])
+def test_the_model_around_a_part_that_carries_the_adapter_is_refused(
+    act: str, tmp_path: Path
+) -> None:
+    model = tiny_bart()
+    minilora.inject(model.model.encoder, config_for(bias="all"))
+    randomize_adapter(model)
+    minilora.save_adapter(model.model.encoder, tmp_path)
+    before = State.of(model)
+    acts = {
+        "unwrap": minilora.unwrap,
+        "unload": minilora.unload,
+        "disabled": lambda model: minilora.disabled(model).__enter__(),
+        "load_adapter": lambda model: minilora.load_adapter(model, tmp_path),
+    }
+    with pytest.raises(LoRAError, match=r"^(\S+: )?model\.encoder carries the adapter, not the"):
+        acts[act](model)
+    before.check(model)
+    minilora.unload(model.model.encoder)
+
+
 @pytest.mark.parametrize("wrapper", [torch.compile, nn.DataParallel], ids=["compile", "parallel"])
 def test_injecting_into_a_wrapper_is_refused(wrapper: type[nn.Module]) -> None:
     model = tiny_bart()

@@ -227,9 +227,20 @@ def test_merging_inside_disabled_is_refused_and_the_base_stays(
     with minilora.disabled(model):
         with pytest.raises(LoRAError, match=r"cannot merge .* inside minilora\.disabled"):
             function(model)
+        with pytest.raises(LoRAError, match=r"cannot merge .* inside minilora\.disabled"):
+            next(iter(lora_layers(model).values())).merge()
         assert torch.equal(logits(model), base)
     assert torch.equal(logits(model), before)
     assert all(layer.merged == merged for layer in lora_layers(model).values())
+
+
+def test_a_merge_that_fails_as_the_block_ends_leaves_all_layers_on() -> None:
+    model = adapted().half()
+    minilora.merge(model)
+    layers = list(lora_layers(model).values())
+    with pytest.raises(LoRAError, match="fit"), minilora.disabled(model):
+        layers[0].lora_B.data.fill_(6e4)
+    assert all(layer.enabled for layer in layers)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -253,6 +264,8 @@ def test_a_model_of_shapes_only_is_injected_and_not_merged(changes: dict[str, An
     assert model["q_proj"].delta().shape == (6, 8)
     with pytest.raises(LoRAError, match="q_proj: cannot merge on the meta device"):
         minilora.merge(model)
+    with pytest.raises(LoRAError, match="cannot merge on the meta device"):
+        model["q_proj"].merge()
 
 
 def test_a_state_dict_of_a_merged_model_is_that_of_the_unmerged() -> None:

@@ -135,6 +135,19 @@ def test_attention_that_bypasses_its_linears_is_left_alone() -> None:
         minilora.quantize(nn.MultiheadAttention(16, 2), targets=("out_proj",))
 
 
+def test_a_linear_with_a_forward_of_its_own_is_left_alone() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 0.5 * super().forward(x)
+
+    falcon = type("FalconLinear", (Scaled,), {})  # has one too, which computes the same
+    model = nn.ModuleDict({"a": Scaled(8, 8), "b": nn.Linear(8, 8), "c": falcon(8, 8)})
+    report = minilora.quantize(model)
+    assert (report.modules, report.left_out) == (("b", "c"), ("a",))
+    with pytest.raises(LoRAError, match="only plain linears"):
+        minilora.quantize(nn.ModuleDict({"a": Scaled(8, 8)}), targets=("a",))
+
+
 def test_linears_that_transformers_reads_without_a_call_are_left_alone() -> None:
     config = transformers.WavLMConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -150,7 +163,7 @@ def test_linears_that_transformers_reads_without_a_call_are_left_alone() -> None
     assert {name.rpartition(".")[2] for name in report.left_out} == {
         "q_proj", "k_proj", "v_proj", "out_proj",
     }  # fmt: skip
-    assert "attention.q_proj, whose weight is read without a call" in str(report)
+    assert "attention.q_proj, which does more than x W^T + b, or is not called" in str(report)
     # Four bits: 0.26 to 0.53 of outputs of 3, over eight seeds; NaN if an attention reads codes.
     assert 0 < (model(x).last_hidden_state - before).abs().max() < 1
     with pytest.raises(LoRAError, match=r"q_proj lies in a WavLMAttention, .*; exclude it"):

@@ -1,11 +1,15 @@
 """A tensor in four bits: the codebook, edge cases, bits a value."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import minilora
@@ -165,3 +169,22 @@ def test_bits_a_weight_measured_from_the_tensors(double: bool, bits: float) -> N
     packed = pack(weight(1024, 1024), double)
     size = sum(tensor.nbytes for tensor in packed if tensor is not None)
     assert 8 * size / 2**20 == pytest.approx(bits, abs=5e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_torch_s_default_dtype_and_device_change_nothing(dtype: str, tmp_path: Path) -> None:
+    """Neither when minilora is imported nor when a weight is packed."""
+    W = weight(16, 512)
+    save_file({"W": W}, tmp_path / "W.safetensors")
+    code = (
+        "import sys, torch; from pathlib import Path; folder = Path(sys.argv[1]);"
+        "from safetensors.torch import load_file, save_file;"
+        "W = load_file(folder / 'W.safetensors')['W'];"
+        f"torch.set_default_dtype(torch.{dtype}); torch.set_default_device('meta');"
+        "from minilora.nf4 import pack, unpack; packed = pack(W);"
+        "save_file({'codes': packed.codes, 'W': unpack(packed, tuple(W.shape))}, folder / 'out')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    found, packed = load_file(tmp_path / "out"), pack(W)
+    assert torch.equal(found["codes"], packed.codes)
+    assert torch.equal(found["W"], unpack(packed, tuple(W.shape)))

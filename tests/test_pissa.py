@@ -1,6 +1,7 @@
 """PiSSA: the start, the residual, the conversion to plain LoRA, and PEFT's."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,15 @@ def test_it_stands_on_four_bits_too() -> None:
     assert not torch.allclose(y, before, atol=0.1)
     plain = minilora.unwrap(model, dequantize=True)
     assert torch.allclose(plain["fc"](x), y, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    model["b"].weight.data[0, 0] = value
+    with pytest.raises(LoRAError, match="b: cannot start from W: it holds values that are not fin"):
+        minilora.inject(model, LoRAConfig(rank=2, targets=("a", "b"), init="pissa"))
+    assert {type(layer) for layer in model.values()} == {nn.Linear}
 
 
 @pytest.mark.parametrize("changes", [{"dora": True}, {"lora_bias": True}])

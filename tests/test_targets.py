@@ -1,5 +1,7 @@
 """Which modules: PEFT's rules to the letter, and an error for every name that means nothing."""
 
+import importlib
+import inspect
 import re
 from typing import Any
 
@@ -10,10 +12,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import MambaConfig, MambaModel, WavLMConfig, WavLMModel
+from transformers import Llama4TextConfig, MambaConfig, MambaModel, WavLMConfig, WavLMModel
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 import minilora
-from minilora import LoRAConfig, LoRAError
+from minilora import LoRAConfig, LoRAError, conventions
 from minilora.config import matches
 from minilora.modules import layer_index, nearest
 from minilora.targets import is_target, select
@@ -154,8 +157,8 @@ class WithTies(nn.Module):
         self.right.weight = nn.Parameter(self.left.weight.detach())
 
 
-BYPASSED = r"{}.*MultiheadAttention.*ignored; exclude it"
-LAYER = r"encoder\.layers\.0\.{}.*TransformerEncoderLayer.*ignored; exclude it"
+BYPASSED = r"{}.*MultiheadAttention.*exclude it"
+LAYER = r"encoder\.layers\.0\.{}.*TransformerEncoderLayer.*exclude it"
 TIED = r"{} shares its weight with {}.*exclude it, or untie"
 
 
@@ -200,7 +203,7 @@ TIED = r"{} shares its weight with {}.*exclude it, or untie"
         (WithBypass, {"targets": ("attention.out_proj",)}, BYPASSED.format("attention.out_proj")),
         (WithBypass, {"targets": ("linear1",)}, LAYER.format("linear1")),
         (WithBypass, {"targets": ("self_attn.out_proj",)}, LAYER.format("self_attn.out_proj")),
-        (WithBypass, {"targets": "all-linear"}, "ignored; exclude it"),
+        (WithBypass, {"targets": "all-linear"}, "exclude it"),
         (WithBypass, {"targets": ("free", "whole")}, r"whole.*Linear with torch.int8 weights"),
     ],
 )
@@ -233,13 +236,43 @@ def test_classes_of_transformers_that_bypass_their_linears_are_refused(kind: str
         model = WavLMModel(WavLMConfig(num_attention_heads=2, intermediate_size=24, **sizes))
         x, bypassed, called = torch.ones(1, 800), ("q_proj", "v_proj", "out_proj"), "output_dense"
     for name in bypassed:
-        with pytest.raises(LoRAError, match=rf"{name} lies in a \w+, .* ignored; exclude it"):
+        with pytest.raises(LoRAError, match=rf"{name} lies in a \w+, .*: exclude it"):
             minilora.inject(model, LoRAConfig(rank=2, targets=(name,)))
-    with pytest.raises(LoRAError, match="ignored; exclude it"):
+    with pytest.raises(LoRAError, match="without calling the layer: exclude it"):
         minilora.inject(model, LoRAConfig(rank=2, targets="all-linear"))
     before = model.eval()(x)[0]
     minilora.inject(model, LoRAConfig(rank=2, targets=(called,), init="random"))
     assert not torch.equal(model(x)[0], before)
+
+
+def test_a_router_that_returns_more_than_a_product_is_refused() -> None:
+    router = Llama4TextConfig(hidden_size=8, num_local_experts=4, num_experts_per_tok=1)
+    model = nn.ModuleDict({"router": Llama4Router(router), "fc": nn.Linear(8, 8)})
+    with pytest.raises(LoRAError, match=r"router is a Llama4Router, .* W\^T \+ b: exclude it"):
+        minilora.inject(model, LoRAConfig(rank=2, targets="all-linear"))
+    report = minilora.inject(model, LoRAConfig(rank=2, targets="all-linear", exclude=("router",)))
+    assert report.modules == ("fc",)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "linear"),
+    [
+        ("mamba", "MambaMixer", "x_proj"),
+        ("falcon_mamba", "FalconMambaMixer", "x_proj"),
+        ("zamba2", "Zamba2MambaMixer", "out_proj"),
+        ("granitemoehybrid", "GraniteMoeHybridMambaLayer", "out_proj"),
+        ("detr", "DetrMHAttentionMap", "k_proj"),
+        ("maskformer", "MaskFormerMHAttentionMap", "k_proj"),
+    ],
+)
+def test_linears_that_a_kernel_or_a_convolution_reads(module: str, name: str, linear: str) -> None:
+    """The class and its linear exist in transformers, under these names."""
+    code = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    kind = getattr(code, name, None)
+    assert kind is None or f"self.{linear} = nn.Linear(" in inspect.getsource(kind)
+    bypassing = type(name, (nn.Module,), {"__module__": code.__name__})()
+    named = {"": nn.Module(), "a": bypassing, f"a.{linear}": nn.Linear(2, 2)}
+    assert name in conventions.bypassed(named, f"a.{linear}")
 
 
 def test_excluding_what_is_bypassed_or_tied_lets_the_rest_be_adapted() -> None:

@@ -29,7 +29,7 @@ class TokenRows(Extra):
         config: its `token_rows` and `also_train` count.
 
     Raises:
-        LoRAError: there are no such rows, or the embeddings train whole.
+        LoRAError: there are no such rows, or the embeddings train whole or change E's rows.
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig, _: Collection[str]) -> None:
@@ -46,6 +46,18 @@ class TokenRows(Extra):
             raise LoRAError(f"token_rows must differ and lie in {self.name}, 0 to {size - 1}")
         if trained_whole(config, self.name):
             raise LoRAError(f"token_rows: {self.name} trains whole, by also_train: choose one")
+        if not self.embedding.weight.is_meta and not self.is_plain():
+            kind = type(self.embedding).__name__
+            raise LoRAError(f"token_rows: {self.name} is a {kind}, which changes E's rows")
+
+    @torch.no_grad()
+    def is_plain(self) -> bool:
+        """Whether the embeddings return rows of E, times `embed_scale` where there is one."""
+        E = self.embedding.weight
+        index = torch.tensor(self.rows, device=E.device)
+        rows = (E[index] * getattr(self.embedding, "embed_scale", 1.0)).to(E)
+        out = self.embedding.forward(index)  # without the hooks of rows that train already
+        return torch.allclose(out, rows, rtol=1e-2, equal_nan=True)
 
     def find(self, model: nn.Module) -> dict[str, Tensor]:
         """The rows, by their name on disk."""
@@ -69,6 +81,12 @@ class TokenRows(Extra):
     def swap(self, model: nn.Module) -> None:
         """Switch the rows off, or on again."""
         self.enabled = not self.enabled
+
+    def check(self) -> None:
+        """Refuse rows beyond the range of E's dtype."""
+        if self.hooks and not self.embedding.token_rows.to(self.embedding.weight).isfinite().all():
+            dtype = self.embedding.weight.dtype
+            raise LoRAError(f"token_rows do not fit {dtype}: call model.float() first")
 
     @torch.no_grad()
     def stop(self, model: nn.Module) -> None:

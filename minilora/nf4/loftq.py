@@ -6,6 +6,7 @@ Li et al. 2023, https://arxiv.org/abs/2310.08659.
 import torch
 from torch import Tensor, nn
 
+from minilora.config import LoRAError
 from minilora.initialization import kaiming
 from minilora.nf4.linear import NF4Linear
 from minilora.nf4.model import check_linear
@@ -49,6 +50,8 @@ def approximate(M: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
 
     Both get the square roots of the singular values. Where these are zero, A stays as it is.
     """
+    if not M.is_meta and not M.isfinite().all():
+        raise LoRAError("cannot start from W: it holds values that are not finite")
     rank = min(len(A), *M.shape)  # rows of A beyond it stay, and are multiplied by zeros of B
     B[:, rank:] = 0
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)

@@ -24,7 +24,8 @@ class QuantizeReport:
 
     Attributes:
         modules: dotted names of the linears in four bits.
-        left_out: those that cannot be, since a module reads their weight without calling them.
+        left_out: those that cannot be: they compute more than x W^T + b, or a module reads their
+            weight without calling them.
         weights: how many weights they hold.
         before: their size in bytes, biases not counted.
         after: the same in four bits, scales included.
@@ -50,7 +51,7 @@ class QuantizeReport:
         what = f"{count(self.modules, 'linear')} in 4 bits: {sizes}"
         lines = [f"{what} ({self.bits:.3f} bits per weight)"]
         lines += [
-            f"left out: {name}, whose weight is read without a call"
+            f"left out: {name}, which does more than x W^T + b, or is not called"
             for name in fold_names(self.left_out)
         ]
         return "\n  ".join(lines)
@@ -151,9 +152,14 @@ def _reading(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Attention reads the weight of a NonDynamicallyQuantizableLinear without calling it."""
-    kind = NonDynamicallyQuantizableLinear
-    return isinstance(module, nn.Linear) and not isinstance(module, kind)
+    """Whether it computes x W^T + b: a router, for example, returns more.
+
+    Attention reads the weight of a NonDynamicallyQuantizableLinear without calling it.
+    """
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    kind = type(module)
+    return kind.forward is nn.Linear.forward or kind.__name__ == "FalconLinear"
 
 
 def check_linear(name: str, module: nn.Module, shared_with: Sequence[str] = ()) -> nn.Linear:

@@ -10,7 +10,7 @@ Codes, scales and values are those of bitsandbytes, bit for bit (`tests/test_nf4
 """
 
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,11 +60,15 @@ CODEBOOK = torch.tensor([
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])  # fmt: skip
+], dtype=torch.float32, device="cpu")  # fmt: skip
 MIDPOINTS: list[float] = ((CODEBOOK[:-1] + CODEBOOK[1:]) / 2).tolist()
 # Row b: the two values that the byte b holds, the first in its high half.
 PAIRS = torch.stack([CODEBOOK.repeat_interleave(16), CODEBOOK.repeat(16)], dim=1)  # (256, 2)
 PAIR = torch.complex64  # two float32, moved as one number
+
+
+EXACT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Whatever `torch.set_default_dtype` and `set_default_device` say."""
 
 
 def dynamic_codebook() -> Tensor:
@@ -75,10 +79,10 @@ def dynamic_codebook() -> Tensor:
     """
     values = [0.0, 1.0]
     for e in range(7):
-        edges = torch.linspace(0.1, 1, 2**e + 1)
+        edges = torch.linspace(0.1, 1, 2**e + 1, **EXACT)
         middles = 10.0 ** (e - 6) * (edges[:-1] + edges[1:]) / 2
         values += [*middles.tolist(), *(-middles).tolist()]
-    return torch.tensor(sorted(values))
+    return torch.tensor(sorted(values), **EXACT)
 
 
 BINS = 65535
@@ -86,7 +90,7 @@ DYNAMIC = dynamic_codebook()
 # The nearest code of each of 65,536 evenly spaced numbers in [-1, 1]: how bitsandbytes rounds on a
 # CPU. At the borders between two codes it decides by the bin, not by the number.
 NEAREST = torch.bucketize(
-    torch.arange(BINS + 1).double() / BINS * 2 - 1,
+    torch.arange(BINS + 1, device="cpu").double() / BINS * 2 - 1,
     ((DYNAMIC[:-1] + DYNAMIC[1:]) / 2).double(),
 ).to(torch.uint8)  # fmt: skip
 
@@ -213,7 +217,7 @@ def _to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     flat = weight.reshape(-1)
     blocks, half = -(-size // BLOCK), BLOCK // 2
     codes = torch.empty(blocks * half, dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty(blocks, device=weight.device)
+    absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
     step = CHUNK if weight.device.type == "cpu" else max(blocks, 1)
     for start in range(0, blocks, step):
         rows = slice(start, min(start + step, blocks))

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 import torch
 from torch import Tensor, nn
 
-from minilora import linears, trained_whole
+from minilora import conventions, linears, trained_whole
 from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches
 from minilora.conventions import HEADS, embeddings, is_sharded, refuse_half, refuse_wrapped
 from minilora.inject import EXTRAS, LAYERS, Extra, injection_of, lora_layers, report, unload, wrap
@@ -51,7 +51,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 
     Args:
         model: carries an adapter, from `inject` or `load_adapter`.
-            After fully_shard every process must call this, to gather the tensors.
+            After fully_shard every process must call this, to gather the tensors; the first writes.
         directory: made if it is not there; gets adapter_config.json and
             adapter_model.safetensors.
 
@@ -69,7 +69,9 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         ...     print(sorted(path.name for path in Path(folder).iterdir()))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    write_adapter(adapter_of(model), directory)
+    adapter = adapter_of(model)
+    if not is_sharded(model) or torch.distributed.get_rank() == 0:
+        write_adapter(adapter, directory)
 
 
 class SavePretrained(Extra):
@@ -91,7 +93,9 @@ class SavePretrained(Extra):
         """Restore the method of the class."""
         vars(model).pop("save_pretrained", None)
 
-    def save(self, directory: str | Path, is_main_process: bool = True, **more: object) -> None:
+    def save(
+        self, save_directory: str | Path, is_main_process: bool = True, **more: object
+    ) -> None:
         """Call `save_adapter` in the main process of a Trainer; do nothing in the others.
 
         Raises:
@@ -100,7 +104,7 @@ class SavePretrained(Extra):
         if is_sharded(self.model) or more.get("push_to_hub"):
             raise LoRAError("call minilora.save_adapter, after fully_shard in every process")
         if is_main_process:
-            save_adapter(self.model, directory)
+            save_adapter(self.model, save_directory)
 
 
 def load_adapter(model: nn.Module, directory: str | Path, inference: bool = False) -> LoadReport:
@@ -142,6 +146,7 @@ def load_adapter(model: nn.Module, directory: str | Path, inference: bool = Fals
 def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -> LoadReport:
     """What `load_adapter` does, with an adapter that was read, combined or extracted already."""
     wrapped, model = model, plain_model(model)
+    conventions.refuse_part(model)
     layers, injection = lora_layers(model), injection_of(model)
     refuse_wrapped(model if injection else wrapped, needs_values=True)
     if any(layer.merged for layer in layers.values()):
@@ -235,6 +240,10 @@ def _check_fit(
         return ": only rows of the input embeddings train here" if key.endswith("_delta") else ""
 
     problems = keys.compare(expected, adapter.tensors, explain)
+    for key in extras.keys() & adapter.tensors.keys():
+        dtype = extras[key].dtype
+        if not adapter.tensors[key].to(dtype).isfinite().all():
+            problems.append(f"{key} does not fit {dtype}: load the model in float32")
     for name in targeted if config.init == "loftq" else ():
         if linears.is_mergeable(named[name]):
             problems += [f"{name} must be quantized to 4 bits for LoftQ: call minilora.quantize"]
