@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 POCKET_BART = ROOT / "minilora" / "summarization" / "assets" / "pocket-bart"
 WEIGHTS = POCKET_BART / "model.safetensors"
-NUMBERS = re.compile(r"\[\s+([-+.\de,\s]+)\]")  # a list of numbers becomes one line
+NUMBERS = re.compile(r"\[\n([-+.\de,\s]+)\]")  # a list of numbers becomes one line
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

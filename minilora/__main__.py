@@ -43,6 +43,7 @@ TASK_MODELS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -246,7 +247,11 @@ def _merge(parsed: argparse.Namespace) -> None:
     directory = _directory(parsed.adapter)
     adapter = minilora.read_adapter(directory)
     base, around = base_of(directory, adapter), run_of(directory)
-    run = read_run(around) if around != directory else None
+    try:
+        run = read_run(around) if around != directory else None
+    except UserError as error:
+        print(f"note: {error}; the base's settings for decoding are kept", file=sys.stderr)
+        run = None
     name = parsed.model or base.get("model")
     if name is None:
         raise LoRAError(f"{parsed.adapter} does not name its base model: pass --model")
@@ -306,7 +311,8 @@ def _write_merged(
         print(f"note: {name} has no tokenizer to write beside the model", file=sys.stderr)
     else:
         if run:
-            requirements.check(model, tokenizer, name)
+            for notice in requirements.check(model, tokenizer, name):
+                print(f"note: {notice}", file=sys.stderr)
             lengths = requirements.limit_lengths(run, model).generation
             model.generation_config.update(**generate_arguments(model, lengths))
     with saving():
@@ -339,7 +345,9 @@ def _load(name: str, adapter: Adapter | None = None) -> "tuple[PreTrainedModel, 
     with loading(name) as source:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         kind = getattr(transformers, (config.architectures or [""])[0], None)
-        auto = getattr(transformers, TASK_MODELS[task]) if widths else None
+        # facebook/bart-base names BartModel, which lacks the head that is tied to the embeddings.
+        has_head = bool(widths) or task == "SEQ_2_SEQ_LM"
+        auto = getattr(transformers, TASK_MODELS[task]) if has_head else None
         if auto is not None and type(config) in auto._model_mapping:  # not for Whisper: it has one
             kind = auto
         config.num_labels = min(widths, default=config.num_labels)

@@ -171,8 +171,9 @@ def extract(
         norm, lost = S.norm().item(), S[rank:].norm().item()
         fits.append(Fit(module, norm, lost / norm if norm else 0.0))
     held = {f"{module}.weight" for module in found}
-    same = {n: torch.equal(before[n], after[n].to(before[n].device)) for n in before.keys() - held}
-    left_out = tuple(n for n in before if not same.get(n, True))
+    left_out = tuple(
+        n for n, p in before.items() if n not in held and not torch.equal(p, after[n].to(p.device))
+    )
     transposed = any(linears.is_conv1d(layer) for layer in found.values())
     name = getattr(base, "name_or_path", None) or None
     return Fitted(*_from_factors(factors, config), name, transposed, tuple(fits), left_out)

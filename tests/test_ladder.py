@@ -116,7 +116,7 @@ def test_a_digest_is_of_all_that_decides_a_run(scripts: Any, tree: Path) -> None
 
 
 def test_a_result_has_each_list_of_numbers_on_a_line(scripts: Any, results: Path) -> None:
-    content = {"a": [1, -2.5, 1e-9], "b": [[1, 2], [3]], "c": ["x", 1], "d": "[ 1,\n 2 ]", "e": []}
+    content = {"a": [1, -2.5, 1e-9], "b": [[1, 2], [3]], "c": ["x", 1], "d": "[ 1, 2 ]", "e": []}
     text = scripts.common.write_result("made", content, folder=results).read_text()
     assert json.loads(text).items() >= content.items()
     assert '  "a": [1, -2.5, 1e-09],' in text.splitlines()

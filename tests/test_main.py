@@ -135,6 +135,18 @@ def test_merge_keeps_the_dtype_of_the_base(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in written.state_dict().values()} == {torch.bfloat16}
 
 
+def test_merge_adds_the_tied_head_that_the_base_s_config_does_not_name(tmp_path: Path) -> None:
+    """The config.json of facebook/bart-base names BartModel."""
+    base = save_base("bart", tmp_path / "base")
+    adapter = save_adapted("bart", base, tmp_path / "adapter", task_type="SEQ_2_SEQ_LM")
+    whole = load("bart", base)
+    whole.model.save_pretrained(base)
+    assert json.loads((base / "config.json").read_text())["architectures"] == ["BartModel"]
+    assert run("merge", adapter, tmp_path / "out") == 0
+    minilora.load_adapter(whole, adapter)
+    assert (logits(load("bart", tmp_path / "out")) - logits(whole)).abs().max() < 1e-4
+
+
 def test_merge_of_a_run_takes_the_model_from_its_config(base: Path, tmp_path: Path) -> None:
     save_adapted("bart", Path("of/another/machine"), tmp_path / "run" / "adapter")
     settings = {"model": str(base), "method": "lora"}

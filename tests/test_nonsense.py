@@ -128,6 +128,7 @@ def test_forms_of_one_number(forms: list[str]) -> None:
     [
         ("at 5", "at 4"),
         ("at 4:30", "at 4"),
+        ("at 1 pm, at 2:00", "one of us, in a second"),
         ("at half past four", "at four"),
         ("at quarter to six", "at six"),
         ("at 16:15", "at 16:50"),

@@ -240,11 +240,10 @@ def test_an_adapter_is_gathered_from_two_processes_after_fully_shard(tmp_path: P
             fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
         assert model.get_parameter(PARTED).to_local().shape == (2 - rank, 16)
         step(model)
-        for _ in range(5):  # into one directory: only the first process writes
-            minilora.save_adapter(model, tmp_path / "of")
+        minilora.save_adapter(model, tmp_path / f"of-{rank}")
         torch.distributed.barrier()
         for refused in (
-            lambda: minilora.load_adapter(model, tmp_path / "of"),
+            lambda: minilora.load_adapter(model, tmp_path / "of-0"),
             lambda: minilora.inject(model, LoRAConfig()),
             lambda: model.save_pretrained(tmp_path / "never"),
         ):
@@ -259,7 +258,8 @@ def test_an_adapter_is_gathered_from_two_processes_after_fully_shard(tmp_path: P
     before = adapter_of(model).tensors
     step(model)
     wanted = adapter_of(model).tensors
-    found = minilora.read_adapter(tmp_path / "of").tensors
+    assert not (tmp_path / "of-1").exists()  # only the first process writes
+    found = minilora.read_adapter(tmp_path / "of-0").tensors
     assert found.keys() == wanted.keys()
     for key, tensor in found.items():
         torch.testing.assert_close(tensor, wanted[key], rtol=1e-5, atol=1e-6)

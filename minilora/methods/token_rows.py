@@ -53,6 +53,8 @@ class TokenRows(Extra):
     @torch.no_grad()
     def is_plain(self) -> bool:
         """Whether the embeddings return rows of E, times `embed_scale` where there is one."""
+        if getattr(self.embedding, "max_norm", None) is not None:  # the call changes E
+            return False
         E = self.embedding.weight
         index = torch.tensor(self.rows, device=E.device)
         rows = (E[index] * getattr(self.embedding, "embed_scale", 1.0)).to(E)
@@ -83,10 +85,12 @@ class TokenRows(Extra):
         self.enabled = not self.enabled
 
     def check(self) -> None:
-        """Refuse rows beyond the range of E's dtype."""
-        if self.hooks and not self.embedding.token_rows.to(self.embedding.weight).isfinite().all():
-            dtype = self.embedding.weight.dtype
-            raise LoRAError(f"token_rows do not fit {dtype}: call model.float() first")
+        """Refuse rows that are not finite in E's dtype."""
+        if not self.hooks or (E := self.embedding.weight).is_meta:
+            return
+        if not self.embedding.token_rows.to(E).isfinite().all():
+            what = f"token_rows hold values that are not finite in {E.dtype}"
+            raise LoRAError(f"{what}: try model.float()")
 
     @torch.no_grad()
     def stop(self, model: nn.Module) -> None:

@@ -277,6 +277,12 @@ class RunConfig:
             raise UserError(f"--with is for LoRA, not --method {self.model.method}")
         if self.model.with_ != "none" and self.adapter.adapter:
             raise UserError(f"--adapter does not go with --with {self.model.with_}: leave one out")
+        for side in ("targets", "exclude"):
+            if "decoder" in (names := flat[side]) and len(names) > 1:
+                raise UserError(
+                    f"--{side} decoder goes alone: leave the other names out, or write one "
+                    "regular expression"
+                )
         if self.adapter.layers and self.adapter.targets == ["decoder"]:
             raise UserError(
                 "--layers does not go with --targets decoder: name the linears, such as "

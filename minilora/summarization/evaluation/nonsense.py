@@ -5,7 +5,8 @@ Four shares of the summaries, each with its bootstrap interval:
 - foreign names: a capitalised word, not at a sentence's start, that is not in the dialogue.
   Weekdays, months and nationalities are no names; case, accents and 's do not matter.
 - foreign numbers: a number or time that is not in the dialogue as digits, word or clock form
-  (4, four, 4 pm, 16:00; half past four, 4:30). "One", "first" and "second" alone are left out.
+  (4, four, 4 pm, 16:00; half past four, 4:30). "One", "first" and "second" alone are left out;
+  where the dialogue has them, a bare 1 or 2 is no foreign number.
 - non-words: neither in the dialogue nor in `assets/words.txt`, a list of common English words.
   What is a name by the first rule is not looked up. This finds invented words, and names that
   are not in the dialogue at a sentence's start.
@@ -88,9 +89,9 @@ def non_words(summary: str, dialogue: str) -> list[str]:
 
 def foreign_numbers(summary: str, dialogue: str) -> list[str]:
     there = {name for _, names in numbers(dialogue) for name in names}
-    said = _words(dialogue)  # "one" alone is no number of a summary, but may have been one
-    there |= {n for word, n in (("one", "1"), ("first", "1"), ("second", "2")) if word in said}
-    return [number for number, names in numbers(summary) if not names & there]
+    said, words = _words(dialogue), (("one", "1"), ("first", "1"), ("second", "2"))
+    bare = {digit for word, digit in words if word in said}
+    return [n for n, names in numbers(summary) if n not in bare and not names & there]
 
 
 def repeats(summary: str, dialogue: str = "") -> list[str]:

@@ -153,7 +153,7 @@ def open_session(run: RunConfig) -> Session:
         steps = last_step(run.training, len(splits["train"]))
         minilora.inject(model, method_configs(run, steps))
     report = inject_report(model)  # of a full fine-tune: no modules
-    if report.modules and run.adapter.targets != ["decoder"]:
+    if report.modules and ["decoder"] not in (run.adapter.targets, run.adapter.exclude):
         notices += requirements.not_adapted(model)
     prepare(model, run, autocast_dtype)
     keep(model, run, splits, autocast_dtype)

@@ -247,7 +247,7 @@ class Trainer:
         while progress.step < self.last or not progress.validated:
             if not (self.train_epoch() and self.end_epoch()):
                 self.checkpoint()
-                if progress.best is None:
+                if progress.best is None and not progress.best_step:
                     self.save_trained()
                 return False
         self.measure()
@@ -352,15 +352,16 @@ class Trainer:
         self.origin = origin | now
         changed = [name for name in now if origin.get(name, now[name]) != now[name]]
         other = {"validation data", "validation tokens"}.intersection(changed)
-        if other and progress.best is not None:
+        if other:
             progress.best = None
-            notices.append("the validation data changed: the best of the next epochs is saved")
         if progress.position and {"batches", "train tokens"}.intersection(changed):
             progress.position = 0
             notices.append(f"epoch {progress.epoch + 1} begins again, because its batches changed")
         begun = progress.step - progress.position
         self.last = last_step(training, rows, progress.epoch, begun)
         if progress.step < self.last:
+            if other and progress.best_step:
+                notices.append("the validation data changed: the best of the next epochs is saved")
             config = config_of(self.session.model)
             if isinstance(config, AdaLoRAConfig) and config.total_steps != self.last:
                 raise UserError(
