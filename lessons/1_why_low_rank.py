@@ -17,10 +17,11 @@
 # $$ \min_{\operatorname{rank} X \le r} \lVert \Delta W - X \rVert_F
 #    = \sqrt{\textstyle\sum_{i > r} \sigma_i^2} $$
 #
-# LoRA trains $\Delta W = s B A$ with $A$ (r, in) and $B$ (out, r): a matrix of rank at most $r$, with
-# $r\,(\text{in} + \text{out})$ numbers instead of $\text{in} \cdot \text{out}$. This works well only if
-# the $\sigma_i$ fall quickly. Do they? (Hu et al. 2021, section 4, assumed it; Aghajanyan et al. 2020,
-# [arXiv:2012.13255](https://arxiv.org/abs/2012.13255), had measured something similar.)
+# LoRA trains $\Delta W = s B A$, with a constant $s$, $A$ (r, in) and $B$ (out, r): a matrix of rank at
+# most $r$, with $r\,(\text{in} + \text{out})$ numbers instead of $\text{in} \cdot \text{out}$. This
+# works well only if the $\sigma_i$ fall quickly. Do they? (Hu et al. 2021, section 4, assumed it;
+# Aghajanyan et al. 2020, [arXiv:2012.13255](https://arxiv.org/abs/2012.13255), had measured something
+# similar.)
 
 # %%
 import copy
@@ -38,10 +39,11 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## A real update
 #
-# Fine-tune all of pocket-bart for a few steps on short dialogues, and decompose the update of every
-# linear layer. This run is short, on `bookings`. The plot below adds a complete fine-tuning run on
-# `minichat`, a stored result of [`benchmarks/full_update.py`](../benchmarks/full_update.py). The
-# *energy* of an update is its squared Frobenius norm.
+# Fine-tune all of pocket-bart, a small BART of width 384 that comes with the library, for a few steps
+# on short dialogues, and decompose the update of every linear layer. This run is short, on `bookings`,
+# chats with a service. The plot below adds a complete fine-tuning run on `minichat`, everyday chats, a
+# stored result of [`benchmarks/full_update.py`](../benchmarks/full_update.py). The *energy* of an
+# update is its squared Frobenius norm.
 
 # %%
 base, tokenizer = workshop.pocket()
@@ -128,7 +130,7 @@ def learned(rank: int, train_A: bool = True) -> Tensor:
         loss.backward()
         optimizer.step()
         schedule.step()
-    return layer.delta()
+    return layer.delta()  # s B A, (out, in)
 
 
 RANKS = [1, 2, 4, 8, 16]
@@ -180,7 +182,7 @@ plt.show()
 # of attention. The gain is measured with all linear layers.) Middle: the gain is even more
 # concentrated. A few pieces give most of it, and the many small ones give little. Where a printed
 # share is above 100%, the cut even helps: after so short a run, on few dialogues, the small pieces
-# are noise or overfitting. Right: the dots are on the line. Gradient descent on $A$ and $B$ finds the
+# are noise or overfitting. Right: the dots are on the line. Adam, on $A$ and $B$, finds nearly the
 # best matrix of its rank, although it never sees the update.
 #
 # Two warnings. The *energy* is spread over many pieces, partly because Adam's steps have nearly the

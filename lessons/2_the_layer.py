@@ -19,8 +19,8 @@
 #    \frac{\partial L}{\partial A} = s\, (G B)^\top x \qquad
 #    \frac{\partial L}{\partial x} = G W + s\, (G B) A $$
 #
-# $\partial L / \partial B$ contains $A$ (through $h$) but not $B$; $\partial L / \partial A$ contains
-# $B$ but not $A$. So:
+# For a given $G$, $\partial L / \partial B$ contains $A$ (through $h$) but not $B$, and
+# $\partial L / \partial A$ contains $B$ but not $A$. So at the start:
 #
 # | start | output | $\partial L / \partial A$ | $\partial L / \partial B$ |
 # | --- | --- | --- | --- |
@@ -113,7 +113,7 @@ def learn(A_zero: bool, B_zero: bool, steps: int = 150) -> tuple[list[float], Lo
     """The loss before each step of Adam, and the layer afterwards."""
     torch.manual_seed(2)
     layer = LoRALinear(base, rank=4, alpha=8, init="random")
-    with torch.no_grad():
+    with torch.no_grad():  # both are random; set those to zero that are asked for
         layer.lora_A.mul_(not A_zero)
         layer.lora_B.mul_(not B_zero)
     optimizer = torch.optim.Adam([layer.lora_A, layer.lora_B], lr=0.02)

@@ -191,5 +191,6 @@ workshop.must_fail(lambda: claim(unwrapped, exact.weight, twice), "the update is
 # `python -m pytest lessons/exercises/test_lesson_4.py`:
 #
 # 1. `merge`: $W + s B A$ rounded once to the dtype of $W$. In which dtype must the sum be computed?
-# 2. `branch_flops`: the multiplications and additions that an active adapter adds for one token.
+# 2. `branch_flops`: the operations of the two matrix products that an active adapter adds for one
+#    token.
 # 3. `stays`: the entries of a bfloat16 weight that an update does not change.

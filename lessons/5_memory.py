@@ -45,7 +45,8 @@ torch.manual_seed(0)
 #
 # PyTorch calls `saved_tensors_hooks` with every tensor that it keeps for the backward pass. Weights
 # are among them, and several operations may keep one storage. So count each storage once, and leave
-# out the model's own.
+# out the model's own. (A storage is the memory behind one or more tensors, and `_cdata` its number. The
+# address of a tensor, `data_ptr()`, differs between a tensor and a slice of it.)
 
 
 # %%
@@ -256,7 +257,8 @@ workshop.must_fail(lambda: claim(pocket | {"QLoRA": pocket["LoRA"]}), "the base 
 # Fill the gaps in [`exercises/lesson_5.py`](exercises/lesson_5.py), then run
 # `python -m pytest lessons/exercises/test_lesson_5.py`:
 #
-# 1. `training_bytes`: weights, gradients and moments of a model of $P$ parameters, of which $T$ train.
+# 1. `training_bytes`: weights, gradients and moments of a model of $N$ numbers in all, of which $T$
+#    train ($N = P + T$ for LoRA in the table above).
 # 2. `kept_bytes`: the counting hook, for any function of tensors.
 # 3. `frozen_linear`: a frozen layer as an `autograd.Function` that keeps only its weight (what
 #    PyTorch's own linear does for a frozen $W$).

@@ -6,8 +6,8 @@
 #
 # ## The math
 #
-# Divide the weight into blocks of $n$ values. Each block has one scale, its largest absolute value
-# $c = \max |w_i|$. The values divided by $c$ are in $[-1, 1]$, and are rounded to the nearest of sixteen
+# Divide the weight into blocks of $n$ values. Each block has one scale, a float32: its largest absolute
+# value $c = \max |w_i|$. The values divided by $c$ are in $[-1, 1]$, and are rounded to the nearest of sixteen
 # levels $v_0 < \dots < v_{15}$:
 #
 # $$ \hat w_i = c \cdot v_{q_i}, \qquad q_i = \arg\min_j \left| \frac{w_i}{c} - v_j \right|

@@ -34,8 +34,9 @@ from minilora import LoRAConfig
 # %% [markdown]
 # ## A quick version
 #
-# pocket-bart, five steps of AdamW on short dialogues, three seeds (of the start of $A$ and of the
-# order of the dialogues), loss on held-out dialogues. All LoRA runs share one learning rate; full fine-tuning has its own (lesson 3).
+# pocket-bart, five steps of AdamW on short dialogues, three seeds (of the start of $A$ and of the order
+# of the dialogues), loss on held-out dialogues. All LoRA runs share one learning rate; full fine-tuning
+# has its own (lesson 3).
 
 # %%
 base, tokenizer = workshop.pocket()
@@ -85,8 +86,10 @@ print(
 # Five steps are not a whole run. [`benchmarks/pocket.py`](../benchmarks/pocket.py) trains with the
 # default preset, chooses the epoch by validation, and scores the summaries of all test dialogues. Its
 # committed results are shown here: `ladder_bookings.json`, or, until that has been measured,
-# `pocket.json` of pocket-bart's earlier weights (8 M). The intervals are bootstrap intervals over the
-# test dialogues.
+# `pocket.json` of pocket-bart's earlier weights (8 M), on the chats that are now `minichat-hard`. The
+# score is ROUGE-1: how many words a summary shares with its reference (lesson 8). The intervals are
+# *bootstrap* intervals: draw as many test dialogues as there are, with replacement, take the mean,
+# repeat, and keep the middle 95% of the means.
 
 # %%
 ladder = workshop.RESULTS / "ladder_bookings.json"
@@ -179,4 +182,4 @@ workshop.must_fail(lambda: claim(barely), "all linear layers gain a tenth of wha
 # 1. `trained_numbers`: how many numbers an adapter trains, from the shapes of the wrapped weights.
 # 2. `rank_within`: the largest rank, the same for all weights, that a budget allows.
 # 3. `paired_interval`: is method 1 better than method 2? The bootstrap interval of the mean
-#    difference, paired by dialogue.
+#    difference, paired by dialogue: both scores of each drawn dialogue are used.

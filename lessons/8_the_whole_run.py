@@ -11,6 +11,9 @@
 #
 # $$ P = \frac{m}{p} \qquad R = \frac{m}{q} \qquad F_1 = \frac{2 P R}{P + R} = \frac{2m}{p + q} $$
 #
+# With no shared word all three are 0. The library's score also ignores punctuation, and counts words
+# with the same stem, such as "booked" and "booking", as shared; exercise 1 does not.
+#
 # A test split is a sample of all dialogues, so a mean score is uncertain. The *bootstrap* draws
 # dialogues from it with replacement, many times, and measures how much the mean varies. We want the
 # difference of two models, and both tend to score low on the same dialogues:
@@ -19,8 +22,8 @@
 #    - 2 \operatorname{Cov}(a, b) $$
 #
 # With a positive covariance the *paired* difference varies less than the difference of two
-# independent samples, and with a large one less than either score. So draw dialogues, not scores
-# (Koehn 2004).
+# independent samples, and with a large one less than either score. So draw dialogues, and use the
+# scores of both models on each drawn dialogue (Koehn 2004).
 #
 # ROUGE does not measure whether a summary is true. One kind of error can be counted without a judge: a
 # name that does not occur in the dialogue.
@@ -74,7 +77,7 @@ scores = {
 # ## Invented names
 #
 # A word with a capital letter counts as a name if bookings never writes it in lower case. It is
-# invented if it does not occur in the dialogue.
+# invented if the dialogue does not contain it, not even inside a longer word.
 
 # %%
 dialogues = [e.dialogue for e in splits.load(DataOptions(data="bookings"), ["train"])[0]["train"]]

@@ -9,7 +9,7 @@ def best_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def rank_for(delta: Tensor, share: float) -> int:
-    """The smallest r whose best approximation holds at least `share` of ||delta||^2."""
+    """The smallest r whose best approximation holds at least `share` (below 1) of ||delta||^2."""
     raise NotImplementedError
 
 

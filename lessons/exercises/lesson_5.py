@@ -25,6 +25,7 @@ def frozen_linear(x: Tensor, W: Tensor) -> Tensor:
     """The product x W^T, (n, out), for a frozen W (out, in): keeps only W.
 
     Write a torch.autograd.Function whose backward gives dL/dx = G W, and apply it here. Use
-    `ctx.save_for_backward`; return None as the gradient of W.
+    `ctx.save_for_backward`; return None as the gradient of W. (x @ W.T keeps the same: the point is
+    to write the backward yourself.)
     """
     raise NotImplementedError

@@ -13,7 +13,7 @@ def trained_numbers(shapes: Sequence[tuple[int, int]], rank: int) -> int:
 def rank_within(shapes: Sequence[tuple[int, int]], budget: int) -> int:
     """The largest rank, the same for all, that trains at most `budget` numbers; 0 if none does.
 
-    No rank may be above the smaller side of a weight.
+    No rank may be above the smaller side of any of the weights.
     """
     raise NotImplementedError
 

@@ -30,3 +30,4 @@ def test_numbers_that_nobody_said_are_found(work):
     dialogue = "Ann: lend me 30, two of us come at 5:45"
     assert work.invented_numbers("The 2 need 30 by five.", dialogue) == []
     assert work.invented_numbers("Seven need 45 or 300.", dialogue) == ["Seven", "300"]
+    assert work.invented_numbers("They often attend.", dialogue) == []
