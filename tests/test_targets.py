@@ -157,8 +157,8 @@ class WithTies(nn.Module):
         self.right.weight = nn.Parameter(self.left.weight.detach())
 
 
-BYPASSED = r"{}.*MultiheadAttention.*exclude it"
-LAYER = r"encoder\.layers\.0\.{}.*TransformerEncoderLayer.*exclude it"
+BYPASSED = r"{}.*MultiheadAttention.* without calling the layer: exclude it"
+LAYER = r"encoder\.layers\.0\.{}.*TransformerEncoderLayer.* without calling the layer: exclude it"
 TIED = r"{} shares its weight with {}.*exclude it, or untie"
 
 
@@ -203,7 +203,7 @@ TIED = r"{} shares its weight with {}.*exclude it, or untie"
         (WithBypass, {"targets": ("attention.out_proj",)}, BYPASSED.format("attention.out_proj")),
         (WithBypass, {"targets": ("linear1",)}, LAYER.format("linear1")),
         (WithBypass, {"targets": ("self_attn.out_proj",)}, LAYER.format("self_attn.out_proj")),
-        (WithBypass, {"targets": "all-linear"}, "exclude it"),
+        (WithBypass, {"targets": "all-linear"}, "calling the layer: exclude it"),
         (WithBypass, {"targets": ("free", "whole")}, r"whole.*Linear with torch.int8 weights"),
     ],
 )
