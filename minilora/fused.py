@@ -32,7 +32,7 @@ def fused_low_rank(
 ) -> Tensor:
     """`low_rank` with the backward of `LowRank`: the same function of the same arguments.
 
-    Equal up to the rounding of another order of the same sums.
+    Without dropout equal up to rounding; with dropout it draws other masks from the same seed.
     """
     # also without gradients: a reentrant checkpoint's first pass must draw what its second draws
     cast = None if x.dtype == y.dtype else _cast_once(x, y.dtype)

@@ -1,7 +1,7 @@
 """Names as slots: what makes copying the only way to get a name right.
 
 The texts' few hundred speakers would be learnt by heart. So `prepare.py` writes a placeholder
-character where a person is named, the same one in a dialogue and its summary, and `curriculum.py`
+character where a person is named, the same one in a dialogue and its summary, and `examples.py`
 fills it with another name each time it draws the example. (Hermann et al. 2015, section 2.2,
 anonymise entities to the same end.)
 """

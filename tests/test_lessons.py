@@ -15,6 +15,7 @@ from tests.forks import fork
 
 LESSONS = Path(__file__).resolve().parents[1] / "lessons"
 PATHS = sorted(LESSONS.glob("[0-9]_*.py"))
+LONG = ("7_which_layers_which_rank",)  # a minute of training
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
@@ -30,7 +31,14 @@ def classroom(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@each
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.nightly) if path.stem in LONG else path
+        for path in PATHS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_a_lesson_runs_and_its_claim_holds(
     path: Path, classroom: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,7 @@
 Li and Liang 2021, Prefix-Tuning (https://arxiv.org/abs/2101.00190), section 4.2: in every layer
 attention reads m more keys and values,
 
-    softmax(Q [P_K; K]^T / sqrt(d)) [P_V; V]    with P_K, P_V (m, d) of each layer
+    softmax(Q [P_K; K]^T / sqrt(w)) [P_V; V]    with P_K, P_V (m, w) of each head, w its width
 
 in the encoder's self-attention, the decoder's, and cross-attention. Section 4.3 trains them through
 an MLP with a hidden layer, because that is more stable:
