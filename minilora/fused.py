@@ -19,7 +19,7 @@ def can_fuse(y: Tensor, x: Tensor) -> bool:
     for nested and sparse tensors.
     """
     plain = x.is_meta or is_transformed() or x.is_nested or x.layout != torch.strided
-    return not plain and y.dtype == _compute_dtype(x)
+    return not plain and y.dtype == compute_dtype(x)
 
 
 def is_transformed() -> bool:
@@ -127,7 +127,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which F.linear would compute: autocast's, except for float64, or x's."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:

@@ -1,9 +1,9 @@
 """What pocket-bart reads: examples of each task, in batches of like length, by stages.
 
 A small model learns to read its source only if it begins with short, easy sequences; `docs/log.md`
-has the measurements. The source of a summary begins with a line that names its manner (`One line:`),
-except for narratives and for three in ten service chats. So an everyday chat without such a line is
-retold in two to four sentences.
+has the measurements. The source of a summary begins with a line that names its manner (`One
+line:`), except for narratives and for three in ten service chats. So an everyday chat without such
+a line is retold in two to four sentences.
 """
 
 import json

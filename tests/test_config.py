@@ -35,14 +35,18 @@ FLAG_INSIDE = [{"(?i)q": 4}] if sys.version_info >= (3, 11) else []
         *(("rank_pattern", {"q_proj": value}) for value in (0, 2.5, True)),
         *(("alpha_pattern", {"q_proj": value}) for value in (0, math.nan, True)),
         ("rslora", 1),
+        ("dora", 1),
+        ("lora_bias", 1),
+        *(("bias", value) for value in ("lora", True, None, ["all"])),
         ("init", "zero"),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_line_that_names_the_field(
     field: str, value: object
 ) -> None:
+    more = {"layers": (0,)} if field == "layers_pattern" else {}  # it is refused without layers
     with pytest.raises(LoRAError, match=field) as caught:
-        LoRAConfig(**{field: value})
+        LoRAConfig(**more, **{field: value})
     assert "\n" not in str(caught.value)
 
 

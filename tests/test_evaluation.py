@@ -233,7 +233,11 @@ def test_bootstrap_covers_the_true_mean() -> None:
 def test_bootstrap_in_several_draws() -> None:
     values = [float(i % 7) for i in range(30_000)]  # 34 resamples at once
     interval = rouge.bootstrap(values, resamples=100)
-    assert interval.low < interval.mean < interval.high
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(30_000, (100, 30_000), generator=generator) % 7  # in one draw
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    wanted = torch.quantile(drawn.double().mean(dim=1), bounds).tolist()
+    assert [interval.low, interval.high] == pytest.approx(wanted)
 
 
 def test_bootstrap_of_one_and_of_none() -> None:

@@ -146,7 +146,7 @@ def test_the_error_of_memory_does_not_suggest_what_is_there_already() -> None:
 def test_of_many_dialogues_ten_are_named() -> None:
     group = [[row(f"d{i}") for i in range(40)]]
     with pytest.raises(UserError, match=r"dialogues d0, .*, d9 and 30 more: lower"):
-        failures.require_finite("loss", float("nan"), 1, group)
+        failures.require_finite("loss", float("nan"), group, 1)
 
 
 # Numbers ------------------------------------------------------------------------------------------

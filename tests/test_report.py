@@ -34,8 +34,6 @@ def test_table_of_one_dialogue() -> None:
 def test_selection(comparison) -> None:
     assert terminal.most_changed(comparison, 2) == [1, 0]  # +100, then -33
     assert terminal.most_changed(comparison, 9) == [1, 0, 2]
-    assert terminal.first(comparison, 2) == [0, 1]
-    assert terminal.first(comparison, 9) == [0, 1, 2]
 
 
 def test_table(comparison) -> None:

@@ -16,11 +16,11 @@
 Add entries to these tables; inject, merge, disabled, unwrap, unload and the files then handle the
 method. A new field of LoRAConfig also needs its test in `RULES`, in config.py, and its name in
 PEFT's file in `FIELDS`, in peft_format/config.py; a new value of `init` its name in the type
-`Init`, in config.py, and PEFT's in `INITS`, in peft_format/config.py. A method with many settings has a subclass of
-LoRAConfig, as AdaLoRA has. A layer gets rank, alpha, dropout, rslora and init only; an extra gets
-the whole configuration. Two classes of LAYERS exclude each other: the configuration refuses them
-together, or the start of one of them does. The files of plain LoRA (functional to merge) import
-nothing from here.
+`Init`, in config.py, and PEFT's in `INITS`, in peft_format/config.py. A method with many settings
+has a subclass of LoRAConfig, as AdaLoRA has. A layer gets rank, alpha, dropout, rslora and init
+only; an extra gets the whole configuration. Two classes of LAYERS exclude each other: the
+configuration refuses them together, or the start of one of them does. The files of plain LoRA
+(functional to merge) import nothing from here.
 
     dora.py             magnitude and direction of each row         `LoRAConfig(dora=True)`
     lora_bias.py        B has a bias                                `LoRAConfig(lora_bias=True)`

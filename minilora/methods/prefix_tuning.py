@@ -15,7 +15,7 @@ tokens start at m; in the encoder positions do not change.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from minilora import linears
 from minilora.config import LoRAError, check
-from minilora.methods import virtual_tokens
-from minilora.methods.virtual_tokens import VirtualTokens, bound, cached, positions
+from minilora.methods.virtual_tokens import VirtualTokens, bound, cached, positions, stacks
 
 PLACES = {
     "encoder": ("encoder", ("self_attn", "SelfAttention")),
@@ -72,13 +71,9 @@ class PrefixConfig:
             raise LoRAError(f"places must be some of {', '.join(PLACES)}, not {self.places!r}")
         object.__setattr__(self, "places", tuple(p for p in PLACES if p in places))
 
-    def completed(self, model: nn.Module) -> "PrefixConfig":
-        """The configuration with the model's task type; refuses a model of another kind."""
-        return replace(self, task_type=virtual_tokens.task_type(model, self.folder))
-
     def fitted(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adapter's tensors without the unused layers that PEFT's files may hold."""
-        key, stack = f"{self.folder}/decoder", virtual_tokens.stacks(model, self.folder)["decoder"]
+        key, stack = f"{self.folder}/decoder", stacks(model, self.folder)["decoder"]
         layers = len(attentions(stack, "decoder"))
         return {k: t[:, :layers] if k == key else t for k, t in tensors.items()}
 

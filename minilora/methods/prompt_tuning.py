@@ -11,7 +11,7 @@ encoder's output. A Llama returns logits for its own n tokens only, so labels ne
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.config import LoRAError, check
-from minilora.methods import virtual_tokens
 from minilora.methods.virtual_tokens import VirtualTokens, bound, cached, positions
 
 
@@ -53,10 +52,6 @@ class PromptConfig:
         object.__setattr__(self, "tokens", tuple(given))
         if len(self.tokens) > self.length:
             raise LoRAError(f"tokens: {len(self.tokens)} are more than the length, {self.length}")
-
-    def completed(self, model: nn.Module) -> "PromptConfig":
-        """The configuration with the model's task type; refuses a model that takes no prompt."""
-        return replace(self, task_type=virtual_tokens.task_type(model, self.folder))
 
     def fitted(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adapter's tensors in the form that this model needs: unchanged."""

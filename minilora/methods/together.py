@@ -15,6 +15,7 @@ from minilora.inject import config_of as lora_config_of
 from minilora.inject import inject as inject_lora
 from minilora.methods.prefix_tuning import PrefixConfig
 from minilora.methods.prompt_tuning import PromptConfig
+from minilora.methods.virtual_tokens import task_type
 from minilora.reports import InjectReport
 
 AnyConfig = LoRAConfig | PromptConfig | PrefixConfig
@@ -58,7 +59,7 @@ def inject(
     if len(lora) > 1 or len(lora) + len(kinds) < max(len(configs), 1):
         wanted = "a LoRAConfig, a PromptConfig, a PrefixConfig, or a list with one of each at most"
         raise LoRAError(f"config must be {wanted}, not {config!r}")
-    prompts = tuple(c.completed(model) for c in kinds.values())
+    prompts = tuple(replace(c, task_type=task_type(model, name)) for name, c in kinds.items())
     one = replace(lora[0], prompts=prompts) if lora else LoRAConfig(targets=(), prompts=prompts)
     return inject_lora(model, one, seed)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.fused import is_transformed
+from minilora.fused import compute_dtype, is_transformed
 from minilora.nf4.tensor import BLOCK, NF4, pack, scratch, unpack
 
 
@@ -93,9 +93,8 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        wide = x.dtype == torch.float64  # which autocast leaves alone
-        if not (x.is_meta or wide) and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if not x.is_meta:  # the meta device has no autocast
+            x = x.to(compute_dtype(x))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if is_transformed():
             return F.linear(x, self.dense_weight(x.dtype), bias)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from minilora import conventions, linears, trained_whole
 from minilora.config import ALL_LINEAR, LoRAConfig, LoRAError, matches
 from minilora.conventions import HEADS, embeddings, is_sharded, refuse_half, refuse_wrapped
-from minilora.inject import EXTRAS, LAYERS, Extra, injection_of, lora_layers, report, unload, wrap
+from minilora.inject import EXTRAS, LAYERS, Extra, injection_of, lora_layers, unload, wrap
 from minilora.layer import LoRALinear
 from minilora.modules import naming, nearest, plain_model, plain_name
 from minilora.peft_format import keys
@@ -181,7 +181,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
         tensor.requires_grad_(False)  # they are the base's
     injection.config = config
     notice = _compare_base(adapter.base_model, _base_model_name(model))
-    return LoadReport(report(model).modules, swapped, adapter.base_model, notice)
+    return LoadReport(tuple(lora_layers(model)), swapped, adapter.base_model, notice)
 
 
 @torch.no_grad()

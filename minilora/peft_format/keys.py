@@ -64,11 +64,11 @@ def compare(
     return unexpected + missing + wrong
 
 
-def refuse(what: str, problems: list[str], show: int = 5) -> None:
+def refuse(what: str, problems: list[str]) -> None:
     """Raise a LoRAError that names the first problems, if there are any."""
     if problems:
-        more = f"; and {len(problems) - show} more" if len(problems) > show else ""
-        raise LoRAError(f"{what}: {'; '.join(problems[:show])}{more}")
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise LoRAError(f"{what}: {'; '.join(problems[:5])}{more}")
 
 
 def describe(tensor: Tensor) -> str:

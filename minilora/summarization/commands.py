@@ -89,7 +89,8 @@ def _train_into(output: Path, run: RunConfig, session: Session, started: float) 
             _write_report(run, output)
             print(f"\ntrained, not scored; score it with: {resume} --evaluate")
             return 130
-        print(f"\n{terminal.format_examples(evaluation, terminal.first(evaluation, 3))}")
+        first = range(min(3, evaluation.n))  # no score has chosen them
+        print(f"\n{terminal.format_examples(evaluation, first)}")
         print(f"\n{terminal.format_comparison(evaluation)}", flush=True)
         with _writing(output, free + resume):
             processes.on_rank0(lambda: _write_scores(session.run, output, evaluation.to_dict()))

@@ -6,8 +6,8 @@ shard of every batch, and the gradients are summed:
     global loss = sum over processes (sum over their target tokens) / target tokens of all
 
 Every process makes the same calls in the same order. What one of them finds alone (an error, a
-signal) reaches the others through `run_on_all` before any process acts on it. Without torchrun
-there is one process, and every call is trivial.
+signal) reaches the others through `run_on_all` or `any_rank` before any process acts on it. Without
+torchrun there is one process, and every call is trivial.
 """
 
 import json
@@ -112,14 +112,14 @@ def gather_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.tensor(v, dtype=torch.uint8) for row in rows for name, v in row.items()}
 
 
-def all_reduce_sum(*numbers: float) -> list[float]:
-    """Each number summed over the processes, in float64."""
-    return [sum(column) for column in zip(*gather(numbers), strict=True)]
+def all_reduce_sum(number: float) -> float:
+    """The number summed over the processes, in float64."""
+    return float(sum(gather(number)))
 
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set in any process."""
-    return all_reduce_sum(float(flag))[0] > 0
+    return any(gather(flag))
 
 
 def run_on_all(work: Callable[[], T]) -> list[T]:

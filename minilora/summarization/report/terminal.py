@@ -22,11 +22,6 @@ Percentage of summaries with: a name or a number that is not in the dialogue; a 
 neither the dialogue nor a list of English words; a repeated phrase"""
 
 
-def first(evaluation: Evaluation, k: int = 3) -> list[int]:
-    """Positions of the first `k` dialogues: a sample that no score has chosen."""
-    return list(range(min(k, evaluation.n)))
-
-
 def most_changed(evaluation: Evaluation, k: int = 3) -> list[int]:
     """Positions of the `k` dialogues whose ROUGE-1 changed most, up or down."""
     return sorted(range(evaluation.n), key=lambda i: -abs(evaluation.examples[i].gain))[:k]

@@ -18,16 +18,17 @@ from ..settings import GenerationOptions, TrainingOptions
 from .schedule import Group
 
 
-def require_finite(what: str, value: float, step: int, group: Group) -> None:
+def require_finite(what: str, value: float, group: Group, step: int = 0) -> None:
     """Refuse a loss or a gradient's norm that is not finite.
 
     Raises:
-        UserError: it names the step and its dialogues.
+        UserError: it names the dialogues, and the step if there is one.
     """
     if not math.isfinite(value):
+        where = f" in step {step}," if step else ""
         ids = some(row.id for batch in group for row in batch)
         raise UserError(
-            f"the {what} is {value} in step {step}, on the dialogues {ids}: lower "
+            f"the {what} is {value}{where} on the dialogues {ids}: lower "
             "--learning-rate or use --precision fp32"
         )
 

@@ -31,7 +31,6 @@ class Log:
 
     def flush(self) -> int:
         """Write the log to the disk. Returns its length in bytes."""
-        self.file.flush()
         if processes.rank() == 0:
             os.fsync(self.file.fileno())
         return self.file.tell()

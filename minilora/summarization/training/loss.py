@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from minilora.fused import compute_dtype
+
 from ..data.batches import IGNORED
 from ..model.requirements import decoder_inputs
 
@@ -62,9 +64,7 @@ def summed_loss(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Tenso
     targets = labels[real]  # (n,)
     if chunked and rows:
         assert isinstance(head, nn.Linear)
-        biases = [
-            b for b in (head.bias, getattr(model, "final_logits_bias", None)) if b is not None
-        ]
+        biases = (head.bias, getattr(model, "final_logits_bias", None))
         loss: Tensor = FrozenHeadLoss.apply(rows[0], head.weight, biases, targets)  # type: ignore[no-untyped-call]
         return loss, targets.numel()
     if logits.dim() == 3:
@@ -90,11 +90,10 @@ class FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, H: Tensor, W: Tensor, biases: list[Tensor | None], targets: Tensor
+        ctx: Any, H: Tensor, W: Tensor, biases: tuple[Tensor | None, ...], targets: Tensor
     ) -> Tensor:
-        kind = H.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else H.dtype
-        with torch.autocast(kind, enabled=False):
+        dtype = compute_dtype(H)
+        with torch.autocast(H.device.type, enabled=False):
             W, narrow = W.to(dtype), H.to(dtype)
             loss = torch.zeros((), device=H.device)
             gradient = torch.empty_like(H) if ctx.needs_input_grad[0] else None

@@ -163,8 +163,8 @@ class Trainer:
                         loss = self.replica.loss(tensors, last=batch is group[-1])  # summed, nats
                     self.scaler.scale(loss / mean_tokens).backward()
                 total += loss.item()
-        (total,) = processes.all_reduce_sum(total)
-        require_finite("loss", total, self.progress.step + 1, group)
+        total = processes.all_reduce_sum(total)
+        require_finite("loss", total, group, self.progress.step + 1)
         self.scaler.unscale_(self.optimizer)
         norm = self.clip(group)
         with out_of_memory(*UPDATING):
@@ -199,7 +199,7 @@ class Trainer:
         limit = self.session.run.training.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit).item()
         if not self.scaler.is_enabled():
-            require_finite("gradient's norm", norm, self.progress.step + 1, group)
+            require_finite("gradient's norm", norm, group, self.progress.step + 1)
         return norm
 
     def measures(self, group: Group, loss: float, norm: float, seconds: float) -> dict[str, Any]:

@@ -1,16 +1,14 @@
 """After each epoch: the loss and ROUGE on the validation split."""
 
-import math
 from dataclasses import replace
 
 import torch
 
 from .. import processes
 from ..data.batches import by_length
-from ..data.formats import some
-from ..errors import UserError
 from ..evaluation.generate import summarize
 from ..evaluation.rouge import METRICS, rouge, rouge_is_installed
+from .failures import require_finite
 from .loss import summed_loss
 from .session import Session, Split
 
@@ -41,15 +39,10 @@ def _summed_losses(session: Session, split: Split) -> tuple[float, int]:
     for chosen in processes.shard(
         by_length(split.encoded, session.run.generation.evaluation_batch_size)
     ):
+        rows = [split.encoded[i] for i in chosen]
         with session.autocast():
-            batch = session.tensors([split.encoded[i] for i in chosen], "validation")
-            summed, count = summed_loss(session.model, batch)
-        if not math.isfinite(summed.item()):
-            ids = some(split.encoded[i].id for i in chosen)
-            raise UserError(
-                f"the validation loss is {summed.item()} on the dialogues {ids}: lower "
-                "--learning-rate or use --precision fp32"
-            )
+            summed, count = summed_loss(session.model, session.tensors(rows, "validation"))
+        require_finite("validation loss", summed.item(), [rows])
         loss, tokens = loss + summed.item(), tokens + count
     return loss, tokens
 
