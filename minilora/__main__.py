@@ -171,7 +171,7 @@ def _report(parsed: argparse.Namespace) -> None:
 
 
 def _merge(parsed: argparse.Namespace) -> None:
-    from minilora.summarization.model import merged  # it imports transformers
+    from minilora.summarization import merged  # it imports transformers
 
     directory = _directory(parsed.adapter)
     adapter = minilora.read_adapter(directory)

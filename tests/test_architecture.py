@@ -33,7 +33,7 @@ APART = ("nf4", "methods", "conformance", "many", "__main__")  # topics by thems
 
 # The folders of the task. Each imports only those before it, and files of its own.
 TASK = ("errors", "presets", "settings", "files", "hub", "processes", "data", "model", "evaluation",
-        "training", "predict", "report", "flags", "commands", "cli")  # fmt: skip
+        "training", "predict", "report", "flags", "merged", "commands", "cli")  # fmt: skip
 
 # The public names of the design, and how Python spells what is not a function of the package.
 PUBLIC = (

@@ -16,13 +16,13 @@ from minilora.conventions import HEADS
 from minilora.peft_format.apply import apply_adapter
 from minilora.peft_format.directory import Adapter
 
-from ..errors import UserError
-from ..evaluation.generate import generate_arguments
-from ..flags import read_run
-from ..settings import RunConfig
-from . import requirements
-from .loading import check_complete, load_tokenizer, loading, saving
-from .start import base_of, run_of
+from .errors import UserError
+from .evaluation.generate import generate_arguments
+from .flags import read_run
+from .model import requirements
+from .model.loading import check_complete, load_tokenizer, loading, saving
+from .model.start import base_of, run_of
+from .settings import RunConfig
 
 TASK_MODELS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
