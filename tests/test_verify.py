@@ -301,7 +301,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
 @pytest.mark.parametrize("dtype", slow_but((torch.bfloat16,), DTYPES), ids=str)
 def test_a_checksum_sees_one_bit_anywhere_and_two_that_change_places(dtype: torch.dtype) -> None:
     bits = torch.randint(0, 2, (3, 16), dtype=torch.uint8)
-    tensor = bits.bool() if dtype == torch.bool else bits.view(dtype)
+    tensor = bits.bool() if dtype == torch.bool else bits.repeat(1, 4).view(dtype)
     before, width = checksum(tensor), tensor.view(torch.uint8).shape[1]
     for row, column, bit in itertools.product(range(3), range(width), range(8)):
         if dtype == torch.bool and bit:
