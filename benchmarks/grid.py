@@ -39,11 +39,11 @@ METHODS = {
     "full": ["--method", "full"],
 }
 RATES = {
-    "preset": (2e-3, 4e-3, 8e-3),
-    "decoder": (2e-3, 4e-3, 8e-3),
-    "q/v": (2e-3, 4e-3, 8e-3),
-    "all-linear": (1e-3, 2e-3, 4e-3),
-    "full": (2.5e-4, 5e-4, 1e-3),
+    "preset": (1e-3, 2e-3, 4e-3),
+    "decoder": (1e-3, 2e-3, 4e-3),
+    "q/v": (1e-3, 2e-3, 4e-3),
+    "all-linear": (5e-4, 1e-3, 2e-3),
+    "full": (1.25e-4, 2.5e-4, 5e-4),
 }
 MORE = 2  # further rates at most
 

@@ -36,12 +36,12 @@ from common import ROOT, WEIGHTS, digest, extended, read_lines, run_digest, shif
 # Train as many numbers as LoRA of rank 8 on query and value, 135,168, where they can.
 QV, ALL = ["--targets", "q_proj", "v_proj"], ["--targets", "all-linear"]
 METHODS: dict[str, tuple[list[str], float]] = {
-    "LoRA r 8, q/v": (["--rank", "8", *QV], 4e-3),
+    "LoRA r 8, q/v": (["--rank", "8", *QV], 2e-3),
     "full fine-tuning": (["--method", "full"], 2.5e-4),
-    "LoRA r 2, all-linear": (["--rank", "2", *ALL], 4e-3),
-    "DoRA r 8, q/v": (["--rank", "8", "--dora", *QV], 4e-3),
-    "PiSSA r 8, q/v": (["--rank", "8", "--init", "pissa", *QV], 1e-3),
-    "LoRA+ r 8, q/v": (["--rank", "8", "--lora-plus-ratio", "16", *QV], 1e-3),
+    "LoRA r 2, all-linear": (["--rank", "2", *ALL], 2e-3),
+    "DoRA r 8, q/v": (["--rank", "8", "--dora", *QV], 2e-3),
+    "PiSSA r 8, q/v": (["--rank", "8", "--init", "pissa", *QV], 5e-4),
+    "LoRA+ r 8, q/v": (["--rank", "8", "--lora-plus-ratio", "16", *QV], 5e-4),
     "AdaLoRA r 8, q/v": (["--method", "adalora", "--rank", "8", *QV], 3.2e-2),
     "prefix of 16": (["--method", "prefix", "--virtual-tokens", "16"], 3e-3),
     "prefix of 16, no MLP": (
@@ -49,10 +49,10 @@ METHODS: dict[str, tuple[list[str], float]] = {
     ),
     "prompt of 50": (["--method", "prompt", "--virtual-tokens", "50"], 0.2),
     "LoRA r 4 with a prefix of 8": (
-        ["--rank", "4", *QV, "--with", "prefix", "--virtual-tokens", "8"], 2e-3,
+        ["--rank", "4", *QV, "--with", "prefix", "--virtual-tokens", "8"], 1e-3,
     ),
-    "LoRA r 64, q/v": (["--rank", "64", *QV], 4e-3),
-    "rsLoRA r 64, q/v": (["--rank", "64", "--rslora", *QV], 1e-3),
+    "LoRA r 64, q/v": (["--rank", "64", *QV], 2e-3),
+    "rsLoRA r 64, q/v": (["--rank", "64", "--rslora", *QV], 5e-4),
 }  # fmt: skip
 """Flags of train.py, and the middle of the rates, from smaller studies (docs/log.md)."""
 BASE = "pocket-bart as it ships"

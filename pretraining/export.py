@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/pocket-bart/run"))
     parser.add_argument("--tokenizer", type=Path, default=Path("build/pocket-bart/tokenizer.json"))
     parser.add_argument("--out", type=Path, default=Path("build/pocket-bart/export"))
-    parser.add_argument("--dropout", type=float, choices=[0.1, 0.0], default=0.1,
+    parser.add_argument("--dropout", type=float, choices=[0.1, 0.0], default=0.0,
                         help="what fine-tuning uses")  # fmt: skip
     arguments = parser.parse_args()
     weights, saved = read_run(arguments.run)

@@ -40,14 +40,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 # "adalora" is the best of 4e-3, 1.6e-2, 3.2e-2 and 6.4e-2 after 40 steps of one seed: lambda starts
 # at zero, and AdamW moves it by about one rate a step, however wide the layer. In other presets it
 # has LoRA's rate. "loftq" is QLoRA with that start, where it was measured. The log has pocket's
-# rates (docs/log.md, 2026-11-28). Those of a prompt and a prefix are from benchmarks/by_heart.py. A
+# rates (docs/log.md, 2026-11-29). Those of a prompt and a prefix are from benchmarks/by_heart.py. A
 # "plain prefix" has no MLP.
 LEARNING_RATES: dict[str, dict[str, float]] = {
     "pocket": {
-        "lora": 4e-3,
-        "qlora": 4e-3,
+        "lora": 2e-3,
+        "qlora": 2e-3,
         "loftq": 2e-3,
-        "full": 5e-4,
+        "full": 2.5e-4,
         "adalora": 3.2e-2,
         "prompt": 0.1,
         "prefix": 3e-3,
