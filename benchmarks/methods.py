@@ -14,8 +14,7 @@ a line of WORK/runs.jsonl, so an interrupted study continues. No run starts that
 within --minutes, by the longest of its kind so far; --minutes 0 only writes the result anew. Lines
 of other weights, code, data, flags or settings do not count. A job that fails is left out and tried
 again by the next call. benchmarks/results/methods.json has the result, the hours it took and what
-was not run. Each process has one thread. The whole study is about 190 runs and takes nine and a
-half hours on two cores.
+was not run. Each process has one thread. The whole study is about 190 runs and takes hours.
 """
 
 import argparse
@@ -37,7 +36,7 @@ from common import ROOT, WEIGHTS, digest, extended, read_lines, run_digest, shif
 QV, ALL = ["--targets", "q_proj", "v_proj"], ["--targets", "all-linear"]
 METHODS: dict[str, tuple[list[str], float]] = {
     "LoRA r 8, q/v": (["--rank", "8", *QV], 2e-3),
-    "full fine-tuning": (["--method", "full"], 2.5e-4),
+    "full fine-tuning": (["--method", "full"], 1.25e-4),
     "LoRA r 2, all-linear": (["--rank", "2", *ALL], 2e-3),
     "DoRA r 8, q/v": (["--rank", "8", "--dora", *QV], 2e-3),
     "PiSSA r 8, q/v": (["--rank", "8", "--init", "pissa", *QV], 5e-4),
@@ -232,8 +231,8 @@ def main() -> None:
     add("--pretraining-data", default=str(ROOT / "build" / "pocket-bart" / "data"),
         help="what pretraining/prepare.py wrote; '' leaves out what was forgotten")  # fmt: skip
     add("--data", default="minichat")
-    add("--epochs", type=int, default=2)
-    add("--steps", type=int, default=430, help="of all epochs: 215 batches of 8 in each")
+    add("--epochs", type=int, default=1)
+    add("--steps", type=int, default=215, help="of all epochs: 215 batches of 8 in each")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--rates", type=int, default=5, help="of each method, before further ones")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))

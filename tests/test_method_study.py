@@ -165,7 +165,7 @@ def test_the_rates_of_all_seeds_go_on_where_the_best_is_at_an_end(
         patched.setattr(sys.modules[__name__], "made_up", two_lower)
         done, _ = conduct(scripts, alone, tmp_path)
     best = alone.chosen(name, done)
-    assert best == pytest.approx(8e-3)
+    assert best == pytest.approx(2 * study.METHODS[name][1])
     assert alone.final(name, done) == pytest.approx([best / 8, best / 4, best / 2, best, best * 2])
     (row,) = study.collected(alone, done)
     assert scripts.claims.best_rate(row) == pytest.approx(best / 4)
@@ -215,7 +215,7 @@ def test_a_run_that_fails_is_left_out_and_stops_no_other(
 
 EXPECTED = {
     "LoRA is no worse": "does not hold",
-    "LoRA's best rate": "holds",  # 4e-3 / 2.5e-4 = 16
+    "LoRA's best rate": "holds",  # 2e-3 / 1.25e-4 = 16
     "LoRA in all layers": "holds",
     "DoRA, PiSSA and LoRA+": "holds",
     "None of DoRA": "holds",
@@ -324,7 +324,7 @@ def test_the_page_says_what_the_result_says(
     assert "fine-tunes earlier weights of pocket-bart (SHA-256 0000" in text
     assert "with earlier weights of pocket-bart." in block
     assert "2.5 hours of a core" in text
-    row = "| LoRA r 8, q/v | 1,000 | 900 | 5, 0.001 to 0.016 | 0.008 | 3 | 2.010 [1.985, 2.035] |"
+    row = "| LoRA r 8, q/v | 1,000 | 900 | 5, 0.0005 to 0.008 | 0.004 | 3 | 2.010 [1.985, 2.035] |"
     assert f"{row} 2.010 [1.985, 2.035] |" in text
     assert text.count("| holds |") + text.count("| does not hold |") == len(EXPECTED)
     assert "0.101 [0.099, 0.103]" in text  # forgotten
