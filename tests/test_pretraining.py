@@ -522,10 +522,10 @@ def test_pretraining_writes_weights_and_goes_on(
     weights = load_file(tmp_path / "model" / "model.safetensors")
     assert weights["model.encoder.layers.0.fc1.weight"].dtype == torch.float16
     assert "M tokens of source and target" in (tmp_path / "model" / "README.md").read_text()
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["dropout"] == 0.1
-    exported = run_script(FOLDER / "export.py", *places, "--dropout", "0.0", folder=tmp_path)
-    assert exported.returncode == 0, exported.stderr
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dropout"] == 0.0
+    exported = run_script(FOLDER / "export.py", *places, "--dropout", "0.1", folder=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dropout"] == 0.1
 
     log = tmp_path / "run" / "log.jsonl"
     log.write_text(log.read_text() + json.dumps(more | {"tokens": 1}) + "\n")
