@@ -14,7 +14,7 @@ a line of WORK/runs.jsonl, so an interrupted study continues. No run starts that
 within --minutes, by the longest of its kind so far; --minutes 0 only writes the result anew. Lines
 of other weights, code, data, flags or settings do not count. A job that fails is left out and tried
 again by the next call. benchmarks/results/methods.json has the result, the hours it took and what
-was not run. Each process has one thread. The whole study is about 190 runs and takes hours.
+was not run. Each process has one thread. The whole study is about 190 runs of at most one epoch.
 """
 
 import argparse
