@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+GUIDES = [ROOT / "pretraining" / "README.md", ROOT / "lessons" / "README.md"]
 
 
 def load(name: str) -> ModuleType:
@@ -65,12 +66,27 @@ def test_a_block_that_fails_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [block.line for block in done][:3] == [1, 4, 7]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *GUIDES], ids=lambda page: f"{page.parent.name}-{page.stem}"
+)
 def test_links_exist(page: Path) -> None:
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = without_code(page)
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
-    local = {link.partition("#")[0] for link in links if "://" not in link and link[0] != "#"}
-    assert {link for link in local if not (page.parent / link).exists()} == set()
+    local = {tuple(link.partition("#")[::2]) for link in links if "://" not in link}
+    found = {(name, part): page.parent / name if name else page for name, part in local}
+    assert {link for link, path in found.items() if not path.exists()} == set()
+    parts = {link: path for link, path in found.items() if link[1] and path.suffix == ".md"}
+    assert {link for link, path in parts.items() if link[1] not in anchors(path)} == set()
+
+
+def without_code(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub writes them behind a `#`."""
+    titles = re.findall(r"^#+ (.+)$", without_code(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @functools.cache
