@@ -1,6 +1,6 @@
 """The cost of a 4-bit base in ROUGE: LoRA, QLoRA, and QLoRA with LoftQ's start, by seed.
 
-    python benchmarks/qlora_quality.py [--data minichat] [--seeds 0 1 2] [--name qlora_quality]
+    python benchmarks/qlora_quality.py [--data bookings] [--seeds 0 1 2] [--name qlora_quality]
 
 Other flags are those of train.py. Every row is `python train.py` as a whole process: test scores,
 minutes, memory. With --jobs 2 two of them run side by side on one core each, and minutes are those
@@ -23,14 +23,10 @@ from typing import Any
 
 from common import ROOT, WEIGHTS, digest, run_digest, write_result
 
-from minilora.summarization.presets import LEARNING_RATES
-
-RATE = f"{LEARNING_RATES['pocket']['loftq']:g}"
 METHODS = {
     "LoRA": ["--method", "lora"],
     "QLoRA": ["--method", "qlora"],
-    f"QLoRA, {RATE}": ["--method", "qlora", "--learning-rate", RATE],  # as with LoftQ
-    f"QLoRA, LoftQ, {RATE}": ["--method", "qlora", "--learning-rate", RATE, "--init", "loftq"],
+    "QLoRA, LoftQ": ["--method", "qlora", "--init", "loftq"],
 }
 
 
@@ -111,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--data", default="minichat")
+    parser.add_argument("--data", default="bookings")
     parser.add_argument("--keep", type=Path, default=ROOT / "build" / "qlora", help="finished runs")
     parser.add_argument("--name", default="qlora_quality", help="of the result")
     options, flags = parser.parse_known_args()
