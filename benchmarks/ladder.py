@@ -46,13 +46,17 @@ def table(result: Result, reading: Result | None) -> list[list[str]]:
 
 def note(result: Result, reading: Result | None) -> str:
     """Below the table: what LoRA reaches, and the reading."""
-    parts = []
-    for row in result["rows"]:
-        if row["name"].startswith("LoRA"):
-            said = f"{row['name']} less the first turns: {cell(row['lead'], '+.1f')} points"
-            if part := row.get("share_of_full"):
-                said += f", and {cell(part, '.0%')} of full fine-tuning's gain"
-            parts.append(f"{said}.")
+    loras = [row for row in result["rows"] if row["name"].startswith("LoRA")]
+    parts = [
+        f"{row['name']} less the first turns: {cell(row['lead'], '+.1f')} points."
+        for row in loras
+        if row["name"] == "LoRA r 8"
+    ]
+    shares = [
+        f"{r['name']} {cell(r['share_of_full'], '.0%')}" for r in loras if "share_of_full" in r
+    ]
+    if shares:
+        parts.append(f"Share of full fine-tuning's gain: {'; '.join(shares)}.")
     return " ".join([*parts, sentence(result, reading)])
 
 

@@ -350,7 +350,6 @@ TABLES: dict[str, Callable[..., Rows]] = {
     "merge_latency": merge_latency,
     "exactness": exactness,
     "default_run": default_run,
-    "pocket": pocket,
     "samsum": pocket,
     **{f"ladder_{name}": ladder.table for name in ladder.DATA},
     "layer": layer,

@@ -85,16 +85,12 @@ print(
 #
 # Five steps are not a whole run. [`benchmarks/pocket.py`](../benchmarks/pocket.py) trains with the
 # default preset, chooses the epoch by validation, and scores the summaries of all test dialogues. Its
-# committed results are shown here: `ladder_bookings.json`, or, until that has been measured,
-# `pocket.json` of pocket-bart's earlier weights (8 M), on the chats that are now `minichat-hard`. The
-# score is ROUGE-1: how many words a summary shares with its reference (lesson 8). The intervals are
-# *bootstrap* intervals: draw as many test dialogues as there are, with replacement, take the mean,
-# repeat, and keep the middle 95% of the means.
+# committed results on `bookings` are shown here. The score is ROUGE-1: how many words a summary shares
+# with its reference (lesson 8). The intervals are *bootstrap* intervals: draw as many test dialogues as
+# there are, with replacement, take the mean, repeat, and keep the middle 95% of the means.
 
 # %%
-ladder = workshop.RESULTS / "ladder_bookings.json"
-stored = ladder if ladder.exists() else workshop.RESULTS / "pocket.json"
-table = json.loads(stored.read_text())
+table = json.loads((workshop.RESULTS / "ladder_bookings.json").read_text())
 print(f"{'':24} {'trained':>10} {'minutes':>8} {'ROUGE-1':>8}  95% interval")
 for row in [{"name": "base", **table["base"]}, *table["rows"]]:
     mean, low, high = row["intervals"]["rouge1"]

@@ -321,7 +321,8 @@ def test_the_table_shows_a_reading_that_counts(scripts: Any, result: dict[str, A
     assert rows[1][4] == "25.0 [0.0, 50.0]"
     assert rows[4][2:4] == ["", ""]  # of references no ROUGE
     note = ladder.note(result, reading())
-    assert "of full fine-tuning's gain. The blind reading of 100 dialogues by Ann, a person" in note
+    share = "Share of full fine-tuning's gain: LoRA r 8 71% [33%, 100%]. The blind reading of 100"
+    assert f"{share} dialogues by Ann, a person" in note
     assert "and by model X counts what both say" in note
     assert "90% (Cohen's kappa 0.75) of the summaries on whether they are readable" in note
     assert note.endswith("and 100% of the summaries on whether they are right.")
