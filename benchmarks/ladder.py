@@ -52,11 +52,11 @@ def note(result: Result, reading: Result | None) -> str:
         for row in loras
         if row["name"] == "LoRA r 8"
     ]
-    shares = [
-        f"{r['name']} {cell(r['share_of_full'], '.0%')}" for r in loras if "share_of_full" in r
-    ]
-    if shares:
+    known = {row["name"]: row["share_of_full"] for row in loras if "share_of_full" in row}
+    if shares := [f"{name} {cell(share, '.0%')}" for name, share in known.items() if share]:
         parts.append(f"Share of full fine-tuning's gain: {'; '.join(shares)}.")
+    elif known:
+        parts.append("Full fine-tuning's gain may be zero, so no share of it is given.")
     return " ".join([*parts, sentence(result, reading)])
 
 

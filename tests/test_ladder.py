@@ -326,6 +326,11 @@ def test_the_table_shows_a_reading_that_counts(scripts: Any, result: dict[str, A
     assert "and by model X counts what both say" in note
     assert "90% (Cohen's kappa 0.75) of the summaries on whether they are readable" in note
     assert note.endswith("and 100% of the summaries on whether they are right.")
+    result["rows"][0]["share_of_full"] = None
+    note = ladder.note(result, reading())
+    assert (
+        "points. Full fine-tuning's gain may be zero, so no share of it is given. The blind" in note
+    )
 
 
 SETTINGS = reading()["settings"]
