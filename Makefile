@@ -57,12 +57,15 @@ figures: .venv/development  ## the published figures: many hours on a machine wi
 	$(BIN)/python benchmarks/evaluation.py --model pocket --precisions fp32 --limit 400
 	for name in default_run merge_latency exactness layer nf4_parity \
 		qlora qlora_quality full_update conformance startup predict; do $(BIN)/python benchmarks/$$name.py || exit 1; done
-	for data in bookings minichat minichat-hard; do for script in grid pocket; do \
+	$(BIN)/python benchmarks/grid.py --data bookings --methods preset all-linear full
+	$(BIN)/python benchmarks/pocket.py --data bookings --contestants "LoRA r 1" "LoRA r 4" "LoRA r 8" "LoRA r 16" \
+		"LoRA r 8, all-linear" "full fine-tuning"
+	for data in minichat minichat-hard; do for script in grid pocket; do \
 		$(BIN)/python benchmarks/$$script.py --data $$data || exit 1; done; done
 	test ! -d ../shared/data/samsum || $(BIN)/python benchmarks/grid.py --data ../shared/data/samsum \
-		--batch-size 16 --validation-limit 200 --max-steps 614
+		--methods preset all-linear full --batch-size 16 --validation-limit 200 --max-steps 614
 	test ! -d ../shared/data/samsum || $(BIN)/python benchmarks/pocket.py --data ../shared/data/samsum \
-		--seeds 0 --batch-size 16 --validation-limit 200
+		--contestants "LoRA r 8" "LoRA r 8, all-linear" "full fine-tuning" --seeds 0 --batch-size 16 --validation-limit 200
 	$(BIN)/python pretraining/plot.py
 	$(BIN)/python benchmarks/tables.py
 
