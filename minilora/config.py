@@ -55,9 +55,9 @@ class LoRAConfig:
             (every linear but the output head), or "attention" (the query and value linears, by the
             names that `conventions.py` knows; inject replaces it with the names in the model).
         exclude: modules to leave alone among the targets; names or a regular expression.
-        layers: only the layers with these indices: the first `.name.<index>.` of the dotted name.
-            In an encoder-decoder they apply to both sides. Not with a regular expression or
-            "all-linear" in `targets`.
+        layers: only the layers with these indices. The index is the first number in the dotted
+            name, such as 3 in `layers.3.q_proj`. In an encoder-decoder they apply to both sides.
+            Not with a regular expression or "all-linear" in `targets`.
         layers_pattern: names that may stand before the index, such as "layers"; any if empty.
         rank_pattern: other ranks for some modules, {regular expression on the name's end: rank}.
             The first key that matches wins.

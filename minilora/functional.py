@@ -30,7 +30,8 @@ def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, p: float = 0.
         p: probability that dropout zeroes an element of x (the others are scaled by 1 / (1 - p)).
 
     Returns:
-        (..., out) in the wider of y's dtype and the branch's: x's, or autocast's under autocast.
+        (..., out). The branch has x's dtype, or autocast's. The result has the wider dtype of y and
+        the branch.
     """
     x = F.dropout(x, p, training=p > 0)  # (..., in)
     h = F.linear(x, A.to(x.dtype))  # (..., r)

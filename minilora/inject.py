@@ -176,13 +176,17 @@ def _put_back(model: nn.Module) -> nn.Module:
     return model
 
 
-def merge_layers(layers: dict[str, LoRALinear]) -> None:
-    """Merge every layer, or none: on an error those that were not merged before are put back."""
+def merge_layers(layers: dict[str, LoRALinear], measure: Any = lambda *_: None) -> list[Any]:
+    """Merge every layer, or none: on an error those that were not merged before are put back.
+
+    Returns what `measure(name, layer)` says of each merged layer; an error in it counts too.
+    """
     unmerged = {name: layer for name, layer in layers.items() if not layer.merged}
     try:
         for name, layer in unmerged.items():
             with naming(name):
                 layer.merge()
+        return [measure(name, layer) for name, layer in layers.items()]
     except BaseException:  # also when there is no memory for the original weights
         for layer in unmerged.values():
             layer.unmerge()

@@ -53,10 +53,11 @@ class LoRALinear(nn.Module):
     fused: bool = True
     """True: training uses `fused_low_rank`, with a hand-written backward that takes less time and
     memory (`can_fuse` says where it can). False, on a layer or on the class for all layers:
-    training uses `low_rank`, as evaluation always does. That equals PEFT bit for bit in float32 and
-    under bfloat16 autocast. On a half-precision base without autocast it does not: PEFT computes
-    the branch in float32, `low_rank` in the base's dtype. In float32 the hand-written backward
-    keeps x itself, so autograd refuses `x += layer(x)`. With dropout, False allows it."""
+    training uses `low_rank`, as evaluation always does. `low_rank` equals PEFT bit for bit in
+    float32 and under bfloat16 autocast. On a half-precision base without autocast it does not:
+    PEFT computes the branch in float32, `low_rank` in the base's dtype. In float32 the hand-written
+    backward keeps x itself, so autograd refuses `x += layer(x)`. With dropout, False allows it,
+    because dropout makes a copy."""
 
     # The base's own values while it is merged, else None. Buffers, so that `.to()` moves them.
     original_weight: Tensor | None  # (out, in)

@@ -37,9 +37,8 @@ def merge(model: nn.Module) -> MergeReport:
         >>> [rounding.module for rounding in report.modules], model["q_proj"].merged
         (['q_proj'], True)
     """
-    merge_layers(layers := _layers(model))
-    roundings = tuple(_rounding(name, layer) for name, layer in layers.items())
-    return MergeReport(roundings, unmergeable(model))
+    roundings = merge_layers(_layers(model), _rounding)
+    return MergeReport(tuple(roundings), unmergeable(model))
 
 
 def unmerge(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Merging a whole model: exact, all or nothing, reported; `disabled` puts the state back."""
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +111,23 @@ def test_no_layer_is_merged_either_where_memory_runs_out(monkeypatch: pytest.Mon
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(last, "merge", fail)
+    before = State.of(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        minilora.merge(model)
+    before.check(model)
+
+
+def test_nor_where_it_runs_out_while_the_rounding_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = adapted()
+    first = next(iter(lora_layers(model).values()))
+    first.merge()  # by hand: it must stay so
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sys.modules["minilora.merge"], "_rounding", fail)
     before = State.of(model)
     with pytest.raises(torch.OutOfMemoryError):
         minilora.merge(model)

@@ -595,6 +595,22 @@ def test_tied_heads_are_refused_in_a_file_too(
     assert minilora.load_adapter(untied, tmp_path).modules == (head,)
 
 
+def test_an_adapter_loaded_inside_autocast_takes_effect_there(tmp_path: Path) -> None:
+    """Autocast keeps a 16-bit copy of each parameter, which a change in place does not renew."""
+    our_directory(Case(tiny_bart, {"targets": QV}), tmp_path / "a")
+    our_directory(Case(tiny_bart, {"targets": QV, "alpha": 2.0}), tmp_path / "b")
+    model = tiny_bart()
+    minilora.load_adapter(model, tmp_path / "a")
+    with torch.autocast("cpu", torch.bfloat16):
+        before = logits(model)
+        assert minilora.load_adapter(model, tmp_path / "b").swapped
+        inside = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        outside = logits(model)
+    assert torch.equal(inside, outside)
+    assert not torch.equal(inside, before)
+
+
 def test_swapping_in_place_takes_over_scale_dropout_and_configuration(tmp_path: Path) -> None:
     base = logits(tiny_bart())
     settings = [

@@ -360,12 +360,17 @@ def test_saved_and_loaded_is_the_same(name: str, config: Any, beside: bool, tmp_
             assert texts[0] == texts[1]
 
 
-def test_a_reparametrized_prefix_is_replaced_by_a_folded_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["training", "no_grad", "frozen"])
+def test_a_reparametrized_prefix_is_replaced_by_a_folded_one(how: str, tmp_path: Path) -> None:
     """The values of an MLP cannot be written to: the model is injected anew."""
-    model = tuned("bart", MLP)
-    minilora.save_adapter(model, tmp_path)
-    expected = logits(model)
-    assert not minilora.load_adapter(model, tmp_path).swapped
+    trained, model = tuned("bart", MLP), MODELS["bart"]().double()
+    minilora.save_adapter(trained, tmp_path)
+    expected = logits(trained)
+    minilora.inject(model, MLP)
+    assert difference(logits(model), expected) > 1e-3
+    model.requires_grad_(how != "frozen")
+    with torch.set_grad_enabled(how != "no_grad"):
+        assert not minilora.load_adapter(model, tmp_path).swapped
     assert minilora.config_of(model).reparametrize is None
     assert difference(logits(model), expected) < 1e-10
 

@@ -160,11 +160,12 @@ def apply_adapter(model: nn.Module, adapter: Adapter, inference: bool = False) -
     selected, unnamed = _check_fit(model, adapter, config, named)
     if not inference:
         refuse_half(model, config)
-    # The output of a prefix's MLP is no leaf: it cannot be filled in place.
-    held = {key: tensor.shape for key, tensor in _held(model).items() if tensor.is_leaf}
+    held = {key: tensor.shape for key, tensor in _held(model).items()}
     # Shapes do not say which rows. PiSSA's A0 and B0 depend on the scale, which may change.
     old = injection.config if injection is not None else config
     alike = old.token_rows == config.token_rows and not {old.init, config.init} & LAYERS.keys()
+    # The output of a prefix's MLP cannot be filled in place.
+    alike &= not any(getattr(prompt, "reparametrize", False) for prompt in old.prompts)
     swapped = alike and held == {key: tensor.shape for key, tensor in adapter.tensors.items()}
     if not swapped:
         refuse_wrapped(wrapped)  # data-parallel copies would never learn of the new parameters
@@ -194,6 +195,7 @@ def _fill(model: nn.Module, adapter: Adapter, config: LoRAConfig, inference: boo
         layer.scale = adapter.scale_of(module)
         if f"{module}.base_layer.weight" in adapter.extras:
             layer.load_state_dict({}, strict=False)  # DoRA counts the squares of another W
+    torch.clear_autocast_cache()  # its keys are the parameters: it would return casts of old values
 
 
 def _held(model: nn.Module) -> dict[str, Tensor]:
