@@ -239,6 +239,8 @@ def main() -> None:
     add("--limit", type=int, default=0, help="test dialogues and held-out texts; 0: all")
     add("--small", action="store_true", help="few steps: the result goes to results/small/")
     options = parser.parse_args()
+    if len(options.seeds) > 10:
+        parser.error("--seeds: at most ten")
     if options.small:
         options.steps, options.limit = min(options.steps, 9), 4
     if options.pretraining_data and not Path(options.pretraining_data, "chats.jsonl.xz").exists():

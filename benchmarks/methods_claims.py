@@ -1,13 +1,16 @@
 """Claims of papers about the methods, tested on the study by rules that were fixed beforehand.
 
-Every comparison is of losses on the test split, in nats per target token. Each method has the rate
-with the lowest validation loss. The difference of two methods has two intervals of 95%, and both
-count, so the larger one decides at either end:
+Losses are those on the test split, in nats per target token. Each method has the rate with the
+lowest validation loss. The difference of two methods has two intervals of 95%, and both count, so
+the larger one decides at either end:
 
     seeds         Student's (Student 1908), of the differences seed by seed, which share the order
                   of the batches: with three seeds, the mean -+ 2.48 standard deviations
     dialogues     of the means over the seeds, dialogue by dialogue (the standard error of a ratio;
                   Cochran 1977, equation 6.13)
+
+What is forgotten is compared in the same way, text by text: the mean of the losses on held-out
+chats and on held-out prose of the pre-training.
 
     better        A - B < 0       holds if the whole interval is below 0, does not if it is above
     no worse      A - B < margin  holds if it is below the margin, does not if it is above
@@ -30,7 +33,8 @@ Row = dict[str, Any]
 Interval = tuple[float, float, float]  # the mean, and its bounds
 HOLDS, NOT, UNKNOWN = "holds", "does not hold", "cannot tell"
 MARGIN = 0.02
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5% quantiles by degrees of freedom
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306,
+           9: 2.262}  # 97.5% quantiles by degrees of freedom  # fmt: skip
 NORMAL = 1.96
 QV, FULL, ALL = "LoRA r 8, q/v", "full fine-tuning", "LoRA r 2, all-linear"
 PISSA, PLUS, DORA, ADALORA = "PiSSA r 8, q/v", "LoRA+ r 8, q/v", "DoRA r 8, q/v", "AdaLoRA r 8, q/v"
@@ -48,14 +52,18 @@ def interval(values: list[float]) -> Interval:
 
 
 def by_seed(row: Row, rate: float, key: str = "validation_loss") -> dict[int, float]:
-    """One measure of the runs at a rate, by seed; of a dict, such as "forgotten", the mean."""
+    """One measure of the runs at a rate, by seed."""
     found = {}
     for run in row["runs"]:
         value = run.get(key)
         if run["rate"] == rate and value is not None:
-            value = statistics.mean(value.values()) if isinstance(value, dict) else value
-            found[run["seed"]] = value
+            found[run["seed"]] = mean_loss(value) if isinstance(value, dict) else value
     return found
+
+
+def mean_loss(sets: dict[str, Row]) -> float:
+    """Nats per target token, the mean over sets of texts."""
+    return statistics.mean(sum(texts["nats"]) / sum(texts["tokens"]) for texts in sets.values())
 
 
 def rates(row: Row) -> list[float]:
@@ -72,20 +80,31 @@ def best_rate(row: Row) -> float | None:
 
 def difference(a: Row, b: Row) -> Interval | None:
     """The test loss of A minus that of B, each at its best rate."""
+    return apart(a, b, "test")
+
+
+def forgotten(a: Row, b: Row) -> Interval | None:
+    """The loss of A on texts of the pre-training minus that of B, each at its best rate."""
+    return apart(a, b, "forgotten")
+
+
+def apart(a: Row, b: Row, key: str) -> Interval | None:
+    """A's mean loss over the sets of texts under a key minus B's, with the larger interval."""
     runs = []
     for row in (a, b):
-        known = [r for r in row["runs"] if r["rate"] == best_rate(row) and "test_nats" in r]
-        runs.append({run["seed"]: run for run in known})
+        known = [run for run in row["runs"] if run["rate"] == best_rate(row) and key in run]
+        runs.append({run["seed"]: run[key] for run in known})
     seeds = sorted(runs[0].keys() & runs[1].keys())
     if not seeds:
         return None
-    tokens = runs[0][seeds[0]]["test_tokens"]
-    apart = [
-        [x - y for x, y in zip(runs[0][s]["test_nats"], runs[1][s]["test_nats"], strict=True)]
-        for s in seeds
-    ]  # of each seed, dialogue by dialogue
-    mean, low, high = interval([sum(one) / sum(tokens) for one in apart])
-    half = NORMAL * ratio_error([statistics.mean(one) for one in zip(*apart, strict=True)], tokens)
+    mean, low, high = interval([mean_loss(runs[0][s]) - mean_loss(runs[1][s]) for s in seeds])
+    errors = []
+    for name, texts in runs[0][seeds[0]].items():
+        both = [[run[s][name]["nats"] for s in seeds] for run in runs]
+        one, other = (list(map(statistics.mean, zip(*nats, strict=True))) for nats in both)
+        change = [x - y for x, y in zip(one, other, strict=True)]  # text by text
+        errors.append(ratio_error(change, texts["tokens"]))
+    half = NORMAL * math.hypot(*errors) / len(errors)
     return mean, min(low, mean - half), max(high, mean + half)
 
 
@@ -94,14 +113,6 @@ def ratio_error(sums: list[float], counts: list[int]) -> float:
     n, ratio = len(sums), sum(sums) / sum(counts)
     rest = sum((x - ratio * t) ** 2 for x, t in zip(sums, counts, strict=True))
     return math.sqrt(n / (n - 1) * rest) / sum(counts) if n > 1 else math.inf
-
-
-def forgotten(a: Row, b: Row) -> Interval | None:
-    """What A forgot minus what B did, each at its best rate, seed by seed."""
-    at = best_rate(a), best_rate(b)
-    if at[0] is None or at[1] is None:
-        return None
-    return paired(by_seed(a, at[0], "forgotten"), by_seed(b, at[1], "forgotten"))
 
 
 def paired(one: dict[int, float], other: dict[int, float]) -> Interval | None:

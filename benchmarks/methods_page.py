@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from common import WEIGHTS, digest
-from methods_claims import CLAIMS, HOLDS, NOT, UNKNOWN, Row, best_rate, by_seed, interval, rates
+from methods_claims import (
+    CLAIMS,
+    HOLDS,
+    NOT,
+    UNKNOWN,
+    Row,
+    best_rate,
+    by_seed,
+    interval,
+    mean_loss,
+    rates,
+)
 from tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +43,8 @@ for each run, {hours:g} hours of a core in all. Each has its own learning rate. 
 least five, a factor of two apart, with one seed and {search_steps} steps. All steps with the seeds
 {seeds} follow at the best of them and at its neighbours, and further ones while the best is at an
 end. The best of these by the mean validation loss is in the table. The weights are those after the
-last step. Written by `benchmarks/methods_page.py` from
+last step. There is no dropout, alpha is 32, AdamW has no weight decay, and gradients are clipped at
+norm 1. Written by `benchmarks/methods_page.py` from
 [methods.json](../benchmarks/results/methods.json), measured by `benchmarks/methods.py`.
 
 A small model and {count} test dialogues show what holds here. They do not show what holds for large
@@ -69,8 +81,8 @@ A dot is one run. To the left is what has learnt more, below what has forgotten 
 
 The rules were stated before the study: [methods_claims.py](../benchmarks/methods_claims.py). They
 compare losses on the test dialogues in nats per target token, each method at its own best rate.
-A verdict other than "cannot tell" needs the whole interval of 95% on one side. The intervals are
-not corrected for the number of claims.
+Best rates are those of the validation losses. A verdict other than "cannot tell" needs the whole
+interval of 95% on one side. The intervals are not corrected for the number of claims.
 
 {left}
 """
@@ -91,19 +103,14 @@ def rouge1(runs: list[Row]) -> tuple[float, float, float]:
     return found.mean, found.low, found.high
 
 
-def test_loss(run: Row) -> float:
-    """Nats per target token of all test dialogues."""
-    return sum(run["test_nats"]) / sum(run["test_tokens"])
-
-
 def table(result: Row) -> str:
     """One row a method at its own best rate."""
     head = ["", "trained", "stored", "rates tried", "best rate", "seeds", "validation loss"]
     rows = [[*head, "test loss", "ROUGE-1", "forgotten", "minutes", "GiB"]]
     base = result["base"]
-    lost = statistics.mean(base["forgotten"].values()) if "forgotten" in base else None
+    lost = mean_loss(base["forgotten"]) if "forgotten" in base else None
     scores = cell(rouge1([base]), 1)
-    losses = [f"{base['validation_loss']:.3f}", f"{test_loss(base):.3f}"]
+    losses = [f"{base['validation_loss']:.3f}", f"{mean_loss(base['test']):.3f}"]
     rows.append(["base", "", "", "", "", "", *losses, scores, "", "", ""])
     for row in result["methods"]:
         rate = best_rate(row)
@@ -115,7 +122,7 @@ def table(result: Row) -> str:
         end = "*" * (rate in (min(rates(row)), max(rates(row))))
         figures += [f"{len(tried)}, {min(tried):g} to {max(tried):g}", f"{rate:g}{end}"]
         figures.append(str(len(runs)))
-        losses = [list(by_seed(row, rate).values()), [test_loss(run) for run in runs]]
+        losses = [list(by_seed(row, rate).values()), [mean_loss(run["test"]) for run in runs]]
         figures += [*(cell(interval(one), 3) for one in losses), cell(rouge1(runs), 1)]
         forgotten = by_seed(row, rate, "forgotten").values()
         known = lost is not None and forgotten
@@ -225,7 +232,7 @@ def plots(result: Row, folder: Path) -> None:
         if dots:
             axes.plot(*zip(*dots, strict=True), "o", ms=4, color=color, label=row["name"])
     if "forgotten" in result["base"]:
-        axes.axhline(statistics.mean(result["base"]["forgotten"].values()), color="#999999", ls=":")
+        axes.axhline(mean_loss(result["base"]["forgotten"]), color="#999999", ls=":")
     axes.set(xlabel="validation loss", ylabel="loss on texts of the pre-training")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7, frameon=False)

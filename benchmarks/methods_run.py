@@ -41,31 +41,36 @@ def flags_of(job: dict[str, Any]) -> list[str]:
     flags = [*job["flags"], "--seed", str(job["seed"]), "--data", job["data"], "--beams", "1"]
     flags += ["--epochs", str(job["epochs"]), "--max-steps", str(job["steps"]), "--no-evaluate"]
     flags += ["--precision", "fp32", "--validation-limit", "1"]  # the loss is of all of them
+    flags += ["--dropout", "0"]  # only LoRA and its variants have a dropout of their own
     return flags if job["rate"] is None else [*flags, "--learning-rate", str(job["rate"])]
 
 
-def forgotten(model: torch.nn.Module, data: Path, limit: int) -> dict[str, float]:
-    """Nats per target token of each task on held-out texts of the pre-training."""
+@torch.no_grad()
+def forgotten(model: torch.nn.Module, data: Path, limit: int) -> dict[str, dict[str, list[float]]]:
+    """By task the nats and the target tokens of each held-out text of the pre-training."""
     sys.path.insert(0, str(ROOT / "pretraining"))  # its scripts import each other by bare names
-    from model import evaluate
+    from model import PAD, loss_of
     from tokenizers import Tokenizer
 
-    from examples import STAGES, Source, chunks, collate
+    from examples import STAGES, Source, collate
 
+    model.eval()
     held = Source(data, "heldout", Tokenizer.from_file(str(POCKET_BART / "tokenizer.json")))
-    sets = {}
+    found = {}
     for task, count in TASKS.items():
         rng = np.random.default_rng(1)
         drawn = [held.example(task, STAGES[-1], rng) for _ in range(min(count, limit or count))]
-        short = [pair for pair in drawn if max(map(len, pair)) <= LONGEST]
-        sets[task] = [collate(part) for part in chunks(short, 4_000)]
-    losses = evaluate(model, sets, "cpu", "fp32", wrong=False)
-    return {task: losses[f"{task}_right"] for task in TASKS}
+        texts = [collate([pair]) for pair in drawn if max(map(len, pair)) <= LONGEST]
+        tokens = [int((text["labels"] != PAD).sum()) for text in texts]
+        losses = [float(loss_of(model, text, "cpu", "fp32")) for text in texts]
+        nats = [round(loss * n, 4) for loss, n in zip(losses, tokens, strict=True)]
+        found[task] = {"nats": nats, "tokens": tokens}
+    return found
 
 
 @torch.no_grad()
 def learnt(session: Session, limit: int) -> dict[str, Any]:
-    """Of each test dialogue the loss in nats, its target tokens, and ROUGE of its summary."""
+    """Of each test dialogue ROUGE of its summary, the loss in nats, and its target tokens."""
     test = session.splits["test"]
     some, how = test.encoded[: limit or len(test)], session.run.generation
     model, tokenizer = session.model.eval(), session.tokenizer
@@ -74,7 +79,7 @@ def learnt(session: Session, limit: int) -> dict[str, Any]:
     scores = {"rouge1": [round(row["rouge1"], 2) for row in rows]}
     losses = [summed_loss(model, session.tensors([row], "test")) for row in some]
     nats, tokens = [round(float(loss), 4) for loss, _ in losses], [count for _, count in losses]
-    return {"scores": scores, "test_nats": nats, "test_tokens": tokens}
+    return {"scores": scores, "test": {"dialogues": {"nats": nats, "tokens": tokens}}}
 
 
 def ranks(model: torch.nn.Module) -> dict[str, int]:

@@ -87,13 +87,12 @@ def evaluate(
     sets: dict[str, list[Batch]],
     device: str,
     precision: str = "bf16",
-    wrong: bool = True,
 ) -> dict[str, float]:
     """Held-out loss by task with the right source and with another example's."""
     model.eval()
     scores: dict[str, float] = {}
     for task, batches in sets.items():
-        for kind in ("right", "wrong")[: 1 + wrong]:
+        for kind in ("right", "wrong"):
             total = count = 0.0
             for batch in batches:
                 real = float((batch["labels"] != PAD).sum())
