@@ -713,6 +713,10 @@ BAD_EVALUATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["../run", "--predict", "../none.jsonl", "--output", "../blank.txt"],
         ["--output ../blank.txt exists already: name another file"],
     ),
+    "a table for the summaries": (
+        ["../run", "--predict", "../none.jsonl", "--output", "../out.csv"],
+        ["--output ../out.csv: the summaries are JSON Lines: name a .jsonl file"],
+    ),
     "a negative limit": (["../run", "--limit", "-1"], ["--limit"]),
     "no such split": (["../run", "--split", "dev"], ["--split", "'dev'"]),
     "no such data": (["../run", "--data", "../dtaa"], ["../dtaa: no such file"]),

@@ -149,8 +149,9 @@ def test_small_files(tmp_path: Path, count: int) -> None:
         assert all(load(path)[0].values())
 
 
-def test_an_empty_dialogue_only_stops_what_is_scored(tmp_path: Path) -> None:
-    empty = GOOD | {"id": "e-9", "dialogue": " \r\n"}
+@pytest.mark.parametrize("dialogue", [" \r\n", None, [], ["", " "]], ids=str)
+def test_an_empty_dialogue_only_stops_what_is_scored(tmp_path: Path, dialogue: object) -> None:
+    empty = GOOD | {"id": "e-9", "dialogue": dialogue}
     write(tmp_path / "validation.json", as_json(rows(5, 10)))
     write(tmp_path / "test.json", as_json(rows(5, 20)))
     write(tmp_path / "train.json", as_json([*rows(5), empty]))
@@ -297,7 +298,8 @@ def test_a_dialogue_writes_no_special_tokens(bart: Any) -> None:
 def test_no_room_for_the_dialogue(bart: Any) -> None:
     used = len(bart(read("", PROMPT)).input_ids)
     settings = {"prompt_before": PROMPT.prompt_before, "prompt_after": PROMPT.prompt_after}
-    with pytest.raises(UserError, match=rf"--max-source-length {used}: .* alone take {used}"):
+    says = rf"--max-source-length {used} \(or .*\): prompt .* alone take {used}"
+    with pytest.raises(UserError, match=says):
         batches.encode(EXPECTED, bart, DataOptions(**settings, max_source_length=used))
     batches.encode(EXPECTED, bart, DataOptions(**settings, max_source_length=used + 1))
     with pytest.raises(UserError, match="--max-target-length 2"):

@@ -215,10 +215,28 @@ def test_other_validation_data_starts_the_choice_of_the_best_anew(
     write(tmp_path / "data" / "validation.jsonl", as_jsonl(dialogues(4, 300)))
     capfd.readouterr()
     assert train_main(["--resume", str(run), "--epochs", "4", "--accept-changes"]) == 0
-    said = "note: the validation data changed: the best of the next epochs is saved\n"
+    said = "note: the validation data or settings changed: the best of the next epochs is saved\n"
     assert said in capfd.readouterr().err
     best = [record["best"] for record in records(run) if record["kind"] == "validation"]
     assert best == [True, False, True, False]
+
+
+def test_other_validation_settings_start_it_anew_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ROUGE of other dialogues or of longer summaries is no measure for the best so far."""
+    scores = iter([70.0, 60.0, 20.0])
+
+    def validate(_: object) -> dict[str, float]:
+        return {"loss": 1.0, **dict.fromkeys(("rouge1", "rouge2", "rougeL"), next(scores))}
+
+    monkeypatch.setattr(trainer, "validate", validate)
+    run = tmp_path / "run"
+    assert train_main([*flags(folder, "--output", run, "--epochs", 1), "--no-evaluate"]) == 0
+    again = ["--resume", str(run), "--accept-changes", "--validation-limit", "1"]
+    assert train_main([*again, "--epochs", "3"]) == 0
+    best = [record["best"] for record in records(run) if record["kind"] == "validation"]
+    assert best == [True, True, False]
 
 
 def test_data_that_one_resume_does_not_read_is_compared_by_the_next(

@@ -39,6 +39,9 @@ def test_a_moved_run_is_scored_and_merged(project: Path, capfd: Any) -> None:
     scores = json.loads(Path("scores.json").read_text())
     assert scores["n"] == 4
     assert scores["data"].endswith("moved/data/test.jsonl")
+    assert main(["report", "moved/runs/x"]) == 0
+    page = (project / "runs" / "x" / "report.html").read_text()
+    assert ">moved/bart, LoRA of rank 3<" in page
     assert main(["merge", "moved/runs/x", "merged"]) == 0
     assert (Path("merged") / "model.safetensors").exists()
 

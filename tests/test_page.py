@@ -227,6 +227,7 @@ def test_an_unfinished_run_says_so_and_how_to_go_on(tmp_path: Path) -> None:
 
 DAMAGE: dict[str, tuple[str, bytes | None, str]] = {
     "no config": ("config.json", None, "is not a run: it has no config.json"),
+    "a model's config": ("config.json", b'{"model_type": "bart"}', "is a model, not a run"),
     "half a config": ("config.json", b'{"rank"', "config.json: cannot be read as JSON"),
     "a list for a config": ("config.json", b"[]", "config.json: does not contain a JSON object"),
     "bytes for a config": ("config.json", b"\xff\xfe\x00", "config.json: cannot be read as JSON"),

@@ -354,8 +354,29 @@ def test_a_merged_model_is_scored(here: Path, capfd: Any, monkeypatch: Any) -> N
     row = next(row for row in after["examples"] if row["finetuned"])
     Path("chat.txt").write_text(row["dialogue"])
     assert evaluate_main(["merged", *lengths, "--text", "chat.txt"]) == 0
-    assert capfd.readouterr().out == f"{printable(row['finetuned']).strip()}\n"
+    said = capfd.readouterr()
+    assert said.out == f"{printable(row['finetuned']).strip()}\n"
+    assert said.err == (
+        "note: merged is not a run: without flags there is no prompt, and the lengths are those of "
+        "the preset pocket: --max-source-length 512 --min-length 9 --max-length 12\n"
+    )
     for flags in ([], ["--text", "chat.txt", "--base"]):
         assert evaluate_main(["merged", *flags]) == 2
         says = "evaluate.py: merged is a model: name its base with --model BASE\n"
         assert capfd.readouterr() == ("", says)
+
+
+def test_a_full_fine_tune_summarizes_without_its_base(here: Path, capfd: Any) -> None:
+    """Its tokenizer is beside it. Scores are also of the base, so they need it."""
+    argv = [*BASE, *SHORT, "--method", "full", "--output", "full"]
+    assert train_main(argv) == 0
+    Path("chat.txt").write_text("Ann: hi\nBob: hello")
+    text = ["--text", "chat.txt", "--device", "cpu", "--min-length", "9", "--max-length", "12"]
+    capfd.readouterr()
+    assert evaluate_main(["full", *text]) == 0
+    expected = capfd.readouterr().out
+    Path("bart").rename("elsewhere")
+    for model in ("full", "full/model"):
+        assert evaluate_main([model, *text]) == 0
+        assert capfd.readouterr().out == expected
+    assert evaluate_main(["full"]) == 2

@@ -221,6 +221,14 @@ def score(arguments: argparse.Namespace) -> int:
     needs_base = not files or arguments.base
     if needs_base and _is_model(directory) and "model" not in arguments.changes:
         raise UserError(f"{directory} is a model: name its base with --model BASE")
+    if _is_alone(directory):
+        source, lengths = run.data.max_source_length, run.generation
+        said = (
+            f"{directory} is not a run: without flags there is no prompt, and the lengths are "
+            f"those of the preset {run.preset}: --max-source-length {source} "
+            f"--min-length {lengths.min_length} --max-length {lengths.max_length}"
+        )
+        _print([said])
     if not (trained := _trained(directory, run)).exists():
         resume = f"{flags.command('train.py')} --resume {shlex.quote(str(directory))}"
         raise UserError(f"{directory} has no {trained.name} yet: continue with {resume}")
@@ -292,8 +300,12 @@ def _is_model(directory: Path) -> bool:
 
 def _trained(directory: Path, run: RunConfig) -> Path:
     """The directory of the adapter or model, in a run or by itself."""
-    alone = loading.is_adapter(directory) or _is_model(directory)
-    return directory if alone else trained_path(directory, run)
+    return directory if _is_alone(directory) else trained_path(directory, run)
+
+
+def _is_alone(directory: Path) -> bool:
+    """Whether it is an adapter or a model without a run around it."""
+    return loading.is_adapter(directory) or _is_model(directory)
 
 
 def _run_of(directory: Path, arguments: argparse.Namespace) -> tuple[Path, RunConfig]:
@@ -362,10 +374,11 @@ def _load_trained(
         device: where the models go.
         needs_base: load the base of a full fine-tune too.
     """
-    tokenizer = loading.load_tokenizer(run.model.model)
     autocast_dtype = choose_precision(run.model.precision, device)
     path = _trained(directory, run)
-    if run.model.method == "full":
+    is_full = run.model.method == "full"  # such a model has its tokenizer beside it
+    tokenizer = loading.load_tokenizer(str(path.resolve()) if is_full else run.model.model)
+    if is_full:
         tuned = load_model(str(path.resolve()), device)
         base = load_model(run.model.model, device) if needs_base else tuned
     else:

@@ -345,6 +345,8 @@ def parse_evaluation(argv: Sequence[str], program: str = "evaluate.py") -> argpa
         check_file(output := Path(arguments.output))
         if arguments.predict and output.exists():
             raise UserError(f"--output {output} exists already: name another file")
+        if arguments.predict and output.suffix.lower() in (".csv", ".tsv", ".parquet"):
+            raise UserError(f"--output {output}: the summaries are JSON Lines: name a .jsonl file")
         if output.exists() and not _holds_scores(output):
             raise UserError(f"--output {output} exists and holds no scores: name another file")
     return arguments

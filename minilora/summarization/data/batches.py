@@ -97,9 +97,10 @@ def _limited(
         return [row + added for row in _tokenize(tokenizer, side, texts)["input_ids"]]
 
     if (used := len(tokenize([before + after])[0])) >= limit:
+        parts, shorter = ("prompt and ", " or shorten the prompt") if before + after else ("", "")
         raise UserError(
-            f"--max-{side}-length {limit}: prompt and special tokens alone take {used}: raise it "
-            "or shorten the prompt"
+            f"--max-{side}-length {limit} (or the model's positions): {parts}special tokens alone "
+            f"take {used}: raise it{shorter}"
         )
     rows, cut = list[list[int]](), 0
     for start in range(0, len(texts), 512):  # not all at once: the tokenizer keeps 120 B a token

@@ -141,7 +141,8 @@ def _example(row: dict[str, object], number: str, dialogue: str, summaries: list
     for name in (dialogue, *given):
         if name not in row:
             raise _no_column(name, row)
-    text = _joined(row[dialogue], f"column {dialogue!r}")
+    value = "" if row[dialogue] is None else row[dialogue]  # one of SAMSum's on the hub is null
+    text = _joined(value, f"column {dialogue!r}").strip()
     if not text:
         raise _EmptyDialogue("empty dialogue")
     references = [_text_of(row[name], f"column {name!r}") for name in given] or [""]

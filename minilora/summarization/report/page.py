@@ -17,7 +17,7 @@ from minilora.files import write_file
 
 from ..errors import counted
 from ..evaluation.compare import Evaluation
-from ..presets import ASSETS
+from ..presets import ASSETS, restored
 from ..settings import GROUPS, in_words
 from .figures import Table, duration, nonsense_note, nonsense_table, score_table
 from .markup import escape, html_table
@@ -71,7 +71,8 @@ def _hash(source: str) -> str:
 
 
 def _title(run: Run) -> str:
-    return f"{run.config.get('model', 'pocket-bart')}, {in_words(run.config)}"
+    model = restored(str(run.config.get("model", "pocket-bart")), run.path)
+    return f"{model}, {in_words(run.config)}"
 
 
 def _lead(run: Run) -> str:

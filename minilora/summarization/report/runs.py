@@ -61,6 +61,8 @@ def read_report(directory: Path) -> Run:
     config = read_object(directory / "config.json")
     if config is None:
         raise UserError(f"{directory} is not a run: it has no config.json")
+    if "model_type" in config:
+        raise UserError(f"{directory} is a model, not a run: name the directory of a run")
     log = _log(directory / "log.jsonl")
     return Run(
         path=directory,

@@ -9,6 +9,7 @@ from typing import Any
 
 from minilora.files import write_file
 
+from ..data.batches import prompt
 from ..errors import counted
 from ..evaluation.rouge import METRICS
 from ..presets import local_path
@@ -79,6 +80,8 @@ def card(run: RunConfig, evaluation: Mapping[str, Any] | None) -> str:
     how = in_words(run.to_dict()) + (f", alpha {run.adapter.alpha:g}." if lora else ".")
     if method == "qlora":
         how += " The base was in four bits: `minilora.quantize(model)` before the adapter."
+    if any(around := prompt(run.data)):
+        how += f" Every dialogue stands between {around[0]!r} and {around[1]!r}."
     return CARD.format(
         library="peft" if directory else "minilora",
         tags=", ".join([*lora, *(f"{kind}-tuning" for kind in virtual)]),

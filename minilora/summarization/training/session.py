@@ -139,9 +139,12 @@ def open_session(run: RunConfig) -> Session:
     origin = fingerprints(splits, model)
     size, accumulate = run.training.batch_size, run.training.accumulate
     origin["batches"] = f"{size} dialogues, {accumulate} a step, seed {run.model.seed}"
+    origin["validation settings"] = validation_settings(run)
     torch.manual_seed(run.model.seed)  # the start of A, then dropout
+    memory = out_of_memory("while the adapter was added", "lower --rank or use --device cpu")
     if adapter:
-        said = apply_start(model, adapter, str(run.adapter.adapter))
+        with memory:
+            said = apply_start(model, adapter, str(run.adapter.adapter))
         if is_own:
             said = [
                 f"--adapter {run.adapter.adapter} is gone: the run's checkpoint is used instead"
@@ -151,11 +154,13 @@ def open_session(run: RunConfig) -> Session:
         notices += said
     elif anew:
         steps = last_step(run.training, len(splits["train"]))
-        minilora.inject(model, method_configs(run, steps))
+        with memory:
+            minilora.inject(model, method_configs(run, steps))
     report = inject_report(model)  # of a full fine-tune: no modules
     if report.modules and ["decoder"] not in (run.adapter.targets, run.adapter.exclude):
         notices += requirements.not_adapted(model)
-    prepare(model, run, autocast_dtype)
+    with out_of_memory("while the model was prepared", "free some memory, or use --device cpu"):
+        prepare(model, run, autocast_dtype)
     keep(model, run, splits, autocast_dtype)
     # The encoder's dropout is off with kept states: a resumed run must be the same in this.
     origin[KEPT] = str(splits["train"].states is not None)
@@ -165,6 +170,15 @@ def open_session(run: RunConfig) -> Session:
     processes.seed_by_rank(run.model.seed)
     parts = (model, tokenizer, splits, report, notices, origin)
     return Session(run, device, autocast_dtype, *parts)
+
+
+def validation_settings(run: RunConfig) -> str:
+    """Scores of two validations can be compared only if these are equal."""
+    training, decoding = run.training, asdict(run.generation)
+    for name in ("beams", "evaluation_batch_size"):  # not used there
+        del decoding[name]
+    chosen = [training.validation_limit, training.validation_beams, rouge_is_installed()]
+    return json.dumps([*chosen, decoding])
 
 
 def tokenized(

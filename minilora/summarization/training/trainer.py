@@ -351,7 +351,7 @@ class Trainer:
         training, rows = self.session.run.training, len(self.session.splits["train"])
         self.origin = origin | now
         changed = [name for name in now if origin.get(name, now[name]) != now[name]]
-        other = {"validation data", "validation tokens"}.intersection(changed)
+        other = [name for name in changed if name.startswith("validation ")]
         if other:
             progress.best = None
         if progress.position and {"batches", "train tokens"}.intersection(changed):
@@ -361,7 +361,8 @@ class Trainer:
         self.last = last_step(training, rows, progress.epoch, begun)
         if progress.step < self.last:
             if other and progress.best_step:
-                notices.append("the validation data changed: the best of the next epochs is saved")
+                what = "the validation data or settings changed"
+                notices.append(f"{what}: the best of the next epochs is saved")
             config = config_of(self.session.model)
             if isinstance(config, AdaLoRAConfig) and config.total_steps != self.last:
                 raise UserError(
