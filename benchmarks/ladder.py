@@ -48,7 +48,7 @@ def note(result: Result, reading: Result | None) -> str:
     """Below the table: what LoRA reaches, and the reading."""
     loras = [row for row in result["rows"] if row["name"].startswith("LoRA")]
     parts = [
-        f"{row['name']} less the first turns: {cell(row['lead'], '+.1f')} points."
+        f"{row['name']} minus the first turns, copied: {cell(row['lead'], '+.1f')} points."
         for row in loras
         if row["name"] == "LoRA r 8"
     ]

@@ -243,7 +243,7 @@ def qlora_quality(result: dict[str, Any]) -> Rows:
     """One row a method: test scores over the seeds."""
     count = len(result["seeds"])
     minutes = "minutes" if result["jobs"] == 1 else "minutes, side by side"
-    head = [f"mean of {count} seeds", "ROUGE-1", "±", "less QLoRA's", "ROUGE-2", "ROUGE-L"]
+    head = [f"mean of {count} seeds", "ROUGE-1", "±", "minus QLoRA's", "ROUGE-2", "ROUGE-L"]
     rows = [[*head, minutes, "peak"]]
     for name, figures in result["means"].items():
         scores = figures["finetuned"]
@@ -329,7 +329,7 @@ def beside_peft(
         ["peak memory of training", *(f"{row['peak_bytes'] / 2**30:.2f} GiB" for row in trained)],
         ["validation loss after training", *(f"{row['validation_loss']:.3f}" for row in trained)],
         [
-            "summarizing with pocket-bart, dialogues per second (PEFT's default: with the loss)",
+            "summarizing with pocket-bart, dialogues per second (Trainer: with the loss)",
             *("–" if speed is None else f"{speed:.1f}" for speed in speeds),
         ],
         [

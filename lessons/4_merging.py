@@ -155,8 +155,8 @@ plt.show()
 # [`benchmarks/merge_latency.py`](../benchmarks/merge_latency.py), with a larger model and an adapter
 # on `q_proj` and `v_proj` only. The printed ratio of a second copy of the base would be 1 without
 # noise: its distance from 1 shows the noise. Right: with subtraction the distance from the base grows
-# over the cycles, although not in each. The weights that differ, mostly small ones, do so by several
-# of their own ulps on average. The flat line is exactly zero.
+# over the cycles, although not in each. Most of the weights that differ are small. On average they
+# differ by several of their own ulps. The flat line is exactly zero.
 #
 # Look at the printed share of the rounding error: its norm divided by that of the update. bfloat16 is
 # coarse: an update of 2% of $W$ is only a few ulps wide. This is the cost of 8 bits for every
