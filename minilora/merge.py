@@ -37,8 +37,7 @@ def merge(model: nn.Module) -> MergeReport:
         >>> [rounding.module for rounding in report.modules], model["q_proj"].merged
         (['q_proj'], True)
     """
-    roundings = merge_layers(_layers(model), _rounding)
-    return MergeReport(tuple(roundings), unmergeable(model))
+    return MergeReport(tuple(merge_layers(_layers(model), rounding_of)), unmergeable(model))
 
 
 def unmerge(model: nn.Module) -> None:
@@ -116,8 +115,10 @@ def _layers(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def _rounding(name: str, layer: LoRALinear) -> Rounding:
+def rounding_of(name: str, layer: LoRALinear, dtype: torch.dtype | None = None) -> Rounding:
+    """What merging cost in a merged layer, and a cast of the sum to `dtype` afterwards."""
     assert layer.original_weight is not None
     wide = torch.float32 if layer.lora_A.device.type == "mps" else torch.float64  # MPS has none
     before = layer.original_weight.to(wide)  # (out, in)
-    return Rounding.of(name, before, layer.merged_weight(before), linears.dense_weight(layer.base))
+    written = linears.dense_weight(layer.base).to(dtype=dtype)
+    return Rounding.of(name, before, layer.merged_weight(before), written)

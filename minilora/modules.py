@@ -41,7 +41,8 @@ def layer_index(name: str, patterns: tuple[str, ...] = ()) -> int | None:
     for pattern in patterns or (r"[^.]*",):
         # Without patterns PEFT requires a dot before the name too: `h.0.attn` has no index.
         start = r"(?:^|.*?\.)" if patterns else r".*?\."
-        if found := re.match(rf"{start}{pattern}\.(?P<index>\d+)\.", name):
+        found = re.match(rf"{start}{pattern}\.(?P<index>\d+)\.", name)
+        if found and found["index"]:  # "a|layers" may match without one, in PEFT too
             return int(found["index"])
     return None
 

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -219,6 +220,23 @@ def test_embeddings_that_peft_saved_after_new_tokens_are_loaded(name: str, tmp_p
     )
 
 
+@pytest.mark.parametrize("whole", [["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_embeddings_that_train_whole_after_new_tokens_are_loaded(
+    whole: list[str], tmp_path: Path
+) -> None:
+    """PEFT then writes each of them thrice, under the names of its wrapper too."""
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole)
+    theirs = peft.get_peft_model(two_more_tokens(llama), settings)
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert any("original_module" in key for key in keys)
+    model = two_more_tokens(llama)
+    assert (outputs(model) - outputs(theirs)).abs().max() > 1e-3
+    minilora.load_adapter(model, tmp_path)
+    torch.testing.assert_close(outputs(model), outputs(theirs), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"modules_to_save": ["embed_tokens"]}])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_base_of_an_adapted_head_is_loaded_as_peft_does(
@@ -351,7 +369,10 @@ def test_rows_of_other_tokens_replace_those_that_were_there(tmp_path: Path) -> N
 def test_rows_of_another_embedding_are_refused_with_advice(tmp_path: Path) -> None:
     for rows, message in (
         ({"lm_head": [1]}, "only rows of the input embeddings train here"),
-        ({"embed_tokens": [1], "lm_head": [1]}, "embed_tokens, lm_head are not one: merge it into"),
+        (
+            {"embed_tokens": [1], "lm_head": [1]},
+            r"several embeddings \(embed_tokens, lm_head\): merge",
+        ),
     ):
         settings = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=rows)
         peft.get_peft_model(llama(), settings).save_pretrained(tmp_path)
@@ -471,7 +492,7 @@ def test_rows_that_the_embeddings_change_do_not_train() -> None:
         weight = model.get_input_embeddings().weight.detach()
         model.set_input_embeddings(kind(*weight.shape, _weight=weight, **more))
         before = State.of(model)
-        with pytest.raises(LoRAError, match=f"is a {kind.__name__}, which changes E's rows"):
+        with pytest.raises(LoRAError, match=f"is a {kind.__name__}, which changes the rows"):
             minilora.inject(model, LoRAConfig(rank=2, token_rows=(3,)))
         before.check(model)
 
@@ -530,9 +551,9 @@ def test_a_model_with_peft_s_adapter_is_refused_and_left_alone(name: str, tmp_pa
     minilora.inject(mine, LoRAConfig(rank=2))
     minilora.save_adapter(mine, tmp_path)
     for model in (wrapped, wrapped.get_base_model()):
-        with pytest.raises(LoRAError, match=r"PEFT's adapter .* take model.unload\(\)"):
+        with pytest.raises(LoRAError, match=r"adapter of PEFT: use .* its unload\(\)"):
             minilora.inject(model, LoRAConfig(rank=2))
-        with pytest.raises(LoRAError, match="PEFT's adapter"):
+        with pytest.raises(LoRAError, match="an adapter of PEFT"):
             minilora.load_adapter(model, tmp_path)
     assert [p.requires_grad for p in wrapped.parameters()] == flags
     assert minilora.inject(wrapped.unload(), LoRAConfig(rank=2)).modules  # as the message says
@@ -541,7 +562,7 @@ def test_a_model_with_peft_s_adapter_is_refused_and_left_alone(name: str, tmp_pa
 def test_a_model_with_peft_s_prompt_is_refused_too() -> None:
     """No layer of it is PEFT's, but every name begins with `base_model.`."""
     prompt = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    with pytest.raises(LoRAError, match="PEFT's adapter"):
+    with pytest.raises(LoRAError, match="an adapter of PEFT"):
         minilora.inject(peft.get_peft_model(llama(), prompt), LoRAConfig(rank=2))
 
 

@@ -221,7 +221,7 @@ def test_where_the_states_below_a_layer_are_not_enough(what: str) -> None:
     targets = {"T5": r".*encoder\.block\.1\..*\.q", "the first layer": ".*q_proj"}
     model = tiny_t5() if what == "T5" else tiny_bart(encoder_layerdrop=0.5 * (what == "LayerDrop"))
     minilora.inject(model, minilora.LoRAConfig(rank=3, targets=targets.get(what, UPPER)))
-    words = "return more than their states" if what == "T5" else "not of the decoder only"
+    words = "return more than their states" if what == "T5" else "trains and is not in the decoder"
     with pytest.raises(UserError, match=words):
         keep_states(model, SOURCES, None, "on")
 
@@ -283,7 +283,9 @@ def test_what_changes_the_encoder_is_refused(
         minilora.load_adapter(model, tmp_path, inference=True)
         assert not any(p.requires_grad for p in model.parameters())
     assert keep_states(model, SOURCES, None) is None
-    with pytest.raises(UserError, match=r"^--cache-encoder on: .* is not of the decoder only"):
+    with pytest.raises(
+        UserError, match=r"^--cache-encoder on: .* trains and is not in the decoder"
+    ):
         keep_states(model, SOURCES, None, "on")
     assert capsys.readouterr().err == ""  # auto: not a word
 
@@ -495,6 +497,17 @@ def test_a_changed_encoder_tokenizer_text_or_truncation_never_meets_an_old_file(
     assert same or changed
 
 
+@pytest.mark.usefixtures("to_disk")
+def test_of_layers_in_four_bits_each_precision_has_its_file(tmp_path: Path) -> None:
+    """Those below an adapter are kept in float32 even if autocast computes them in bfloat16."""
+    for dtype in (None, torch.bfloat16):
+        model = small_bart(0)
+        minilora.quantize(model)
+        minilora.inject(model, minilora.LoRAConfig(rank=3, targets=UPPER))
+        kept(model, dtype, "on", tmp_path)
+    assert len(files(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("part", ["torch", "transformers"])
 def test_another_version_of_a_library_has_another_file(
     part: str, monkeypatch: pytest.MonkeyPatch
@@ -561,11 +574,11 @@ def test_without_room_it_is_refused_with_the_reason(
     if what == "the disk":
         usage = shutil.disk_usage(tmp_path)._replace(free=5)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        reason = f"its states take 0.0 GB, and {tmp_path} has 0.0 GB left"
+        reason = f"the states take 0.0 GB, and {tmp_path} has 0.0 GB left"
+        reason += ": use --cache-directory for another disk, or --cache-encoder off"
     else:
         monkeypatch.setattr(state_files, "ON_DISK", 5)
-        reason = "its states take 0.0 GB, at most 0 GB are kept"
-    reason += ": use --cache-directory for another disk, or --cache-encoder off"
+        reason = "the states take 0.0 GB, at most 0 GB are kept: use --cache-encoder off"
     model = frozen()
     with pytest.raises(UserError, match=f"^--cache-encoder on: {reason}$"):
         keep_states(model, SOURCES, None, "on", tmp_path)

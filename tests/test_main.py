@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -40,6 +42,7 @@ from minilora.__main__ import inspection, main
 from minilora.peft_format.apply import adapter_of
 from minilora.summarization import cli
 from tests.conftest import ARCHITECTURES, adapted, logits
+from tests.helpers import byte_level_bpe
 
 
 @pytest.fixture
@@ -99,7 +102,7 @@ def test_merge_writes_what_plain_transformers_loads(
     printed, err = capsys.readouterr()
     assert "it/s" not in err, "a stray progress bar"
     assert "modules merged; rounding error at most" in printed
-    assert "outputs on a sample" in printed
+    assert "on a sample the checkpoint's outputs differ" in printed
 
     merged = load(architecture, tmp_path / "out")
     plain = load(architecture, base)
@@ -127,12 +130,50 @@ def test_merge_rounds_once_into_the_dtype_asked_for(
         assert torch.equal(written[key], tensor.to(dtype))
 
 
-def test_merge_keeps_the_dtype_of_the_base(tmp_path: Path) -> None:
+def test_merge_keeps_the_dtype_of_the_base(tmp_path: Path, capsys: Any) -> None:
+    """The report is of the file: in bfloat16 more is lost than in float32."""
     base = save_base("bart", tmp_path / "base", torch.bfloat16)
     adapter = save_adapted("bart", base, tmp_path / "adapter")
+    lost = []
+    for dtype in ("fp32", "bf16"):
+        assert run("merge", adapter, tmp_path / dtype, "--dtype", dtype) == 0
+        found = re.search(r"at most (\S+) of an update lost", capsys.readouterr().out)
+        assert found
+        lost.append(float(found[1]))
+    assert lost[1] > 100 * lost[0] > 0
     assert run("merge", adapter, tmp_path / "out") == 0
     written = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
     assert {tensor.dtype for tensor in written.state_dict().values()} == {torch.bfloat16}
+
+
+def test_merge_writes_a_tokenizer_that_pads_with_nothing(tmp_path: Path, capsys: Any) -> None:
+    """Those of most causal models have no padding token."""
+    base = save_base("llama", tmp_path / "base")
+    tokenizer = byte_level_bpe()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    adapter = save_adapted("llama", base, tmp_path / "adapter")
+    assert run("merge", adapter, tmp_path / "out") == 0
+    assert "note:" not in capsys.readouterr().err
+    written = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert written.pad_token is None
+    assert written("Ann").input_ids == tokenizer("Ann").input_ids
+
+
+def test_merge_says_that_it_takes_the_latest_revision(
+    base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    adapter = save_adapted("bart", base, tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps(entries | {"revision": "abc"}))
+    assert run("merge", adapter, tmp_path / "out") == 0
+    said = f"note: the adapter's base is revision abc of {base}, and the latest one is used: "
+    assert said in capsys.readouterr().err
+    path.write_text(json.dumps(entries | {"init_lora_weights": "loftq", "auto_mapping": None}))
+    assert run("merge", adapter, tmp_path / "new") == 2
+    assert f"{adapter} was started by PEFT's LoftQ: quantize" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_merge_adds_the_tied_head_that_the_base_s_config_does_not_name(tmp_path: Path) -> None:
@@ -220,7 +261,7 @@ def test_merge_compares_what_images_and_sounds_give(
     minilora.inject(model, minilora.LoRAConfig(rank=2, task_type="SEQ_CLS", init="random"))
     minilora.save_adapter(model, tmp_path / "adapter")
     assert run("merge", tmp_path / "adapter", tmp_path / "out", "--model", tmp_path / "base") == 0
-    assert "outputs on a sample, unmerged and from the checkpoint" in capsys.readouterr().out
+    assert "on a sample the checkpoint's outputs differ from those of" in capsys.readouterr().out
     merged = type(model).from_pretrained(tmp_path / "out").state_dict()
     wanted = minilora.unwrap(model).state_dict()
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in merged.items())

@@ -127,7 +127,7 @@ def test_nor_where_it_runs_out_while_the_rounding_is_measured(
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(sys.modules["minilora.merge"], "_rounding", fail)
+    monkeypatch.setattr(sys.modules["minilora.merge"], "rounding_of", fail)
     before = State.of(model)
     with pytest.raises(torch.OutOfMemoryError):
         minilora.merge(model)

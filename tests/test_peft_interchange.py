@@ -394,7 +394,7 @@ def test_keys_may_contain_the_adapter_s_name(name: str, tmp_path: Path) -> None:
     check_close(exact_logits(ours), exact_logits(theirs), logits(case.build()))
     raw |= {key.replace("default", "other"): tensor + 1 for key, tensor in raw.items()}
     save_file(raw, tmp_path / WEIGHTS_FILE, {"format": "pt"})
-    with pytest.raises(minilora.LoRAError, match="holds several adapters: leave the keys of one"):
+    with pytest.raises(minilora.LoRAError, match="holds several adapters: keep the keys of one"):
         load_in_ours(case, tmp_path)
 
 
@@ -517,6 +517,16 @@ def test_starts_that_rewrote_the_base_are_refused(init: str, tmp_path: Path) -> 
     path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
     with pytest.raises(minilora.LoRAError, match=f"{init}.*path_initial_model_for_weight_conv"):
         minilora.read_adapter(directory)
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_what_peft_converted_is_accepted(init: str, tmp_path: Path) -> None:
+    """The entry of the start stays in the file, with `init_lora_weights: true`."""
+    directory = peft_directory(CASES["list"], tmp_path)
+    expected = logits(load_in_ours(CASES["list"], directory))
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {f"{init}_config": {"a": 1}}))
+    assert torch.equal(logits(load_in_ours(CASES["list"], directory)), expected)
 
 
 def test_loftq_belongs_to_a_quantized_base(tmp_path: Path) -> None:

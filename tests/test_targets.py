@@ -56,6 +56,7 @@ def test_names_match_at_the_end_and_an_expression_the_whole(
         ("model.layers.3.q", ("h", "layers"), 3),
         ("model.layers.3.q", ("h",), None),
         ("model.layers.3.q", ("(layers|h)",), 3),
+        ("model.x.3.q", ("x|layers",), None),  # the expression is not in a group: as in PEFT
         ("model.layers.3", (), None),
         ("model.q", (), None),
     ],

@@ -102,7 +102,9 @@ class SavePretrained(Extra):
             LoRAError: as in `save_adapter`; the model is sharded, or an upload is asked for.
         """
         if is_sharded(self.model) or more.get("push_to_hub"):
-            raise LoRAError("call minilora.save_adapter, after fully_shard in every process")
+            what = "save_pretrained cannot write a sharded model or upload"
+            advice = "call minilora.save_adapter, after fully_shard in every process"
+            raise LoRAError(f"{what}: {advice}")
         if is_main_process:
             save_adapter(self.model, save_directory)
 
@@ -234,7 +236,9 @@ def _check_fit(
     def explain(key: str) -> str:
         for name in keys.modules_of([key]):  # one, or none
             if name not in named:
-                older = "; PEFT knows older names: save it there" * ("language_model" in str(known))
+                older = "; PEFT knows older names: save it again there" * (
+                    "language_model" in str(known)
+                )
                 return f": no such module{nearest(name, known, 1)}{older}"
             if name not in known:
                 return f": a {type(named[name]).__name__}, not a linear layer"
@@ -248,7 +252,7 @@ def _check_fit(
             problems.append(f"{key} does not fit {dtype}: load the model in float32")
     for name in targeted if config.init == "loftq" else ():
         if linears.is_mergeable(named[name]):
-            problems += [f"{name} must be quantized to 4 bits for LoftQ: call minilora.quantize"]
+            problems += [f"{name} must be quantized to 4 bits for LoftQ, as in training"]
     keys.refuse("the adapter does not fit the model", problems)
     selected = {name: named[name] for name in adapter.modules}
     check_modules(model, selected)
@@ -303,4 +307,5 @@ def _compare_base(trained: str | None, loaded: str | None) -> str | None:
     """A notice if the names differ. No error: a name may be a directory of another machine."""
     if not trained or not loaded or PurePath(trained).name == PurePath(loaded).name:
         return None
-    return f"the adapter was trained on {trained}, but this model is {loaded}: compare the weights"
+    advice = "check that they are the same model"
+    return f"the adapter was trained on {trained}, but this model is {loaded}: {advice}"

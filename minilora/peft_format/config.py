@@ -37,7 +37,7 @@ OTHER_INITS = dict.fromkeys(('"eva"', '"orthogonal"', '"mica"'), "kaiming")
 IGNORED = {
     "peft_type", "peft_version", "r", "base_model_name_or_path", "revision", "auto_mapping",
     "inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config",
-    "loftq_config", "eva_config",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
 ADVICE = "merge it into the base with PEFT (merge_and_unload) where PEFT can, else use it with PEFT"
 
@@ -95,11 +95,14 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
     values["targets"] = values.get("targets") or modules
     if isinstance(rows := values.get("token_rows"), Mapping):
         if len(rows) > 1:
-            raise LoRAError(f"trainable_token_indices: {', '.join(rows)} are not one: {ADVICE}")
+            several = ", ".join(rows)
+            raise LoRAError(
+                f"trainable_token_indices names several embeddings ({several}): {ADVICE}"
+            )
         (values["token_rows"],) = rows.values()  # the tensor's name identifies the embedding
     values["init"] = _init_from_peft(values["init"])
     if values["init"] == "loftq" and (entries.get("loftq_config") or LOFTQ) != LOFTQ:
-        raise LoRAError(f"loftq_config must be {LOFTQ}: the base is NF4 after it")
+        raise LoRAError(f"loftq_config must be {LOFTQ}: no other is supported")
     config: LoRAConfig = kind.config(**values)
     for name in config.also_train:  # PEFT puts it into this expression
         check_regex("modules_to_save", name, r"(^|.*\.){}($|\..*)")

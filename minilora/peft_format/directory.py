@@ -30,8 +30,9 @@ NAMED = re.compile(
     r"(\.lora_[ABE]|\.lora_magnitude_vector|_tokens_delta|\.modules_to_save)\.(?!weight|bias)[^.]+"
 )
 """The adapter's name in a key, ".default" in most; PEFT takes it out when it saves."""
-REPEATED = re.compile(r"\.(original_module|modules_to_save)(?=\..*bias$)")
-"""With bias="all" PEFT writes the biases of whole modules thrice; the plain name is trained."""
+REPEATED = re.compile(r"\.(original_module|modules_to_save)(?=\..*(bias|weight)$)")
+"""PEFT writes a whole module thrice: its biases with bias="all", its weight if it is an embedding
+that was resized. The plain name is trained."""
 
 
 @dataclass(frozen=True)
@@ -250,10 +251,12 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         held = safetensors.torch.load_file(directory / WEIGHTS_FILE)
     except FileNotFoundError:
         what = f"{WEIGHTS_FILE}: no such file. An adapter_model.bin is a pickle, which can run any"
-        raise LoRAError(f"{what} code: if you trust it, make it safetensors with PEFT") from None
+        raise LoRAError(
+            f"{what} code: if you trust it, convert it to safetensors with PEFT"
+        ) from None
     except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise LoRAError(f"{WEIGHTS_FILE} is damaged: {error}") from None
     found = {NAMED.sub(r"\1", k).replace("_vector.weight", "_vector"): t for k, t in held.items()}
     if len(found) < len(held):
-        raise LoRAError(f"{WEIGHTS_FILE}: holds several adapters: leave the keys of one in it")
+        raise LoRAError(f"{WEIGHTS_FILE}: holds several adapters: keep the keys of one only")
     return {k: t for k, t in found.items() if (p := REPEATED.sub("", k)) == k or p not in found}

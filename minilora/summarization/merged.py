@@ -3,6 +3,7 @@
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from transformers import PreTrainedModel
 import minilora
 from minilora.config import LoRAError
 from minilora.conventions import HEADS
+from minilora.inject import lora_layers, merge_layers
+from minilora.merge import rounding_of
 from minilora.peft_format.apply import apply_adapter
 from minilora.peft_format.directory import Adapter
+from minilora.reports import MergeReport
 
 from .errors import UserError
 from .evaluation.generate import generate_arguments
@@ -66,8 +70,8 @@ def write(
         new = Path(folder) / "model"
         _write_merged(new, name, adapter, base["method"] == "qlora", dtype, run)
         if place == out:
-            for path in new.iterdir():
-                path.replace(out / path.name)
+            for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
+                path.replace(out / path.name)  # config.json last: without it this is no model
         else:
             new.replace(out)
 
@@ -96,17 +100,17 @@ def _write_merged(
     print(apply_adapter(model, adapter, inference=True))
     sample = _sample(model)
     before = _outputs(model, sample) if sample else None
-    if not four_bits:
-        print(minilora.merge(model))
-    minilora.unwrap(model, dequantize=four_bits)
-
     dtype = dtype or stored
+    if not four_bits:
+        measure = partial(rounding_of, dtype=dtype)  # of the weights in the file
+        print(MergeReport(tuple(merge_layers(lora_layers(model), measure))))
+    minilora.unwrap(model, dequantize=four_bits)
     torch.nn.Module.to(model, dtype)
     try:
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, pads=run is not None)
         tokenizer.save_pretrained(new)
-    except UserError:
-        print(f"note: {name} has no tokenizer to write beside the model", file=sys.stderr)
+    except UserError as error:
+        print(f"note: no tokenizer is written beside the model: {error}", file=sys.stderr)
     else:
         if run:
             for notice in requirements.check(model, tokenizer, name):
@@ -118,7 +122,8 @@ def _write_merged(
     written = _load(str(new))[0]  # read back from disk
     if sample and before is not None:
         apart = (_outputs(written, sample) - before).abs().max().item()
-        print(f"outputs on a sample, unmerged and from the checkpoint: {apart:.2g} apart")
+        said = "on a sample the checkpoint's outputs differ from those of base and adapter"
+        print(f"{said} by at most {apart:.2g}")
         exact = dtype == torch.float32
         bound = 1e-3 * before.abs().max().item() if exact else sys.float_info.max
         if not apart <= bound:  # NaN too, where 16 bits do not hold a weight

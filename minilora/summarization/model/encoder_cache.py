@@ -46,7 +46,7 @@ from .state_files import make_room, only_one, read_states, write_states
 
 ROWS = 8  # dialogues in a batch, fastest on a CPU; another size changes the last bits of the states
 IN_MEMORY = 2**30  # bytes
-DECODER_ONLY = "name targets, and places of a prefix, in the decoder"
+DECODER_ONLY = "choose targets, and places of a prefix, in the decoder"
 
 Source = tuple[int, ...]
 """A dialogue's token ids, after prompt and truncation."""
@@ -138,7 +138,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
         allowed |= {id(p) for layer in layers_of(model)[k:] for p in layer.parameters()}
     for name, parameter in _trained(model):
         if id(parameter) not in allowed:
-            return f"{name} is not of the decoder only: {DECODER_ONLY}"
+            return f"{name} trains and is not in the decoder: {DECODER_ONLY}"
     return None
 
 
@@ -184,7 +184,7 @@ def _keep(
     if size <= IN_MEMORY and processes.world_size() == 1:
         copies = map(torch.clone, _computed(model, order, dtype, kept, k))
         return EncoderStates(dict(zip(order, copies, strict=True)), encoder, None, k)
-    path = place / f"{fingerprint(encoder, order, kept, model.device)}.safetensors"
+    path = place / f"{fingerprint(encoder, order, (kept, dtype), model.device)}.safetensors"
 
     def write() -> None:
         with only_one(place):

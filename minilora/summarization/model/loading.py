@@ -115,8 +115,12 @@ def check_complete(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -
         )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, pads: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer in the model's directory.
+
+    Args:
+        name: of the model.
+        pads: it must have a padding token.
 
     Raises:
         UserError: there is none.
@@ -127,7 +131,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     # Where the files are missing, transformers 5 makes a tokenizer without words.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise UserError(f"model {name}: there is no tokenizer: add its files (tokenizer.json, ...)")
-    if tokenizer.pad_token_id is None:
+    if pads and tokenizer.pad_token_id is None:
         raise UserError(f"model {name}: its tokenizer has no pad token: set pad_token and save it")
     return tokenizer
 
@@ -250,7 +254,7 @@ def _locate(name: str) -> tuple[str, bool]:
             )
         return str(path.resolve()), True
     if path.exists() or not re.fullmatch(hub.REPOSITORY, name):
-        raise UserError(f"model {name}: no such directory; --model says where it is")
+        raise UserError(f"model {name}: no such directory; give its path with --model")
     return name, False
 
 

@@ -1,5 +1,6 @@
 """--adapter: the adapter that a run starts from. It decides the run's adapter settings."""
 
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import minilora
 from minilora import Adapter, LoRAConfig
 from minilora.methods import AdaLoRAConfig
 from minilora.peft_format.apply import apply_adapter
+from minilora.peft_format.keys import CONFIG_FILE
 
 from ..errors import UserError
 from ..files import read_object
@@ -31,13 +33,29 @@ def run_of(directory: Path) -> Path:
 
 
 def base_of(directory: Path, adapter: Adapter) -> dict[str, str]:
-    """The base model and the method of an adapter, from its run's settings or from its own file."""
+    """The base model and the method of an adapter, from its run's settings or from its own file.
+
+    Raises:
+        UserError: PEFT's LoftQ started it.
+    """
     run = run_of(directory)
     settings = read_object(run / "config.json") or {}
     # An adapter that started from LoftQ belongs to a base in four bits.
     method = settings.get("method") or ("qlora" if adapter.config.init == "loftq" else "lora")
     if model := settings.get("model"):
         return {"model": restored(str(model), run), "method": str(method)}
+    entries = read_object(directory / CONFIG_FILE) or {}
+    if method == "qlora" and "auto_mapping" in entries:  # an entry that only PEFT writes
+        raise UserError(
+            f"{directory} was started by PEFT's LoftQ: quantize the model in Python, as in "
+            "troubleshooting.md"
+        )
+    if revision := entries.get("revision"):
+        print(
+            f"note: the adapter's base is revision {revision} of {adapter.base_model}, and the "
+            "latest one is used: download that revision and pass --model DIR",
+            file=sys.stderr,
+        )
     return {"method": str(method)} | ({"model": adapter.base_model} if adapter.base_model else {})
 
 
