@@ -75,7 +75,7 @@ class LoRAConfig:
         init: "kaiming" (A Kaiming-uniform, B zero), "gaussian" (A normal, B zero), "random"
             (both Kaiming-uniform: the model's output changes at once; for tests), "loftq" (the
             base is quantized to NF4, and s B A starts as an approximation of the error), or "pissa"
-            (from the largest singular values of W, which leave the base: `methods/pissa.py`).
+            (from the largest singular values of W; the output does not change: `methods/pissa.py`).
         task_type: PEFT's task type, such as "SEQ_2_SEQ_LM"; stored in the adapter's file.
         prompts: configurations of a prompt and a prefix, which adapt no layer; `inject` sets them
             when it gets a list.

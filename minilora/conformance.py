@@ -455,7 +455,7 @@ def cases(make: Callable[..., nn.Module], linear: Any = nn.Linear, **how: Any) -
         One test for each invariant: called, it passes, raises AssertionError or skips.
 
     Raises:
-        TypeError: make gives no module.
+        TypeError: make returns no module.
 
     Example:
         >>> from minilora import LoRALinear
@@ -474,7 +474,7 @@ def check(make: Callable[..., nn.Module], **how: Any) -> Report:
     Args:
         make: (linear, rank, alpha, dropout) -> the layer, a module that holds linear or a copy of
             it. It may raise unittest.SkipTest, if it cannot do that, such as dropout.
-        how: what the kit cannot find itself, by name:
+        how: what `check` cannot find itself, by name:
             linear: (in, out) -> the layer that make is given; default `torch.nn.Linear`.
             merge, unmerge: functions of the layer (default: its method of that name). Either may
                 return another module.
@@ -487,7 +487,7 @@ def check(make: Callable[..., nn.Module], **how: Any) -> Report:
         The report: it prints, and `report.named("failed")` is empty if nothing failed.
 
     Raises:
-        TypeError: make gives no module, or an argument has another name.
+        TypeError: make returns no module, or an argument has another name.
 
     Example:
         >>> from minilora import LoRALinear

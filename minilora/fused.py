@@ -9,7 +9,8 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 CASTS = WeakTensorKeyDictionary()
 """x -> its state, and a weak reference to its cast: `_cast_once`."""
-CHANGED = "\nAn adapted layer's input changed in place. With dropout, set LoRALinear.fused = False"
+CHANGED = "\nAn adapted layer's input changed in place: write x = x + layer(x). With dropout, \
+LoRALinear.fused = False allows it"
 
 
 def can_fuse(y: Tensor, x: Tensor) -> bool:

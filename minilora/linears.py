@@ -75,6 +75,6 @@ def adapter_placement(base: nn.Module) -> tuple[torch.device, torch.dtype]:
         raise LoRAError(f"{cannot}: its weight is computed by a parametrization: remove it")
     weight = dense_weight(base)
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        what = "they must be real and of 16 bits or more; dequantize them or use minilora.quantize"
+        what = "they must be floating point of 16 bits or more; load the model unquantized"
         raise LoRAError(f"{cannot} with {weight.dtype} weights: {what}")
     return weight.device, torch.promote_types(weight.dtype, torch.float32)

@@ -54,9 +54,10 @@ class TrainingReport:
     def __str__(self) -> str:
         least = min(self.moved.values(), default=0.0)
         count = "1 tensor trains" if len(self.moved) == 1 else f"{len(self.moved)} tensors train"
-        share = "all" if least == 1 else f"at least {least:.0%}"
-        same = "the base changed" if self.base_changed else "the base is bit for bit what it was"
-        text = f"{self.steps} step{'s' * (self.steps != 1)}: {count}, {share} of each moved; {same}"
+        share = "all entries" if least == 1 else f"at least {least:.0%} of the entries"
+        same = "the base changed" if self.base_changed else "the base is unchanged"
+        steps = f"{self.steps} step{'s' * (self.steps != 1)}"
+        text = f"{steps}: {count}, {share} of each changed; {same}"
         return "\n  ".join([text, *self.problems])
 
 
@@ -89,7 +90,7 @@ def verify_training(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
         ...         model["q_proj"](torch.ones(8)).sum().backward()
         ...         optimizer.step()
         >>> print(report)
-        2 steps: 2 tensors train, at least 0% of each moved; the base is bit for bit what it was
+        2 steps: 2 tensors train, at least 0% of the entries of each changed; the base is unchanged
           not in optimizer: q_proj.lora_A
           not moved: q_proj.lora_A
     """

@@ -149,7 +149,9 @@ def test_on_is_refused_in_one_line_where_the_encoder_trains(
     run = flags(folder, "--cache-encoder", "on", "--output", tmp_path / "run", *more)
     assert train_main(run) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    advice = "is not of the decoder only: name targets, and places of a prefix, in the decoder"
+    advice = (
+        "trains and is not in the decoder: choose targets, and places of a prefix, in the decoder"
+    )
     assert re.fullmatch(rf"train\.py: --cache-encoder on: \S+ {advice}", line)
     assert not (tmp_path / "run").exists()
 

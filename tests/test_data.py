@@ -113,7 +113,7 @@ def test_missing_validation_is_held_out(tmp_path: Path) -> None:
     assert held_out.isdisjoint(example.id for example in found["train"])
     assert len(found["train"]) + len(held_out) == 1000
     assert len(found["test"]) == 3
-    assert "no validation data: held out of" in notices
+    assert "no validation data: rows of" in notices
     assert load(tmp_path, "validation")[0]["validation"] == found["validation"]
 
 
@@ -121,7 +121,7 @@ def test_one_file_is_divided_for_good(tmp_path: Path) -> None:
     """Rows that come later, in front or behind, move no other row to another split."""
     path = write(tmp_path / "all.jsonl", as_jsonl(rows(500)))
     before, notices = load(path)
-    assert "no validation and test data: held out of" in notices
+    assert "no validation and test data: rows of" in notices
     assert sum(map(len, before.values())) == 500
     write(path, as_jsonl([*rows(100, 1000), *rows(500), *rows(100, 2000)]))
     after, _ = load(path)
@@ -180,8 +180,8 @@ def test_samsum(samsum: Path) -> None:
     empty, *twice = notices.split("\n")
     assert empty.endswith("train.json row 6055 (id 13828807): empty dialogue, left out")
     assert twice == [
-        "validation: 47 dialogues of 818 also in the training data",
-        "test: 42 dialogues of 819 also in the training data",
+        "validation: 47 dialogues of 818 are also in the training data",
+        "test: 42 dialogues of 819 are also in the training data",
     ]
     assert not any("\r" in e.dialogue + e.summary for part in found.values() for e in part)
 

@@ -682,7 +682,7 @@ def test_what_one_finds_out_all_know(tmp_path: Path) -> None:
                 processes.run_on_all(fail)
 
             processes.require_same({"a": 1})
-            with pytest.raises(UserError, match="process 2 of 3 has other b than process 0"):
+            with pytest.raises(UserError, match="process 2 of 3 and process 0 differ in b"):
                 processes.require_same({"a": 1, "b": rank == 2})
         return 0
 

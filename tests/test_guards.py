@@ -298,7 +298,7 @@ def test_another_torch_or_precision_is_noted(
     assert train_main(["--resume", str(run)]) == 0
     assert f"{name} 1.0" not in capfd.readouterr().err  # no step is taken
     assert train_main(["--resume", str(run), "--epochs", "2", "--accept-changes"]) == 0
-    said = f"note: {name} 1.0 began this run, {now} continues it: the "
+    said = f"note: the run began with {name} 1.0 and continues with {now}: the "
     assert said in capfd.readouterr().err
 
 

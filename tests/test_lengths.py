@@ -42,7 +42,7 @@ def test_lengths_fit_the_references(name: str) -> None:
     assert (found.min_length, found.max_length, found.length_penalty) == wanted
     assert len(notices) == (found != before)
     for name in ("min_length", "max_length", "length_penalty"):
-        said = f"--{name.replace('_', '-')} {getattr(found, name)} instead of"
+        said = f"--{name.replace('_', '-')} is {getattr(found, name)} instead of"
         assert (getattr(found, name) != getattr(before, name)) == any(said in n for n in notices)
     assert fit_lengths(found, list(lengths), typed) == (found, [])  # a resumed run says no more
 
@@ -66,7 +66,7 @@ def test_a_run_says_once_which_lengths_and_rate_it_takes(
     settings = json.loads((tmp_path / "run/config.json").read_text())
     assert settings["min_length"] < 56
     assert settings["length_penalty"] == 1.0
-    assert f"--min-length {settings['min_length']} instead of 56" in err
+    assert f"--min-length is {settings['min_length']} instead of 56" in err
     generation = json.loads((tmp_path / "run/evaluation.json").read_text())["generation"]
     assert generation["min_length"] == settings["min_length"]
 
@@ -133,7 +133,7 @@ def test_whole_modules_train_in_float32_beside_a_base_in_half_precision() -> Non
 def test_a_learning_rate_of_a_preset_is_said_to_be_that_of_its_own_model() -> None:
     run = RunConfig()
     run.training.learning_rate = 0.004
-    said = "--learning-rate 0.004 is that of the preset pocket, measured with its own model and"
+    said = "--learning-rate 0.004 is that of the preset pocket, chosen for its own model and"
     assert [said in notice for notice in _fit(run, [20] * 50)][-1]
     run.typed = frozenset({"learning_rate"})
     assert not any(said in notice for notice in _fit(run, [20] * 50))

@@ -116,7 +116,7 @@ def test_it_is_merged_and_inspected(
     folder: Path, runs: dict[str, Path], tmp_path: Path, capsys: Any, name: str
 ) -> None:
     assert main(["merge", str(runs[name]), str(tmp_path / "merged")]) == 0
-    assert "outputs on a sample" in capsys.readouterr().out
+    assert "on a sample the checkpoint's outputs" in capsys.readouterr().out
     assert main(["inspect", str(runs[name])]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("AdaLoRA" if name == "adalora" else "LoRA")

@@ -122,7 +122,7 @@ def test_a_run_that_moved_alone_says_where_its_base_is_missing(project: Path, ca
     missing = Path("alone/../../bart").resolve()
     found = capfd.readouterr().err.removeprefix("evaluate.py: model ").partition(":")
     assert Path(found[0]).resolve() == missing
-    assert found[2] == " no such directory; --model says where it is\n"
+    assert found[2] == " no such directory; give its path with --model\n"
     assert evaluate_main(["alone", "--text", "chat.txt", "--model", str(project / "bart")]) == 0
 
 

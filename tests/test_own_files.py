@@ -537,7 +537,7 @@ def test_files_named_one_by_one(tmp_path: Path) -> None:
     del files["validation_file"]
     found, notices = load("bookings", **files)  # --data has validation data, which are others
     assert [len(found[split]) for split in ("train", "validation", "test")] == [4, 1, 2]
-    assert f"held out of {tmp_path / 'a.tsv'}" in notices
+    assert f"rows of {tmp_path / 'a.tsv'} are held out" in notices
     with pytest.raises(UserError, match=r"nothing\.csv: no such file"):
         load("bookings", train_file=str(tmp_path / "nothing.csv"))
     with pytest.raises(UserError, match=r"notes\.txt: not a data file"):
@@ -548,5 +548,5 @@ def test_rows_that_stand_in_training_are_counted(tmp_path: Path) -> None:
     put(tmp_path / "train.jsonl", rows(9))
     put(tmp_path / "validation.jsonl", rows(3, 100))
     put(tmp_path / "test.jsonl", rows(4, 7))
-    assert load(tmp_path)[1] == "test: 2 dialogues of 4 also in the training data"
+    assert load(tmp_path)[1] == "test: 2 dialogues of 4 are also in the training data"
     assert load(tmp_path, "test")[1] == ""  # training is not read for that

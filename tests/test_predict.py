@@ -330,7 +330,7 @@ def test_a_finished_run_is_decoded_in_another_way(here: Path) -> None:
 def test_a_length_beyond_the_positions_is_cut_and_said(here: Path, capfd: Any) -> None:
     write(here / "one.txt", b"Ann: hi")
     assert evaluate_main(["run", "--text", "one.txt", "--max-length", "500"]) == 0
-    note = "note: --max-length 500 is cut to 64, the positions of the model\n"
+    note = "note: --max-length 500 is cut to 64, the model's limit\n"
     assert capfd.readouterr().err == note
 
 

@@ -357,8 +357,9 @@ def test_a_merged_model_is_scored(here: Path, capfd: Any, monkeypatch: Any) -> N
     said = capfd.readouterr()
     assert said.out == f"{printable(row['finetuned']).strip()}\n"
     assert said.err == (
-        "note: merged is not a run: without flags there is no prompt, and the lengths are those of "
-        "the preset pocket: --max-source-length 512 --min-length 9 --max-length 12\n"
+        "note: merged is not a run: unless flags say otherwise, no text is put before or after a "
+        "dialogue, and the lengths are the preset pocket's: --max-source-length 512 "
+        "--min-length 9 --max-length 12\n"
     )
     for flags in ([], ["--text", "chat.txt", "--base"]):
         assert evaluate_main(["merged", *flags]) == 2

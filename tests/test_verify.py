@@ -62,7 +62,7 @@ def test_steps_that_are_right_are_reported_as_right() -> None:
         f"{layer}.lora_{factor}": 1.0 for layer in ("first", "second") for factor in "AB"
     }
     assert str(report) == (
-        "3 steps: 4 tensors train, all of each moved; the base is bit for bit what it was"
+        "3 steps: 4 tensors train, all entries of each changed; the base is unchanged"
     )
 
 

@@ -219,7 +219,7 @@ def test_a_prompt_leaves_its_positions_to_itself(folder: Path, tmp_path: Path) -
         (["--with", "prompt", "--method", "prefix"], "--with is for LoRA, not --method prefix"),
         (
             ["--lora-plus-ratio", "4", "--method", "prompt"],
-            "--lora-plus-ratio requires an adapter of LoRA",
+            "--lora-plus-ratio requires --method lora, qlora or adalora",
         ),
         (["--virtual-tokens", "0"], "--virtual-tokens must be above 0, not 0"),
         (["--method", "prefix", "--prefix-places", "heart"], "places must be some of encoder"),

@@ -174,7 +174,7 @@ def test_a_disk_that_is_really_read_only(folder: Path, tmp_path: Path, capfd: An
         new = flags(folder, tmp_path / "disk" / "new")
         for argv, what in ((["--resume", str(run)], "/run"), (new, "")):
             assert train_main(argv) == 2
-            check_one_line(capfd.readouterr().err, f"disk{what} may not be written to: ")
+            check_one_line(capfd.readouterr().err, f"disk{what} is not writable: ")
         subprocess.run([*remount[:2], "remount,rw", remount[-1]], check=True)
         check_ends_the_same(run, folder / "whole")
 
@@ -192,7 +192,7 @@ def test_no_model_is_loaded_for_a_directory_that_cannot_be_written(
         (common, "runs", "name another directory with --output"),
     ):
         assert train_main(argv) == 2
-        check_one_line(capfd.readouterr().err, what, " may not be written to: ", advice)
+        check_one_line(capfd.readouterr().err, what, " is not writable: ", advice)
 
 
 def test_a_new_run_that_cannot_be_begun(

@@ -178,7 +178,8 @@ def check_linear(name: str, module: nn.Module, shared_with: Sequence[str] = ()) 
     if weight.is_meta and hasattr(module, "_hf_hook"):  # of accelerate, which copies it for calls
         raise LoRAError(f"quantize: {name} is offloaded: load the model onto one device")
     if not weight.is_meta and not weight.float().isfinite().all():
-        raise LoRAError(f"quantize: {name} holds values that are not finite in float32; exclude it")
+        what = "holds values that are not finite in float32"
+        raise LoRAError(f"quantize: {name} {what}: get the model's file again")
     return module
 
 

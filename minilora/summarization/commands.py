@@ -223,10 +223,11 @@ def score(arguments: argparse.Namespace) -> int:
         raise UserError(f"{directory} is a model: name its base with --model BASE")
     if _is_alone(directory):
         source, lengths = run.data.max_source_length, run.generation
+        limits = f"--min-length {lengths.min_length} --max-length {lengths.max_length}"
         said = (
-            f"{directory} is not a run: without flags there is no prompt, and the lengths are "
-            f"those of the preset {run.preset}: --max-source-length {source} "
-            f"--min-length {lengths.min_length} --max-length {lengths.max_length}"
+            f"{directory} is not a run: unless flags say otherwise, no text is put before or after "
+            f"a dialogue, and the lengths are the preset {run.preset}'s: "
+            f"--max-source-length {source} {limits}"
         )
         _print([said])
     if not (trained := _trained(directory, run)).exists():

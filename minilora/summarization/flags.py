@@ -74,9 +74,7 @@ def training_parser(program: str = "train.py") -> Parser:
     what = "Fine-tune an encoder-decoder to summarize dialogues, and compare it with its base."
     usage = f"{command(program)} [--preset NAME] [--FLAG VALUE ...]"
     parser = Parser(prog=program, description=what, usage=usage, argument_default=argparse.SUPPRESS)
-    _add_preset(
-        parser, f"start from these settings; other flags override them: {', '.join(PRESETS)}"
-    )
+    _add_preset(parser, f"named settings; other flags override them: {', '.join(PRESETS)}")
     for kind in GROUPS.values():
         _add_settings(parser, kind)
     return parser
@@ -366,7 +364,7 @@ def _require_writable(directory: Path, what: str, instead: str) -> None:
     place = directory.resolve()
     folder = next(path for path in (place, *place.parents) if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        why = "may not be written to" if folder.is_dir() else "is a file"
+        why = "is not writable" if folder.is_dir() else "is a file"
         raise UserError(f"{what}: {folder} {why}: {instead}")
 
 

@@ -50,5 +50,5 @@ def look_for_network() -> None:
 def not_found() -> str:
     """The part of a message that says where a name was not found, and what to do."""
     if not constants.HF_HUB_OFFLINE:
-        return "the hub does not have it"
+        return "it could not be loaded from the hub"
     return "offline it is not in the hub's cache: give a path, or connect to the network once"

@@ -170,7 +170,7 @@ def require_same(facts: Mapping[str, Any]) -> None:
     for other, theirs in enumerate(everyone):
         if different := [name for name in theirs if theirs[name] != everyone[0][name]]:
             raise UserError(
-                f"process {other} of {world_size()} has other {different[0]} than process 0: all "
+                f"process {other} of {world_size()} and process 0 differ in {different[0]}: all "
                 "processes need the same files and settings"
             )
 

@@ -65,7 +65,7 @@ class DataOptions:
     train_file: str | None = _flag(None, "file of the training split, instead of --data")
     validation_file: str | None = _flag(None, "file of the validation split, instead of --data")
     test_file: str | None = _flag(None, "file of the test split, instead of --data")
-    dialogue_column: str = _flag("dialogue", "column with the text to summarize, or its turns")
+    dialogue_column: str = _flag("dialogue", "column with the dialogue: a text, or a list of turns")
     summary_column: str = _flag(
         "summary", "column with the reference summary (several: summary1, summary2, ...)"
     )
@@ -136,7 +136,7 @@ class TrainingOptions:
     lora_plus_ratio: float = _flag(1.0, "LoRA+: B's learning rate divided by A's, such as 16")
     warmup: float = _flag(0.06, "share of the steps over which the learning rate rises")
     weight_decay: float = _flag(0.0, "decoupled weight decay (AdamW)")
-    batch_size: int = _flag(8, "batch size, summed over all processes")
+    batch_size: int = _flag(8, "dialogues per batch, over all processes together")
     accumulate: int = _flag(1, "batches per optimizer step (gradient accumulation)")
     compile: bool = _flag(False, "torch.compile the layers: slow to start, then faster")
     checkpoint_activations: bool = _flag(
@@ -146,7 +146,7 @@ class TrainingOptions:
         "auto",
         "compute the encoder once for all epochs, without its dropout; auto: if it is frozen",
     )
-    cache_directory: str = _flag("runs/.encoder-cache", "where states above 1 GB are stored")
+    cache_directory: str = _flag("runs/.encoder-cache", "directory for encoder states above 1 GB")
     clip: float = _flag(1.0, "clip the gradient's norm at this value; 0: no clipping")
     validation_beams: int = _flag(1, "beam width in validation; 1: greedy search")
     validation_limit: int = _flag(0, "validation dialogues summarized per epoch; 0: all")
@@ -161,9 +161,9 @@ class GenerationOptions:
     beams: int = _flag(4, "beam width; 1: greedy search")
     min_length: int = _flag(5, "minimum length of a summary (tokens)")
     max_length: int = _flag(60, "maximum length of a summary (tokens)")
-    length_penalty: float = _flag(1.0, "above 1 prefers longer beams, below 1 shorter ones")
+    length_penalty: float = _flag(1.0, "above 1 prefers longer summaries, below 1 shorter ones")
     no_repeat_ngram: int = _flag(3, "never repeat an n-gram of this size; 0: off")
-    evaluation_batch_size: int = _flag(32, "dialogues per batch in each process")
+    evaluation_batch_size: int = _flag(32, "dialogues per batch when decoding, in each process")
 
 
 @dataclass
@@ -174,7 +174,7 @@ class OutputOptions:
     resume: str | None = _flag(None, "run directory to resume")
     accept_changes: bool = _flag(False, "resume although settings, data or base model changed")
     checkpoint_minutes: float = _flag(10.0, "minutes between two checkpoints within an epoch")
-    checkpoint_steps: int = _flag(0, "also save a checkpoint every so many steps; 0: by time only")
+    checkpoint_steps: int = _flag(0, "also save a checkpoint every N steps; 0: by time only")
     keep_checkpoints: int = _flag(2, "recent checkpoints to keep, in addition to the best")
     evaluate: bool = _flag(True, "compare base and fine-tuned model on the test split at the end")
     report: bool = _flag(True, "write report.html at the end")
@@ -271,7 +271,8 @@ class RunConfig:
         adapts = self.model.method not in ("full", "prompt", "prefix")
         if self.training.lora_plus_ratio != 1 and not adapts:
             raise UserError(
-                f"--lora-plus-ratio requires an adapter of LoRA, not {self.model.method}"
+                f"--lora-plus-ratio requires --method lora, qlora or adalora, not "
+                f"{self.model.method}"
             )
         if self.model.with_ != "none" and not adapts:
             raise UserError(f"--with is for LoRA, not --method {self.model.method}")
@@ -280,8 +281,8 @@ class RunConfig:
         for side in ("targets", "exclude"):
             if "decoder" in (names := flat[side]) and len(names) > 1:
                 raise UserError(
-                    f"--{side} decoder goes alone: leave the other names out, or write one "
-                    "regular expression"
+                    f"--{side} decoder cannot be combined with other names: leave them out, or "
+                    "write one regular expression"
                 )
         if self.adapter.layers and self.adapter.targets == ["decoder"]:
             raise UserError(

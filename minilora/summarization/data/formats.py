@@ -148,7 +148,8 @@ def _json_list(path: Path, text: str, opening: re.Match[str]) -> Rows:
         whole = BadRow(error)
     twice = isinstance(whole, dict) and isinstance(whole["data"], BadRow)
     if twice or isinstance(whole, BadRow):
-        raise UserError(f"{place}: the list ends here, but the file does not end as it should")
+        what = "the list ends here, but other text follows, or the closing } is missing"
+        raise UserError(f"{place}: {what}")
 
 
 def _is_lines(text: str) -> bool:

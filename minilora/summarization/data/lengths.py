@@ -40,6 +40,8 @@ def fit_lengths(
     changed = {n: v for n, v in fitted.items() if n not in typed and v != before[n]}
     if not changed:
         return generation, []
-    what = ", ".join(f"{spelt(name)} {v} instead of {before[name]}" for name, v in changed.items())
+    what = ", ".join(
+        f"{spelt(name)} is {v} instead of {before[name]}" for name, v in changed.items()
+    )
     says = f"the training summaries have {p10} to {p95} tokens (10th and 95th percentile): {what}"
     return replace(generation, **changed), [says]

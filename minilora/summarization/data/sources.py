@@ -123,5 +123,8 @@ def _hub(name: str) -> dict[str, Source]:
     keys = [key for key in found if key.lower() in _SPLIT_OF]
     sources = {_SPLIT_OF[key.lower()]: source(key) for key in keys}
     if not sources or len(sources) < len(keys):
-        raise UserError(f"{name}: not one split each to train, validate and test: {some(found)}")
+        advice = "download it and name --train-file, --validation-file and --test-file"
+        raise UserError(
+            f"{name}: its splits are {some(found)}, not train, validation and test: {advice}"
+        )
     return sources

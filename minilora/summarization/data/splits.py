@@ -53,7 +53,7 @@ def load(
         examples = data.get(split, [])
         if count := sum(example.dialogue in trained_on for example in examples):
             some = f"{counted(count, 'dialogue')} of {len(examples):,}"
-            notices.append(f"{split}: {some} also in the training data")
+            notices.append(f"{split}: {some} are also in the training data")
     return {split: data[split] for split in splits}, list(dict.fromkeys(notices))
 
 
@@ -75,7 +75,7 @@ def _hold_out(
     if not all(parts.values()):
         raise UserError(f"{name}: too few rows to hold out {' and '.join(splits)} data")
     counts = ", ".join(f"{len(parts[split]):,} {split}" for split in ("train", *splits))
-    notices.append(f"no {' and '.join(splits)} data: held out of {name} ({counts})")
+    notices.append(f"no {' and '.join(splits)} data: rows of {name} are held out ({counts})")
     return parts
 
 

@@ -56,7 +56,8 @@ class _Finite(LogitsProcessor):
         if named := [name for name, is_bad in zip(ids, bad, strict=False) if is_bad]:
             raise UserError(
                 f"the logits are not finite while summarizing {', '.join(named)}: the weights or "
-                "the adapter hold NaN, or --precision fp32 is needed"
+                "the adapter hold NaN, or fp16 overflows: train with --precision fp32, or use "
+                "--device cpu"
             )
 
 

@@ -24,7 +24,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # fails on the meta device
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name}: {one_line(error, name=True)}") from None
+        why = one_line(error, name=True)
+        raise UserError(f"--device {name}: {why}; --device auto chooses one that works") from None
     return device
 
 

@@ -64,23 +64,23 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str)
         if (said := getattr(asked, key)) != value:
             token = f" ({tokenizer.convert_ids_to_tokens(value)})" if value is not None else ""
             notices.append(
-                f"the model's generation config has {key} {said}; used in training and in "
-                f"decoding: {value}{token}"
+                f"the model's generation config has {key} {said}; training and decoding use "
+                f"{value}{token} instead"
             )
         if key != "forced_bos_token_id":  # transformers 5 refuses it in config.json
             setattr(model.config, key, value)
     if tokens["suppress_tokens"] != asked.suppress_tokens:
         what = "the token that ends a summary"
         notices.append(
-            f"the model's generation config has {what} in suppress_tokens; not used there"
+            f"the model's generation config has {what} in suppress_tokens; it is not suppressed"
         )
     known = FLAGS_DECIDE | tokens.keys()
     other = {key: value for key, value in asked.to_diff_dict().items() if key not in known}
     if other.pop("do_sample", False) or other:
         what = ", ".join(f"{key} {value}" for key, value in other.items()) or "sampling"
         notices.append(
-            f"the model's generation config asks for {what}; not used: summaries are written by "
-            "beam search, as --beams says"
+            f"the model's generation config asks for {what}; this is ignored: summaries are "
+            "written by beam search with --beams"
         )
     model.generation_config = GenerationConfig(**tokens)
     return notices
@@ -203,7 +203,7 @@ def limit_lengths(run: RunConfig, model: PreTrainedModel) -> RunConfig:
 def cut_notice(asked: RunConfig, limited: RunConfig) -> list[str]:
     """A notice if summaries cannot be as long as requested."""
     wanted, most = asked.generation.max_length, limited.generation.max_length
-    said = f"--max-length {wanted} is cut to {most}, the positions of the model"
+    said = f"--max-length {wanted} is cut to {most}, the model's limit"
     return [said] if wanted > most else []
 
 

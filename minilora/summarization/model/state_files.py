@@ -59,10 +59,10 @@ def make_room(place: Path, size: int) -> None:
     """
     for path in place.glob(f".{OURS}{PARTIAL}"):
         path.unlink(missing_ok=True)
-    instead = "use --cache-directory for another disk, or --cache-encoder off"
+    what = f"the states take {size / 1e9:.1f} GB"
     if size > ON_DISK:
-        limit = f"at most {ON_DISK / 1e9:.0f} GB"
-        raise UserError(f"its states take {size / 1e9:.1f} GB, {limit} are kept: {instead}")
+        limit = f"at most {ON_DISK / 1e9:.0f} GB are kept"
+        raise UserError(f"{what}, {limit}: use --cache-encoder off")
     files = sorted(place.glob(OURS), key=lambda path: path.stat().st_mtime)
     total = sum(path.stat().st_size for path in files)
     for path in files:
@@ -71,8 +71,8 @@ def make_room(place: Path, size: int) -> None:
             path.unlink()
             print(f"note: {path} was removed: the oldest of the encoder's states", file=sys.stderr)
     if size > (free := shutil.disk_usage(place).free):
-        lack = f"its states take {size / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB left"
-        raise UserError(f"{lack}: {instead}")
+        instead = "use --cache-directory for another disk, or --cache-encoder off"
+        raise UserError(f"{what}, and {place} has {free / 1e9:.1f} GB left: {instead}")
 
 
 def write_states(path: Path, rows: Iterable[Tensor], shape: Sequence[int], dtype: Any) -> None:

@@ -21,7 +21,11 @@ def nonsense_table(evaluation: Evaluation) -> Table:
         return []
     sides = [evaluation.intervals[side] for side in ("base", "finetuned", "reference")]
     kinds = nonsense.MEASURES
-    rows = [(kind.replace("_", " "), *(f"{side[kind]:.1f}" for side in sides)) for kind in kinds]
+    names = [kind.replace("foreign_", "invented ").replace("_", "-") for kind in kinds]
+    rows = [
+        (name, *(f"{side[kind]:.1f}" for side in sides))
+        for name, kind in zip(names, kinds, strict=True)
+    ]
     return [("", "base", "fine-tuned", "reference"), *rows]
 
 

@@ -209,7 +209,7 @@ def _fit(run: RunConfig, lengths: Sequence[int]) -> list[str]:
     if run.training.learning_rate and "learning_rate" not in run.typed:
         notices.append(
             f"--learning-rate {run.training.learning_rate:g} is that of the preset {run.preset}, "
-            "measured with its own model and data: others may need another one"
+            "chosen for its own model and data: try three times as much, and a third"
         )
     return notices
 

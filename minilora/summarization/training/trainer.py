@@ -310,7 +310,7 @@ class Trainer:
         """
         what = (self.session.model, self.optimizer, self.scaler)
         self.progress, origin, notices = load_checkpoint(self.output / "checkpoints", *what)
-        processes.require_same({f"a checkpoint in {self.output}": self.progress.step})
+        processes.require_same({f"the checkpoint in {self.output}": self.progress.step})
         if self.session.run.output.resume and not newest_first(self.output / "checkpoints"):
             notices.append(self.begin_again())
         self.began = time.monotonic() - self.progress.seconds
@@ -370,7 +370,7 @@ class Trainer:
                     f"these batches the run takes {self.last}: keep the batches it began with"
                 )
             notices += [
-                f"{name} {origin[name]} began this run, {now[name]} continues it: {effect}"
+                f"the run began with {name} {origin[name]} and continues with {now[name]}: {effect}"
                 for name, effect in EFFECTS.items()
                 if name in changed
             ]
