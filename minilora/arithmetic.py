@@ -104,8 +104,7 @@ def combine(
     if method != "cat":
         raise LoRAError(f"method must be 'cat', not {method!r}; for a lower rank: minilora.extract")
     if any(layer_for(a.config) is not LoRALinear or a.extras or a.config.prompts for a in adapters):
-        advice = "convert AdaLoRA by methods.as_lora; merge DoRA and extract it again"
-        raise LoRAError(f"cannot combine other than plain LoRA: {advice}")
+        raise LoRAError("cannot combine what is not plain LoRA: use as_lora, or merge and extract")
     if len({a.config.init == "loftq" for a in adapters}) > 1:
         raise LoRAError("LoftQ's base is quantized, the others' is not: combine those of one base")
     factors: dict[str, Factors] = {}

@@ -82,8 +82,7 @@ def refuse_wrapped(model: nn.Module, needs_values: bool = False) -> None:
     if is_sharded(model) or plain_model(model) is not model:
         raise LoRAError("inject before torch.compile, DistributedDataParallel or fully_shard")
     if any(k.__module__.startswith("peft.") for m in model.modules() for k in type(m).__mro__):
-        advice = "use the model that its unload() or merge_and_unload() returns"
-        raise LoRAError(f"the model carries an adapter of PEFT: {advice}")
+        raise LoRAError("PEFT's adapter is in the model: take model.unload() or merge_and_unload()")
 
 
 def completed(model: nn.Module, config: LoRAConfig) -> LoRAConfig:

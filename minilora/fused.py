@@ -9,8 +9,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 CASTS = WeakTensorKeyDictionary()
 """x -> its state, and a weak reference to its cast: `_cast_once`."""
-CHANGED = "\nAn adapted layer's input changed in place: write x = x + layer(x). With dropout, \
-LoRALinear.fused = False allows it"
+CHANGED = "\nAn adapted layer's input changed in place: write x = x + layer(x), not x += layer(x)"
 
 
 def can_fuse(y: Tensor, x: Tensor) -> bool:

@@ -56,8 +56,8 @@ class TrainingReport:
         count = "1 tensor trains" if len(self.moved) == 1 else f"{len(self.moved)} tensors train"
         share = "all entries" if least == 1 else f"at least {least:.0%} of the entries"
         same = "the base changed" if self.base_changed else "the base is unchanged"
-        steps = f"{self.steps} step{'s' * (self.steps != 1)}"
-        text = f"{steps}: {count}, {share} of each changed; {same}"
+        plural = "s" * (self.steps != 1)
+        text = f"{self.steps} step{plural}: {count}, {share} of each changed; {same}"
         return "\n  ".join([text, *self.problems])
 
 

@@ -28,7 +28,7 @@ HEART = (
     "functional", "config", "linears", "initialization", "layer", "targets", "inject", "merge",
 )  # fmt: skip
 LEAVES = ("modules", "conventions", "reports", "fused")
-LIBRARY_LINES = 1570  # DESIGN: 1,300, without AdaLoRA, prompts and prefixes
+LIBRARY_LINES = 1576  # DESIGN: 1,300, without AdaLoRA, prompts and prefixes
 APART = ("nf4", "methods", "conformance", "many", "__main__")  # topics by themselves
 
 # The folders of the task. Each imports only those before it, and files of its own.

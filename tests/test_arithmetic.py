@@ -98,9 +98,9 @@ def test_what_cannot_be_combined_is_refused() -> None:
         ([adapter], [1.0, 2.0], {}, "one weight each"),
         ([adapter], [float("nan")], {}, "finite"),
         ([adapter], [1.0], {"method": "svd"}, "must be 'cat'.*for a lower rank"),
-        ([make(1, dora=True)], [1.0], {}, "cannot combine other than plain LoRA"),
-        ([make(1, bias="all")], [1.0], {}, "cannot combine other than plain LoRA"),
-        ([make(1, lora_bias=True)], [1.0], {}, "cannot combine other than plain LoRA"),
+        ([make(1, dora=True)], [1.0], {}, "cannot combine what is not plain"),
+        ([make(1, bias="all")], [1.0], {}, "cannot combine what is not plain"),
+        ([make(1, lora_bias=True)], [1.0], {}, "cannot combine what is not plain"),
         ([adapter, replace(adapter, config=loftq)], [1.0, 1.0], {}, "LoftQ's base is quantized"),
     ]:
         with pytest.raises(LoRAError, match=message):

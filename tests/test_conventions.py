@@ -371,7 +371,7 @@ def test_rows_of_another_embedding_are_refused_with_advice(tmp_path: Path) -> No
         ({"lm_head": [1]}, "only rows of the input embeddings train here"),
         (
             {"embed_tokens": [1], "lm_head": [1]},
-            r"several embeddings \(embed_tokens, lm_head\): merge",
+            "several, embed_tokens, lm_head: merge it into",
         ),
     ):
         settings = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=rows)
@@ -492,7 +492,7 @@ def test_rows_that_the_embeddings_change_do_not_train() -> None:
         weight = model.get_input_embeddings().weight.detach()
         model.set_input_embeddings(kind(*weight.shape, _weight=weight, **more))
         before = State.of(model)
-        with pytest.raises(LoRAError, match=f"is a {kind.__name__}, which changes the rows"):
+        with pytest.raises(LoRAError, match=f"a {kind.__name__}, changes its rows"):
             minilora.inject(model, LoRAConfig(rank=2, token_rows=(3,)))
         before.check(model)
 
@@ -551,9 +551,9 @@ def test_a_model_with_peft_s_adapter_is_refused_and_left_alone(name: str, tmp_pa
     minilora.inject(mine, LoRAConfig(rank=2))
     minilora.save_adapter(mine, tmp_path)
     for model in (wrapped, wrapped.get_base_model()):
-        with pytest.raises(LoRAError, match=r"adapter of PEFT: use .* its unload\(\)"):
+        with pytest.raises(LoRAError, match=r"PEFT's adapter .* take model.unload\(\)"):
             minilora.inject(model, LoRAConfig(rank=2))
-        with pytest.raises(LoRAError, match="an adapter of PEFT"):
+        with pytest.raises(LoRAError, match="PEFT's adapter"):
             minilora.load_adapter(model, tmp_path)
     assert [p.requires_grad for p in wrapped.parameters()] == flags
     assert minilora.inject(wrapped.unload(), LoRAConfig(rank=2)).modules  # as the message says
@@ -562,7 +562,7 @@ def test_a_model_with_peft_s_adapter_is_refused_and_left_alone(name: str, tmp_pa
 def test_a_model_with_peft_s_prompt_is_refused_too() -> None:
     """No layer of it is PEFT's, but every name begins with `base_model.`."""
     prompt = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    with pytest.raises(LoRAError, match="an adapter of PEFT"):
+    with pytest.raises(LoRAError, match="PEFT's adapter"):
         minilora.inject(peft.get_peft_model(llama(), prompt), LoRAConfig(rank=2))
 
 

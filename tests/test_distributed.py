@@ -625,7 +625,7 @@ def test_processes_that_read_other_data_are_told(folder: Path) -> None:
 
     assert forked(2, work, folder / "unlike.printed") == [2, 2]
     said = "".join(printed(folder / "unlike"))
-    assert said.count("process 1 of 2 has") == 1
+    assert said.count("process 1 of 2 and process 0 differ") == 1
     assert not (folder / "unlike").exists()
 
 

@@ -190,7 +190,10 @@ def test_what_was_saved_of_pissa_is_lora_of_twice_the_rank(runs: dict[str, Path]
         (["--rslora", "--method", "adalora"], "rslora does not go with AdaLoRA"),
         (["--rank", "12", "--method", "adalora"], "rank 18 is above the smaller side"),
         (["--lora-plus-ratio", "0"], "--lora-plus-ratio must be above 0, not 0"),
-        (["--lora-plus-ratio", "4", "--method", "full"], "--lora-plus-ratio requires an adapter"),
+        (
+            ["--lora-plus-ratio", "4", "--method", "full"],
+            "--lora-plus-ratio requires --method lora",
+        ),
     ],
 )
 def test_what_makes_no_sense_ends_in_one_line(

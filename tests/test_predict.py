@@ -306,7 +306,7 @@ def test_a_base_that_the_adapter_does_not_name_is_said(
     for more in (["--text", "one.txt"], []):
         capfd.readouterr()
         assert evaluate_main(["run/adapter", "--model", str(other), *more]) == 0
-        said = f"note: the adapter was trained on {here / 'bart'}, but this model is {other}: comp"
+        said = f"note: the adapter was trained on {here / 'bart'}, but this model is {other}: are "
         assert said in capfd.readouterr().err
         assert evaluate_main(["run/adapter", *more]) == 0
         assert "trained on" not in capfd.readouterr().err

@@ -172,15 +172,19 @@ def configure(folder: Path, config: dict[str, Any], generation: dict[str, Any]) 
 
 NO_START = {"decoder_start_token_id": None}
 SET_RIGHT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "start only in config.json": ({}, NO_START, "decoder_start_token_id None; used in training"),
+    "start only in config.json": ({}, NO_START, "decoder_start_token_id None; training"),
     "start only in the other": (NO_START, {}, ""),
-    "two starts": ({}, {"decoder_start_token_id": 0}, "decoder_start_token_id 0; used"),
-    "another end": ({"eos_token_id": 7}, {"eos_token_id": 7}, "eos_token_id 7; used"),
+    "two starts": ({}, {"decoder_start_token_id": 0}, "decoder_start_token_id 0; training"),
+    "another end": ({"eos_token_id": 7}, {"eos_token_id": 7}, "eos_token_id 7; training"),
     "several ends": ({}, {"eos_token_id": [7, 2]}, ""),
-    "no end": ({"eos_token_id": None}, {"eos_token_id": None}, "eos_token_id None; used"),
-    "no padding": ({"pad_token_id": None}, {"pad_token_id": None}, "pad_token_id None; used"),
-    "another padding": ({}, {"pad_token_id": 3}, "pad_token_id 3; used"),
-    "another beginning": ({}, {"forced_bos_token_id": 5}, "forced_bos_token_id 5; used"),
+    "no end": ({"eos_token_id": None}, {"eos_token_id": None}, "eos_token_id None; training"),
+    "no padding": (
+        {"pad_token_id": None},
+        {"pad_token_id": None},
+        "pad_token_id None; training and",
+    ),
+    "another padding": ({}, {"pad_token_id": 3}, "pad_token_id 3; training"),
+    "another beginning": ({}, {"forced_bos_token_id": 5}, "forced_bos_token_id 5; training"),
     "static cache": ({}, {"cache_implementation": "static"}, "cache_implementation static"),
     "groups": ({}, {"num_beam_groups": 2, "diversity_penalty": 0.5}, "num_beam_groups 2"),
     "stop strings": ({}, {"stop_strings": ["x"]}, "stop_strings"),

@@ -48,8 +48,7 @@ class TokenRows(Extra):
             raise LoRAError(f"token_rows: {self.name} trains whole, by also_train: choose one")
         if not self.embedding.weight.is_meta and not self.is_plain():
             kind = type(self.embedding).__name__
-            what = "which changes the rows that it looks up: use also_train"
-            raise LoRAError(f"token_rows: {self.name} is a {kind}, {what}")
+            raise LoRAError(f"token_rows: {self.name}, a {kind}, changes its rows: use also_train")
 
     @torch.no_grad()
     def is_plain(self) -> bool:

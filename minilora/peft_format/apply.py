@@ -236,9 +236,7 @@ def _check_fit(
     def explain(key: str) -> str:
         for name in keys.modules_of([key]):  # one, or none
             if name not in named:
-                older = "; PEFT knows older names: save it again there" * (
-                    "language_model" in str(known)
-                )
+                older = "; PEFT knows older names: save with it" * ("language_model" in str(known))
                 return f": no such module{nearest(name, known, 1)}{older}"
             if name not in known:
                 return f": a {type(named[name]).__name__}, not a linear layer"
@@ -307,5 +305,4 @@ def _compare_base(trained: str | None, loaded: str | None) -> str | None:
     """A notice if the names differ. No error: a name may be a directory of another machine."""
     if not trained or not loaded or PurePath(trained).name == PurePath(loaded).name:
         return None
-    advice = "check that they are the same model"
-    return f"the adapter was trained on {trained}, but this model is {loaded}: {advice}"
+    return f"the adapter was trained on {trained}, but this model is {loaded}: are they the same?"

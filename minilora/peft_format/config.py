@@ -95,10 +95,7 @@ def config_from_peft(entries: Mapping[str, Any], modules: tuple[str, ...]) -> Lo
     values["targets"] = values.get("targets") or modules
     if isinstance(rows := values.get("token_rows"), Mapping):
         if len(rows) > 1:
-            several = ", ".join(rows)
-            raise LoRAError(
-                f"trainable_token_indices names several embeddings ({several}): {ADVICE}"
-            )
+            raise LoRAError(f"trainable_token_indices has several, {', '.join(rows)}: {ADVICE}")
         (values["token_rows"],) = rows.values()  # the tensor's name identifies the embedding
     values["init"] = _init_from_peft(values["init"])
     if values["init"] == "loftq" and (entries.get("loftq_config") or LOFTQ) != LOFTQ:

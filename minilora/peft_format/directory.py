@@ -251,9 +251,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         held = safetensors.torch.load_file(directory / WEIGHTS_FILE)
     except FileNotFoundError:
         what = f"{WEIGHTS_FILE}: no such file. An adapter_model.bin is a pickle, which can run any"
-        raise LoRAError(
-            f"{what} code: if you trust it, convert it to safetensors with PEFT"
-        ) from None
+        raise LoRAError(f"{what} code: if you trust it, convert it with PEFT") from None
     except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise LoRAError(f"{WEIGHTS_FILE} is damaged: {error}") from None
     found = {NAMED.sub(r"\1", k).replace("_vector.weight", "_vector"): t for k, t in held.items()}
