@@ -75,6 +75,8 @@ def why_not(result: Result, reading: Result) -> str | None:
 
 def sentence(result: Result, reading: Result | None) -> str:
     """What is told of the reading."""
+    if result["data"] == "samsum":
+        return "Not read: SAMSum's licence does not allow sheets with its dialogues."
     if reading is None:
         texts = f"build/pocket/evaluation_{result['data']}.json"
         return f"Not read yet: `python benchmarks/reading.py sheet {texts}`."

@@ -61,26 +61,6 @@ def default_run(result: dict[str, Any]) -> Rows:
     return [*rows, ["difference, 95% interval", *cells]]
 
 
-def pocket(result: dict[str, Any]) -> Rows:
-    """Of the earlier weights. One row a method: test scores over the seeds, and the time."""
-    measures = ("rouge1", "rouge2", "rougeL")
-    count = len(result["per_dialogue"]["ids"])
-    head = [f"{count} test dialogues of {result['data']}", "trainable"]
-    head += ["ROUGE-1", "ROUGE-2", "ROUGE-L", "gain, 95% interval", "minutes, one core"]
-    rows = [head]
-    for name in ("lead", "base"):
-        title = {"lead": "the first three turns, copied", "base": "pocket-bart as it ships"}[name]
-        means = [f"{result[name]['intervals'][m][0]:.1f}" for m in measures]
-        rows.append([title, "", *means, "", ""])
-    for row in result["rows"]:
-        means = [f"{row['intervals'][m][0]:.1f}" for m in measures]
-        gain, low, high = row["gain"]["rouge1"]
-        minutes = sum(row["minutes"]) / len(row["minutes"])
-        cells = [row["name"], f"{row['trainable']:,}", *means]
-        rows.append([*cells, f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]", f"{minutes:.1f}"])
-    return rows
-
-
 def layer(result: dict[str, Any]) -> Rows:
     """One row a contestant: forward and backward relative to the frozen layer's, and memory."""
     settings, widths = result["settings"], result["results"]
@@ -350,7 +330,6 @@ TABLES: dict[str, Callable[..., Rows]] = {
     "merge_latency": merge_latency,
     "exactness": exactness,
     "default_run": default_run,
-    "samsum": pocket,
     **{f"ladder_{name}": ladder.table for name in ladder.DATA},
     "layer": layer,
     "layer_cuda": layer,

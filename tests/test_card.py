@@ -149,6 +149,9 @@ def test_the_head_names_what_is_on_the_hub() -> None:
     assert "LoRA of rank 4, alpha 32." in text
     assert "four bits" not in text
     assert "minilora.quantize(model)" in card(run_of(method="qlora"), None)
+    assert "Every dialogue stands between" not in text
+    prompted = card(run_of(prompt_before="Summarize:\\n"), None)
+    assert "Every dialogue stands between 'Summarize:\\n' and ''." in prompted
 
 
 def test_what_is_local_loses_its_folder_and_any_name_can_be_written(

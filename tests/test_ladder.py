@@ -368,6 +368,8 @@ def test_the_page_has_what_is_measured(scripts: Any, results: Path, result: dict
     shown = tables.render(text)
     assert "| LoRA r 8 | 10 | 75.0 " in shown
     assert "Not read yet" in shown
+    samsum = scripts.ladder.sentence({"data": "samsum"}, None)
+    assert samsum.startswith("Not read: SAMSum's licence")
     assert "Measured 2000-01-01" in shown
     (results / "reading_minichat-hard.json").write_text(json.dumps(reading()))
     assert "readable, of 100" in tables.render(text)
