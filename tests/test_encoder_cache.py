@@ -501,10 +501,11 @@ def test_a_changed_encoder_tokenizer_text_or_truncation_never_meets_an_old_file(
 def test_of_layers_in_four_bits_each_precision_has_its_file(tmp_path: Path) -> None:
     """Those below an adapter are kept in float32 even if autocast computes them in bfloat16."""
     for dtype in (None, torch.bfloat16):
-        model = small_bart(0)
+        model = tiny_bart(d_model=32)
         minilora.quantize(model)
         minilora.inject(model, minilora.LoRAConfig(rank=3, targets=UPPER))
-        kept(model, dtype, "on", tmp_path)
+        states = kept(model, dtype, "on", tmp_path)
+        assert {row.dtype for row in states.rows.values()} == {torch.float32}
     assert len(files(tmp_path)) == 2
 
 

@@ -239,6 +239,21 @@ def test_other_validation_settings_start_it_anew_too(
     assert best == [True, True, False]
 
 
+@pytest.mark.parametrize("part", ["prepare", "minilora.inject"])
+def test_memory_that_ends_before_the_first_step_is_one_line(
+    part: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"minilora.summarization.training.session.{part}", fail)
+    capfd.readouterr()
+    assert train_main(flags(folder, "--output", tmp_path / "run")) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("train.py: out of memory while the ")
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_that_one_resume_does_not_read_is_compared_by_the_next(
     folder: Path, tmp_path: Path, capfd: Any
 ) -> None:

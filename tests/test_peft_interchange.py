@@ -608,7 +608,9 @@ def test_tied_heads_are_refused_in_a_file_too(
 def test_an_adapter_loaded_inside_autocast_takes_effect_there(tmp_path: Path) -> None:
     """Autocast keeps a 16-bit copy of each parameter, which a change in place does not renew."""
     our_directory(Case(tiny_bart, {"targets": QV}), tmp_path / "a")
-    our_directory(Case(tiny_bart, {"targets": QV, "alpha": 2.0}), tmp_path / "b")
+    path = our_directory(Case(tiny_bart, {"targets": QV}), tmp_path / "b") / WEIGHTS_FILE
+    tensors = {key: 2 * tensor for key, tensor in load_file(path).items()}  # another A
+    save_file(tensors, path, metadata={"format": "pt"})
     model = tiny_bart()
     minilora.load_adapter(model, tmp_path / "a")
     with torch.autocast("cpu", torch.bfloat16):
